@@ -1,0 +1,59 @@
+"""Secateur prunes the experts of Mixture-of-Experts models: while they pre-train, after fine-tuning, as checkpoints.
+
+Importing this package loads neither torch nor transformers. Once transformers' auto classes are loaded, before or after,
+they know the model type of pruned models, so `AutoModelForCausalLM.from_pretrained(folder)` needs no flag.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from secateur import _register
+from secateur.errors import SecateurError
+
+if TYPE_CHECKING:
+    from secateur.decide import Rule
+    from secateur.plan import Plan
+    from secateur.stats import RouterStats
+    from secateur.train.callback import LAEPCallback
+    from secateur.train.events import PruneEvent
+    from secateur.train.laep import LAEP, Pruning
+    from secateur.train.phases import PhaseConstants
+
+__all__ = [
+    "LAEP",
+    "LAEPCallback",
+    "PhaseConstants",
+    "Plan",
+    "PruneEvent",
+    "Pruning",
+    "RouterStats",
+    "Rule",
+    "SecateurError",
+]
+__version__ = "0.1.0"
+
+# public name -> module that defines it, imported at first use
+_HOMES = {
+    "LAEP": "secateur.train.laep",
+    "LAEPCallback": "secateur.train.callback",
+    "PhaseConstants": "secateur.train.phases",
+    "Plan": "secateur.plan",
+    "PruneEvent": "secateur.train.events",
+    "Pruning": "secateur.train.laep",
+    "RouterStats": "secateur.stats",
+    "Rule": "secateur.decide",
+}
+
+_register.when_auto_classes_load()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

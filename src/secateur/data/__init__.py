@@ -1,0 +1,1 @@
+"""Text for pre-training: read, split by document, tokenise, pack."""

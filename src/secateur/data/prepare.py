@@ -1,0 +1,229 @@
+"""From data specs to a tokenizer and packed tokens, and the folder that keeps them with a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from secateur.data.corpus import Document, embedded_specs, read_documents
+from secateur.data.packing import PackedTokens, pack
+from secateur.data.split import Corpus, Progress, build_corpus
+from secateur.data.tokenizer import load_tokenizer, separator, train_tokenizer
+from secateur.errors import SecateurError
+from secateur.files import atomic_write, fsync_folder
+
+FORMAT = "secateur-data"
+VERSION = 1
+# A validation loss over fewer blocks is noise, and none is an error; tokenizers make 3 to 5 bytes of text into a token.
+MIN_VALIDATION_BLOCKS = 8
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedData:
+    """What training needs of its data. `report` is plain JSON; `validation` is by domain."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedTokens
+    validation: dict[str, PackedTokens]
+    report: dict[str, Any]
+
+
+def prepare(
+    specs: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int = 4096,
+    sequence_length: int,
+    validation_share: float = 0.02,
+    seed: int = 0,
+    max_bytes: int | None = None,
+    text_key: str = "text",
+    split: str = "train",
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Read, de-duplicate, split, tokenise and pack the data that `specs` name.
+
+    Without `tokenizer`, a byte-level BPE of `vocab_size` is trained on the training text. Small domains give more
+    to validation than `validation_share`: about 8 blocks of text, at most half of their documents. `progress` is
+    called with (description, done, total or None).
+
+    Raises:
+        SecateurError: whatever `read_documents`, `build_corpus`, `train_tokenizer` or `pack` refuse.
+    """
+    if sequence_length < 2:
+        raise SecateurError(f"sequence_length: found {sequence_length}, expected at least 2")
+    if tokenizer is not None:
+        separator(tokenizer)  # before the data is read
+    skipped: list[str] = []
+    corpus = build_corpus(
+        read_documents(specs, text_key=text_key, split=split, skipped=skipped),
+        validation_share=validation_share,
+        seed=seed,
+        max_bytes=max_bytes,
+        min_validation_bytes=MIN_VALIDATION_BLOCKS * BYTES_PER_TOKEN * sequence_length,
+        progress=progress,
+    )
+    if not corpus.train:
+        raise SecateurError("data: found no document for training, expected a lower validation_share or more documents")
+    if tokenizer is None:
+        if progress is not None:
+            progress("train tokenizer", 0, 1)
+        tokenizer = train_tokenizer((document.text for document in corpus.train), vocab_size=vocab_size)
+        if progress is not None:
+            progress("train tokenizer", 1, 1)
+    train = pack(tokenizer, corpus.train, sequence_length=sequence_length, name="training documents", progress=progress)
+    validation = {
+        domain: pack(
+            tokenizer,
+            [document for document in corpus.validation if document.domain == domain],
+            sequence_length=sequence_length,
+            name=f"validation documents of domain {domain!r}",
+            progress=progress,
+        )
+        for domain in sorted({document.domain for document in corpus.validation})
+    }
+    report = {
+        "domains": _domains(corpus, train, validation),
+        "duplicates_removed": corpus.num_duplicates,
+        "documents_found": corpus.num_documents,
+        "undecodable_skipped": len(skipped),
+        "digest": corpus.digest,
+        "sources": list(specs or embedded_specs()),
+        "python": platform.python_version(),
+        "sequence_length": sequence_length,
+        "vocab_size": len(tokenizer),
+        "validation_share": validation_share,
+        "seed": seed,
+        "max_bytes": max_bytes,
+    }
+    return PreparedData(tokenizer=tokenizer, train=train, validation=validation, report=report)
+
+
+def _domains(corpus: Corpus, train: PackedTokens, validation: dict[str, PackedTokens]) -> dict[str, dict[str, int]]:
+    documents, num_bytes = _totals((*corpus.train, *corpus.validation))
+    validation_documents, _ = _totals(corpus.validation)
+    return {
+        domain: {
+            "documents": documents[domain],
+            "validation_documents": validation_documents[domain],
+            "train_tokens": train.tokens_by_domain.get(domain, 0),
+            "validation_tokens": validation[domain].num_tokens if domain in validation else 0,
+            "bytes": num_bytes[domain],
+        }
+        for domain in sorted(documents)
+    }
+
+
+def _totals(documents: Iterable[Document]) -> tuple[Counter[str], Counter[str]]:
+    count: Counter[str] = Counter()
+    num_bytes: Counter[str] = Counter()
+    for document in documents:
+        count[document.domain] += 1
+        num_bytes[document.domain] += len(document.text.encode("utf-8"))
+    return count, num_bytes
+
+
+def save_prepared(prepared: PreparedData, folder: Path | str) -> None:
+    """Write `tokenizer/`, `train.safetensors`, `validation-<domain>.safetensors` and `data.json`.
+
+    The folder appears with everything in it or not at all: it is written beside its place and renamed.
+
+    Raises:
+        SecateurError: `folder` exists and is not an empty folder.
+        OSError: the disk is full or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise SecateurError(f"data folder {folder}: it exists and is not empty, expected a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    partial.mkdir()
+    try:
+        _write(prepared, partial)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
+
+
+def _write(prepared: PreparedData, folder: Path) -> None:
+    prepared.tokenizer.save_pretrained(folder / "tokenizer")
+    for path in sorted((folder / "tokenizer").iterdir()):
+        atomic_write(path, path.read_bytes())  # flushed to the disk, which save_pretrained does not do
+    prepared.train.save(folder / "train.safetensors")
+    names = _file_names(prepared.validation)
+    for domain, packed in prepared.validation.items():
+        packed.save(folder / names[domain])
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "train": {"file": "train.safetensors", "digest": prepared.train.digest()},
+        "validation": {
+            domain: {"file": names[domain], "digest": packed.digest()} for domain, packed in prepared.validation.items()
+        },
+        "report": prepared.report,
+    }
+    atomic_write(folder / "data.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _file_names(domains: Iterable[str]) -> dict[str, str]:
+    """A file name for each domain: letters, digits, `_` and `-` only, and different where case does not count."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for domain in domains:
+        stem = "validation-" + re.sub(r"[^A-Za-z0-9_-]", "_", domain)[:60]
+        name, number = stem, 2
+        while name.casefold() in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name.casefold())
+        names[domain] = f"{name}.safetensors"
+    return names
+
+
+def load_prepared(folder: Path | str) -> PreparedData:
+    """Read what `save_prepared` wrote, and check every token file against its digest.
+
+    Raises:
+        SecateurError: a file is missing, damaged, of another format, or not the one that was saved.
+    """
+    folder = Path(folder)
+    path = folder / "data.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SecateurError(f"{path}: not readable as the data of a run ({error})") from error
+    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise SecateurError(
+            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}"
+        )
+    return PreparedData(
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        train=_load_checked(folder, content["train"]),
+        validation={domain: _load_checked(folder, entry) for domain, entry in content["validation"].items()},
+        report=content["report"],
+    )
+
+
+def _load_checked(folder: Path, entry: dict[str, str]) -> PackedTokens:
+    packed = PackedTokens.load(folder / entry["file"])
+    if packed.digest() != entry["digest"]:
+        raise SecateurError(
+            f"{folder / entry['file']}: found tokens with digest {packed.digest()}, expected {entry['digest']}"
+        )
+    return packed

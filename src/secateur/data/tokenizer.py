@@ -1,0 +1,110 @@
+"""Which tokenizer turns the text into ids: one trained on the data, or one from a folder?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from secateur.errors import SecateurError
+
+END_OF_TEXT = "<|endoftext|>"
+NUM_BYTE_VALUES = 256
+# transformers makes an empty tokenizer of a folder that holds only a model's config.json, so look for a vocabulary.
+VOCABULARY_PATTERNS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 4096, max_characters: int = 8_000_000
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the first `max_characters` of `texts`; the same texts give the same tokenizer.
+
+    Every text can be encoded (all 256 bytes are in the vocabulary, there is no unknown token). `<|endoftext|>`, id 0,
+    is the begin, end and padding token. The vocabulary is smaller than `vocab_size` when the text has too few pairs.
+
+    Raises:
+        SecateurError: `vocab_size` below the 256 bytes and the end token, or no text.
+    """
+    smallest = NUM_BYTE_VALUES + 1
+    if vocab_size < smallest:
+        raise SecateurError(
+            f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes and {END_OF_TEXT})"
+        )
+    sample = list(_first_characters(texts, max_characters))
+    if not any(sample):
+        raise SecateurError("tokenizer: found no text to train on, expected at least one document")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sample, trainer=trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a local folder; nothing is downloaded and no code from the folder is run.
+
+    Raises:
+        SecateurError: no such folder, no vocabulary in it, or transformers cannot read it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SecateurError(f"tokenizer {folder}: no such folder; expected a local folder with a tokenizer")
+    if not any(path.is_file() for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+        raise SecateurError(
+            f"tokenizer {folder}: found no tokenizer, expected one of {', '.join(VOCABULARY_PATTERNS)} in the folder"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise SecateurError(f"tokenizer {folder}: cannot be loaded ({error})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise SecateurError(f"tokenizer {folder}: found {type(tokenizer).__name__}, expected a transformers tokenizer")
+    return tokenizer
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-text token that separates documents.
+
+    Raises:
+        SecateurError: the tokenizer has none.
+    """
+    eos_id = tokenizer.eos_token_id
+    if not isinstance(eos_id, int):
+        raise SecateurError(
+            f"tokenizer: found eos_token_id {eos_id!r}, expected an end-of-text token between documents"
+        )
+    return eos_id
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Check that every id of the tokenizer is a row of the model's embedding.
+
+    Raises:
+        SecateurError: more tokens than `vocab_size` of the model, or no end-of-text token.
+    """
+    separator(tokenizer)
+    largest = max(tokenizer.get_vocab().values(), default=-1) + 1
+    num_tokens = max(len(tokenizer), largest)
+    if num_tokens > vocab_size:
+        raise SecateurError(
+            f"tokenizer: found {num_tokens} tokens, expected at most the model's vocab_size of {vocab_size}"
+        )
+
+
+def _first_characters(texts: Iterable[str], max_characters: int) -> Iterator[str]:
+    left = max_characters
+    for text in texts:
+        if left <= 0:
+            return
+        yield text[:left]
+        left -= len(text)

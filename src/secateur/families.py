@@ -1,0 +1,251 @@
+"""Where the experts of a live model are: found by building the model class twice, then checked against the model.
+
+Nothing is listed per family except what a build cannot show: how many experts a router needs (top-k, groups), and the
+families that cannot be pruned in training, each with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.allocate import LayerLimits
+from secateur.errors import SecateurError
+from secateur.modeling_secateur import (
+    ExpertLayout,
+    LinearInCount,
+    expert_count_key,
+    find_expert_layout,
+    layer_of,
+    native_config,
+    probe_counts,
+)
+from secateur.surgery.tensors import ExpertTensor
+
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "ffn_config.moe_top_k")
+
+# model type -> why its experts cannot be pruned while it trains
+REFUSED = {
+    "llama4": "its experts run on every token, so there is no load to prune by",
+    "llama4_text": "its experts run on every token, so there is no load to prune by",
+    "jetmoe": "its attention holds a second, separate set of experts",
+    "longcat_flash": "its zero experts share the router with the real ones and have no load rule yet",
+    "zaya": "its router has a skip class beside the experts, which has no load rule yet",
+    "deepseek_v4": "some of its layers route by a table of expert ids (tid2eid)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEBlock:
+    """One MoE layer of a live model.
+
+    layer: decoder layer, from 0. name: module path of `block`. experts, router: children of `block`.
+    tensors: every parameter and buffer with an expert axis, by full name, all under `block`.
+    params_per_expert: parameters that go with one expert, its router row included.
+    """
+
+    layer: int
+    name: str
+    block: nn.Module
+    experts: nn.Module
+    router: nn.Module
+    num_experts: int
+    tensors: tuple[ExpertTensor, ...]
+    params_per_expert: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEModel:
+    """What pruning needs to know of a live model; `blocks` is {decoder layer: MoEBlock}, ascending."""
+
+    model: PreTrainedModel
+    model_type: str
+    blocks: Mapping[int, MoEBlock]
+    layout: ExpertLayout
+    count_key: str
+    top_k: int
+    num_groups: int
+    min_experts: int
+
+    @property
+    def counts(self) -> dict[int, int]:
+        return {layer: block.num_experts for layer, block in self.blocks.items()}
+
+    @property
+    def params_per_expert(self) -> dict[int, int]:
+        return {layer: block.params_per_expert for layer, block in self.blocks.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def limits(
+        self, *, multiple_of: int = 1, min_experts: int = 1, max_experts: int | None = None
+    ) -> dict[int, LayerLimits]:
+        """Admissible expert counts a layer: never fewer than the router's top-k and groups need."""
+        return {
+            layer: LayerLimits(
+                num_experts=block.num_experts,
+                multiple_of=multiple_of,
+                min_experts=max(self.min_experts, min_experts, multiple_of),
+                max_experts=max_experts,
+                num_groups=self.num_groups,
+            )
+            for layer, block in self.blocks.items()
+        }
+
+
+def describe_moe(model: nn.Module, layout: ExpertLayout | None = None) -> MoEModel:
+    """Find the MoE blocks of a transformers causal LM and every tensor of theirs with an expert axis.
+
+    Args:
+        model: the model itself, not a wrapper. layout: of the same model, from an earlier call, to save the two builds.
+
+    Raises:
+        SecateurError: not a transformers model, no routed experts, a family in `REFUSED`, a wrapped model, or a tensor
+            or number that does not follow the layout which the model class itself builds.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise SecateurError(
+            f"expected a transformers model (PreTrainedModel), found {type(model).__module__}.{type(model).__qualname__};"
+            " give the model itself, not a wrapper (DDP, FSDP, torch.compile, PEFT)"
+        )
+    config = native_config(model.config)
+    model_type = config.model_type
+    if model_type in REFUSED:
+        raise SecateurError(f"model type {model_type!r} cannot be pruned while it trains: {REFUSED[model_type]}")
+    try:
+        count_key = expert_count_key(config)
+        native = getattr(type(model), "native_class", type(model))
+        layout = layout or find_expert_layout(native, config, probe_counts(config))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SecateurError(f"model type {model_type!r}: cannot find its experts: {error}") from error
+    top_k = _first_int(config, TOP_K_KEYS)
+    if top_k is None:
+        raise SecateurError(f"model type {model_type!r}: no top-k in its config (looked for {', '.join(TOP_K_KEYS)})")
+    num_groups, min_experts = router_needs(config, top_k)
+    blocks = _blocks(model, layout)
+    if not blocks:
+        raise SecateurError(f"model type {model_type!r}: no layer has routed experts")
+    for layer, block in blocks.items():
+        if block.num_experts < min_experts:
+            raise SecateurError(
+                f"layer {layer}: {block.num_experts} experts, but its router needs at least {min_experts} "
+                f"(top-k {top_k}, {num_groups} router groups)"
+            )
+    _check_attributes(model, layout, {layer: block.num_experts for layer, block in blocks.items()})
+    return MoEModel(
+        model=model,
+        model_type=model_type,
+        blocks=blocks,
+        layout=layout,
+        count_key=count_key,
+        top_k=top_k,
+        num_groups=num_groups,
+        min_experts=min_experts,
+    )
+
+
+def router_needs(config: PreTrainedConfig, top_k: int) -> tuple[int, int]:
+    """(router groups, least experts a layer) for a config.
+
+    Group-limited routers (DeepSeek-V3, arXiv 2412.19437 section 2.1.2) score a group by its two best experts and take
+    top-k from `topk_group` groups, so every group keeps at least two and the chosen groups hold at least top-k.
+    DeepSeek-V2 groups only when topk_method says so.
+    """
+    num_groups = getattr(config, "n_group", None) or 1
+    if config.model_type == "deepseek_v2" and getattr(config, "topk_method", None) != "group_limited_greedy":
+        num_groups = 1
+    if num_groups == 1:
+        return 1, top_k
+    chosen_groups = getattr(config, "topk_group", None) or num_groups
+    return num_groups, num_groups * max(2, -(-top_k // chosen_groups))
+
+
+def _blocks(model: PreTrainedModel, layout: ExpertLayout) -> dict[int, MoEBlock]:
+    by_layer: dict[int, dict[str, LinearInCount]] = {}
+    for name, axis in layout.tensors.items():
+        layer = layer_of(name)
+        if layer is None:
+            raise SecateurError(f"{name} has an expert axis but lies outside the decoder layers")
+        by_layer.setdefault(layer, {})[name] = axis
+    return {layer: _block(model, layer, by_layer[layer]) for layer in sorted(by_layer)}
+
+
+def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]) -> MoEBlock:
+    parts = [name.split(".") for name in axes]
+    paths = {".".join(p[: p.index("experts")]) for p in parts if "experts" in p}
+    if len(paths) != 1:
+        raise SecateurError(f"layer {layer}: expected one module named 'experts', found {sorted(paths) or 'none'}")
+    path = paths.pop()
+    outside = [name for name in axes if not name.startswith(f"{path}.")]
+    if outside:
+        raise SecateurError(f"layer {layer}: {outside[0]} has an expert axis but lies outside {path}")
+    block = model.get_submodule(path)
+    tensors, counts, size = [], {}, 0
+    for name, axis in axes.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        tensor = getattr(owner, name.rpartition(".")[2])
+        counts[name] = _count_in(name, axis, tensor.shape[axis.dim])
+        tensors.append(
+            ExpertTensor(name=name, dim=axis.dim, rows_per_expert=axis.per_expert, num_trailing=axis.constant)
+        )
+        if isinstance(tensor, nn.Parameter):
+            size += tensor.numel() // tensor.shape[axis.dim] * axis.per_expert
+    if len(set(counts.values())) != 1:
+        raise SecateurError(f"layer {layer}: its tensors hold different numbers of experts: {counts}")
+    routers = {name.removeprefix(f"{path}.").split(".")[0] for name in axes} - {"experts"}
+    routers = {name for name in routers if isinstance(getattr(block, name), nn.Module)}
+    if len(routers) != 1:
+        raise SecateurError(f"layer {layer}: expected one router beside {path}.experts, found {sorted(routers)}")
+    _check_no_expert_ids(path, block)
+    return MoEBlock(
+        layer=layer,
+        name=path,
+        block=block,
+        experts=block.get_submodule("experts"),
+        router=block.get_submodule(routers.pop()),
+        num_experts=next(iter(counts.values())),
+        tensors=tuple(tensors),
+        params_per_expert=size,
+    )
+
+
+def _count_in(name: str, axis: LinearInCount, size: int) -> int:
+    count, rest = divmod(size - axis.constant, axis.per_expert)
+    if rest or count < 1:
+        raise SecateurError(
+            f"{name}: axis {axis.dim} has {size} rows, expected {axis.per_expert} an expert + {axis.constant}"
+        )
+    return count
+
+
+def _check_no_expert_ids(path: str, block: nn.Module) -> None:
+    for name, buffer in block.named_buffers():
+        if not buffer.is_floating_point() and buffer.numel() > 1:
+            raise SecateurError(f"{path}.{name} is a table of whole numbers, perhaps of expert ids; no rule covers it")
+
+
+def _check_attributes(model: nn.Module, layout: ExpertLayout, counts: Mapping[int, int]) -> None:
+    modules = dict(model.named_modules())
+    for (name, key), value in layout.attributes.items():
+        layer = layer_of(name)
+        if layer is not None and getattr(modules[name], key) != value.at(counts[layer]):
+            raise SecateurError(
+                f"{name}.{key} is {getattr(modules[name], key)!r}, expected {value.at(counts[layer])} "
+                f"for {counts[layer]} experts"
+            )
+
+
+def _first_int(config: PreTrainedConfig, keys: tuple[str, ...]) -> int | None:
+    for dotted in keys:
+        value: Any = config
+        for key in dotted.split("."):
+            value = getattr(value, key, None)
+        if isinstance(value, int):
+            return value
+    return None

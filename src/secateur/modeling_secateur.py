@@ -1,0 +1,310 @@
+"""Mixture-of-Experts models whose layers hold different numbers of experts.
+
+This file needs torch and transformers and nothing else. `save_pretrained` copies it beside the weights, so such a
+checkpoint loads in stock transformers with `trust_remote_code=True`; where `secateur` is imported, the same classes
+are registered with the auto classes and the flag is not needed.
+
+A pruned class is made from the native one by name: `PrunedQwen3MoeForCausalLM` is `transformers.Qwen3MoeForCausalLM`
+built with the largest count of any layer, then cut, layer by layer, to the counts in
+`config.moe_config["per_layer_experts_blocks"]` (one number a decoder layer, 0 where a layer has no experts).
+
+Which tensors have an expert axis is not listed anywhere: the native class is built twice on the meta device, with two
+expert counts, and what differs between the two is the answer. It holds for every family, and a layout that does not
+follow the count linearly is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODEL_TYPE = "secateur_moe"
+PREFIX = "Pruned"
+COUNT_KEYS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "ffn_config.moe_num_experts",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearInCount:
+    """A size or number that is `per_expert * num_experts + constant`; `dim` is the tensor axis that has this size."""
+
+    per_expert: int
+    constant: int
+    dim: int = 0
+
+    def at(self, num_experts: int) -> int:
+        return self.per_expert * num_experts + self.constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayout:
+    """What in a model depends on its expert count.
+
+    tensors: parameter or buffer name -> its expert axis. attributes: (module name, attribute) -> its value.
+    """
+
+    tensors: Mapping[str, LinearInCount]
+    attributes: Mapping[tuple[str, str], LinearInCount]
+
+
+def expert_count_key(config: PreTrainedConfig) -> str:
+    """The config attribute, in dotted form, that holds the routed-expert count.
+
+    Raises:
+        ValueError: the config has none, or several that are not aliases of one another.
+    """
+    aliases = config.attribute_map
+    found = {aliases.get(key, key) for key in COUNT_KEYS if isinstance(_get(config, key), int)}
+    if len(found) != 1:
+        raise ValueError(
+            f"model type {config.model_type!r}: expected one config key with the number of routed experts "
+            f"(known: {', '.join(COUNT_KEYS)}), found {sorted(found) or 'none'}"
+        )
+    return found.pop()
+
+
+def with_expert_count(config: PreTrainedConfig, num_experts: int) -> PreTrainedConfig:
+    """A copy of a native `config` that asks for `num_experts` routed experts in every MoE layer."""
+    changed = copy.deepcopy(config)
+    *parents, key = expert_count_key(config).split(".")
+    setattr(functools.reduce(getattr, parents, changed), key, num_experts)
+    return changed
+
+
+def layer_of(name: str) -> int | None:
+    """Decoder layer of a module, parameter or buffer name: its first numeric part; None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def find_expert_layout(model_class: type[PreTrainedModel], config: PreTrainedConfig, counts: tuple[int, int]) -> ExpertLayout:
+    """Compare two meta-device builds of `model_class` whose only difference is the expert count.
+
+    Args:
+        model_class: the native class. config: its native config. counts: two counts the family accepts.
+
+    Raises:
+        ValueError: something differs between the two builds in a way that is not linear in the count.
+    """
+    low, high = counts
+    models = [_build_on_meta(model_class, with_expert_count(config, count)) for count in counts]
+    tensors = {}
+    for (name, small), (other, large) in zip(*map(_named_tensors, models), strict=True):
+        dims = [dim for dim, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b]
+        if name != other or len(dims) > 1:
+            raise ValueError(f"{model_class.__name__}: {name} changes in axes {dims} with the expert count, expected one")
+        if dims:
+            tensors[name] = _fit(name, low, high, small.shape[dims[0]], large.shape[dims[0]], dims[0])
+    attributes = {}
+    for (name, small), (_, large) in zip(*(model.named_modules() for model in models), strict=True):
+        for key, value in vars(small).items():
+            if isinstance(value, bool | int | float | str | list | tuple) and value != vars(large)[key]:
+                if type(value) is not int:
+                    raise ValueError(f"{model_class.__name__}: {name}.{key} ({value!r}) depends on the expert count")
+                attributes[name, key] = _fit(f"{name}.{key}", low, high, value, vars(large)[key])
+    return ExpertLayout(tensors=tensors, attributes=attributes)
+
+
+def probe_counts(config: PreTrainedConfig) -> tuple[int, int]:
+    """Two small expert counts that routers of this config accept (top-k and router groups respected)."""
+    groups = max(1, *(int(_get(config, key) or 1) for key in ("n_group", "num_expert_groups")))
+    top_k = max(1, *(int(_get(config, key) or 1) for key in ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k")))
+    first = max(2 * groups, -(-top_k // groups) * groups)
+    return first, first + groups
+
+
+def counts_in(config: PreTrainedConfig) -> dict[int, int]:
+    """{decoder layer: routed experts} of a pruned config; layers without experts are left out.
+
+    Raises:
+        ValueError: `moe_config.per_layer_experts_blocks` is missing or is not one whole number a decoder layer.
+    """
+    blocks = (getattr(config, "moe_config", None) or {}).get("per_layer_experts_blocks")
+    layers = config.num_hidden_layers
+    if not isinstance(blocks, list) or len(blocks) != layers or any(type(n) is not int or n < 0 for n in blocks):
+        raise ValueError(f"moe_config.per_layer_experts_blocks: expected {layers} whole numbers >= 0, found {blocks!r}")
+    return {layer: count for layer, count in enumerate(blocks) if count}
+
+
+def set_attributes_(model: nn.Module, layout: ExpertLayout, counts: Mapping[int, int]) -> None:
+    """Give every module of the layers in `counts` the attribute values of its own expert count, in place."""
+    modules = dict(model.named_modules())
+    for (name, key), value in layout.attributes.items():
+        layer = layer_of(name)
+        if layer in counts:
+            setattr(modules[name], key, value.at(counts[layer]))
+
+
+def cut_to_counts_(model: PreTrainedModel, layout: ExpertLayout, counts: Mapping[int, int]) -> None:
+    """Shorten every expert axis of a freshly built model to the counts of its layers, in place (first rows stay)."""
+    for name, axis in layout.tensors.items():
+        layer = layer_of(name)
+        if layer is None or layer not in counts:
+            raise ValueError(f"{name} has an expert axis but moe_config.per_layer_experts_blocks has no experts there")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        tensor = getattr(owner, name.rpartition(".")[2])
+        shorter = tensor.detach().narrow(axis.dim, 0, axis.at(counts[layer])).clone()
+        replace_tensor_(owner, name.rpartition(".")[2], shorter)
+    set_attributes_(model, layout, counts)
+
+
+def replace_tensor_(owner: nn.Module, key: str, value: torch.Tensor) -> None:
+    """Put `value` in the place of a parameter (as a new Parameter) or of a buffer."""
+    if key in owner._parameters:
+        old = owner._parameters[key]
+        assert old is not None
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        new.__dict__.update(vars(old))
+        owner._parameters[key] = new
+    else:
+        owner._buffers[key] = value
+
+
+@functools.cache
+def pruned_config_class(native: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of pruned models of a native family."""
+    name = PREFIX + native.__name__
+    members = {"model_type": MODEL_TYPE, "_auto_class": "AutoConfig", "__module__": __name__, "native_class": native}
+    return type(name, (native,), members)
+
+
+@functools.cache
+def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of pruned models of a native class; registers its weight conversions and its config with AutoModel."""
+    config_class = pruned_config_class(native.config_class)
+    name = PREFIX + native.__name__
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        counts = counts_in(config)
+        # The native constructor reads one count; the largest leaves rows to cut in the other layers, none to invent.
+        native.__init__(self, with_expert_count(config, max(counts.values())), *args, **kwargs)
+        self.config = config
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), type(config)):
+                module.config = config
+        cut_to_counts_(self, find_expert_layout(native, native_config(config), probe_counts(config)), counts)
+
+    members: dict[str, Any] = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "config_class": config_class,
+        "native_class": native,
+        "_auto_class": "AutoModelForCausalLM",
+    }
+    stock_loss = getattr(sys.modules[native.__module__], "load_balancing_loss_func", None)
+    if stock_loss is not None:
+        members["forward"] = _forward_with_layerwise_loss(native, stock_loss)
+    pruned = type(name, (native,), members)
+    conversions = get_checkpoint_conversion_mapping(native.__name__) or get_checkpoint_conversion_mapping(
+        native.config_class.model_type
+    )
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    AutoModelForCausalLM.register(config_class, pruned, exist_ok=True)
+    return pruned
+
+
+def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A native copy of a pruned config (native configs are copied as they are)."""
+    plain = copy.deepcopy(config)
+    native = getattr(type(config), "native_class", None)
+    if native is not None:
+        plain.__class__ = native
+    return plain
+
+
+class PrunedMoeConfig(PreTrainedConfig):
+    """Entry for `AutoConfig`: reads config.json and returns the pruned config class of `base_model_type`."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        base = config_dict.get("base_model_type")
+        if base not in CONFIG_MAPPING:
+            raise ValueError(f"config.json: base_model_type {base!r} is not a model type of this transformers release")
+        architectures = config_dict.get("architectures") or [None]
+        __getattr__(str(architectures[0]))  # registers the model class with AutoModelForCausalLM
+        return pruned_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+
+
+def __getattr__(name: str) -> type:
+    """`PrunedX...` -> the pruned class of `transformers.X...`, for the names in a checkpoint's `auto_map`."""
+    native = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(native, type) and issubclass(native, PreTrainedModel):
+        return pruned_model_class(native)
+    if isinstance(native, type) and issubclass(native, PreTrainedConfig):
+        return pruned_config_class(native)
+    raise AttributeError(f"{__name__} has no class {name!r}: expected {PREFIX} + the name of a transformers class")
+
+
+def _forward_with_layerwise_loss(native: type[PreTrainedModel], stock_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Native `forward` whose auxiliary loss is the mean over layers, each with its own expert count.
+
+    transformers' function adds the layers up before it multiplies, which needs one count for all.
+    """
+
+    @functools.wraps(native.forward)
+    def forward(self: Any, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if not wanted:
+            return native.forward(self, *args, output_router_logits=False, **kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        ask = self.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "output_router_logits": True}), with_kwargs=True
+        )
+        try:
+            output = native.forward(self, *args, output_router_logits=False, return_dict=True, **kwargs)
+        finally:
+            ask.remove()
+        top_k = self.num_experts_per_tok
+        losses = [
+            stock_loss((logits,), logits.shape[-1], top_k, kwargs.get("attention_mask"))
+            for logits in output.router_logits
+        ]
+        output.aux_loss = torch.stack(losses).mean()
+        if output.loss is not None:
+            output.loss = output.loss + self.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+        keep_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if keep_dict else output.to_tuple()
+
+    return forward
+
+
+def _get(config: PreTrainedConfig, dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = getattr(value, key, None)
+    return value
+
+
+def _build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _fit(name: str, low: int, high: int, at_low: int, at_high: int, dim: int = 0) -> LinearInCount:
+    per_expert, rest = divmod(at_high - at_low, high - low)
+    if rest or per_expert < 1:
+        raise ValueError(f"{name}: {at_low} with {low} experts and {at_high} with {high} is not linear in the count")
+    return LinearInCount(per_expert=per_expert, constant=at_low - per_expert * low, dim=dim)

@@ -1,0 +1,288 @@
+"""Plan: for each layer, which old expert each new expert is made of. One file format, composition, inversion.
+
+Dropping experts is a shorter `order`, re-placing them a permutation; both are the same value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+
+FORMAT = "secateur-plan"
+VERSION = 1
+
+TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+
+JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """The new experts of one layer: `order[new] = old`, ids from 0 to `experts_before - 1`. `Plan` checks it."""
+
+    experts_before: int
+    order: tuple[int, ...]
+
+    @property
+    def experts_after(self) -> int:
+        return len(self.order)
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Old ids that no new expert is made of, ascending."""
+        kept = set(self.order)
+        return tuple(old for old in range(self.experts_before) if old not in kept)
+
+    @property
+    def is_ascending(self) -> bool:
+        """True when the kept experts stay in their old relative order."""
+        return all(left < right for left, right in itertools.pairwise(self.order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What happens to the experts of a model.
+
+    Args:
+        layers: layer id -> LayerPlan; a layer that is not listed is untouched.
+        criterion: the name of what decided.
+        details: how it decided; anything JSON can hold. Stored as JSON holds it, so that a plan equals itself read
+            back from a file: tuples become lists, keys strings, and infinity the string "inf".
+        stats_digest: `RouterStats.digest()` of the statistics the decision was made on.
+
+    Raises:
+        SecateurError: an id out of range or listed twice, a layer that keeps nothing, a detail that is not JSON.
+    """
+
+    layers: dict[int, LayerPlan]
+    criterion: str
+    details: dict[str, JSON] = field(default_factory=dict)
+    stats_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping) or not isinstance(self.details, Mapping):
+            raise SecateurError("plan: layers and details must be mappings")
+        for layer, plan in self.layers.items():
+            if not isinstance(plan, LayerPlan):
+                raise SecateurError(f"plan, layer {layer!r}: found {plan!r}, expected a LayerPlan")
+        tidy = {
+            _index(layer, "plan: a layer id"): LayerPlan(
+                experts_before=_index(plan.experts_before, f"plan, layer {layer}: experts_before"),
+                order=tuple(_index(old, f"plan, layer {layer}: an expert id in order") for old in plan.order),
+            )
+            for layer, plan in self.layers.items()
+        }
+        object.__setattr__(self, "layers", dict(sorted(tidy.items())))
+        object.__setattr__(self, "details", _as_json(self.details, "details"))
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every layer; see the class for what is an error."""
+        if not self.layers:
+            raise SecateurError("plan: it names no layer, expected at least one")
+        if not isinstance(self.criterion, str) or not self.criterion:
+            raise SecateurError(f"plan: criterion is {self.criterion!r}, expected a name")
+        if self.stats_digest is not None and not isinstance(self.stats_digest, str):
+            raise SecateurError(f"plan: stats_digest is {self.stats_digest!r}, expected a string or nothing")
+        for layer, plan in self.layers.items():
+            _validate_layer(layer, plan)
+
+    def compose(self, later: Plan) -> Plan:
+        """This plan, then `later` on its result, as one plan from this plan's ids.
+
+        A layer that only one of the two lists is untouched by the other. The decisions of both are kept in
+        `details["steps"]`, in order.
+
+        Raises:
+            SecateurError: `later` starts from another number of experts than this plan leaves.
+        """
+        layers = dict(self.layers)
+        for layer, second in later.layers.items():
+            first = self.layers.get(layer)
+            if first is None:
+                layers[layer] = second
+                continue
+            if first.experts_after != second.experts_before:
+                raise SecateurError(
+                    f"layer {layer}: the later plan starts from {second.experts_before} experts, "
+                    f"but the earlier one leaves {first.experts_after}"
+                )
+            order = tuple(first.order[middle] for middle in second.order)
+            layers[layer] = LayerPlan(experts_before=first.experts_before, order=order)
+        return Plan(layers=layers, criterion="composed", details={"steps": [*self._steps(), *later._steps()]})
+
+    def _steps(self) -> list[JSON]:
+        if self.criterion == "composed" and isinstance(self.details.get("steps"), list):
+            return list(self.details["steps"])  # type: ignore[arg-type]
+        return [{"criterion": self.criterion, "details": self.details, "stats_digest": self.stats_digest}]
+
+    def invert(self) -> Plan:
+        """The plan that undoes a re-ordering: `plan.compose(plan.invert())` keeps every expert where it was.
+
+        Raises:
+            SecateurError: a layer drops experts, which nothing can undo.
+        """
+        layers = {}
+        for layer, plan in self.layers.items():
+            if plan.dropped:
+                raise SecateurError(
+                    f"layer {layer}: the plan keeps {plan.experts_after} of {plan.experts_before} experts; "
+                    "only a permutation can be inverted"
+                )
+            order = sorted(range(plan.experts_before), key=plan.order.__getitem__)
+            layers[layer] = LayerPlan(experts_before=plan.experts_before, order=tuple(order))
+        return Plan(layers=layers, criterion=f"inverse of {self.criterion}")
+
+    @classmethod
+    def identity(cls, experts: Mapping[int, int]) -> Plan:
+        """The plan that changes nothing; `experts` is layer -> number of experts."""
+        layers = {layer: LayerPlan(experts_before=count, order=tuple(range(count))) for layer, count in experts.items()}
+        return cls(layers=layers, criterion="identity")
+
+    def describe(self) -> str:
+        """A summary for people: one line for the whole, one for each layer."""
+        before = sum(plan.experts_before for plan in self.layers.values())
+        after = sum(plan.experts_after for plan in self.layers.values())
+        lines = [f"{self.criterion}: keeps {after} of {before} experts in {len(self.layers)} layers"]
+        for layer, plan in self.layers.items():
+            line = f"layer {layer}: {plan.experts_before} -> {plan.experts_after}"
+            if plan.dropped:
+                line += f", drops {' '.join(map(str, plan.dropped))}"
+            if not plan.is_ascending:
+                line += f", new order {' '.join(map(str, plan.order))}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "criterion": self.criterion,
+            "details": self.details,
+            "stats_digest": self.stats_digest,
+            "layers": {
+                str(layer): {"experts_before": plan.experts_before, "order": list(plan.order)}
+                for layer, plan in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            SecateurError: another format or version, a missing or unknown entry, or an invalid plan.
+        """
+        top = _typed(data, dict, "plan")
+        found = (top.get("format"), top.get("version"))
+        if found != (FORMAT, VERSION) or isinstance(top.get("version"), bool):
+            raise SecateurError(f"plan: format and version are {found}, expected {(FORMAT, VERSION)}")
+        _keys(top, {"layers", "criterion"}, {"format", "version", "details", "stats_digest"}, "plan")
+        layers = {}
+        for name, entry in _typed(top["layers"], dict, "plan: layers").items():
+            where = f"plan, layer {name}"
+            if not name.isdecimal() or str(int(name)) != name:
+                raise SecateurError(f"plan: layer id is {name!r}, expected a whole number")
+            _keys(_typed(entry, dict, where), {"experts_before", "order"}, set(), where)
+            order = tuple(_typed(entry["order"], list, f"{where}: order"))
+            layers[int(name)] = LayerPlan(experts_before=entry["experts_before"], order=order)
+        details = _typed(top.get("details", {}), dict, "plan: details")
+        return cls(layers=layers, criterion=top["criterion"], details=details, stats_digest=top.get("stats_digest"))
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON, one line for each layer so that two plans can be compared line by line."""
+        head = self.to_json()
+        layers = _typed(head.pop("layers"), dict, "layers")
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in layers.items())
+        start = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
+        atomic_write(Path(path), f'{start},\n  "layers": {{\n{lines}\n  }}\n}}\n')
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            SecateurError: the file cannot be read, is not strict JSON, or is not a valid plan; the message names it.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+            return cls.from_json(data)
+        except OSError as error:
+            raise SecateurError(f"plan file {path}: cannot be read ({error.strerror})") from error
+        except SecateurError as error:
+            raise SecateurError(f"plan file {path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise SecateurError(f"plan file {path}: not JSON in UTF-8 ({error})") from error
+
+
+def _validate_layer(layer: int, plan: LayerPlan) -> None:
+    if layer < 0:
+        raise SecateurError(f"plan: layer id is {layer}, expected 0 or more")
+    if not plan.order:
+        raise SecateurError(f"plan, layer {layer}: no expert is kept, expected at least one")
+    outside = sorted({old for old in plan.order if not 0 <= old < plan.experts_before})
+    if outside:
+        raise SecateurError(
+            f"plan, layer {layer}: expert ids {outside} are out of range, expected 0 to {plan.experts_before - 1}"
+        )
+    if len(set(plan.order)) != len(plan.order):
+        twice = sorted({old for old in plan.order if plan.order.count(old) > 1})
+        raise SecateurError(f"plan, layer {layer}: expert ids {twice} are listed more than once, expected once")
+
+
+def _index(value: Any, name: str) -> int:
+    """`value` as int when it is one (also from torch or numpy); no bool, no float, no text."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise SecateurError(f"{name} is {value!r}, expected an integer") from None
+
+
+def _as_json(value: Any, name: str) -> Any:
+    """`value` as strict JSON holds it."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise SecateurError(f"plan: {name} is nan, expected a number")
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+    raise SecateurError(f"plan: {name} is {value!r}, expected something JSON can hold")
+
+
+def _typed(value: object, kind: type, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise SecateurError(f"{name}: found {value!r:.80}, expected {TYPE_NAMES[kind]}")
+    return value
+
+
+def _keys(entry: dict[str, Any], required: set[str], optional: set[str], name: str) -> None:
+    missing, unknown = required - entry.keys(), entry.keys() - required - optional
+    if missing or unknown:
+        raise SecateurError(f"{name}: missing entries {sorted(missing)}, unknown entries {sorted(unknown)}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) != len(pairs):
+        raise SecateurError(f"an object lists a key twice: {[key for key, _ in pairs]}")
+    return entry
+
+
+def _refuse_constant(name: str) -> None:
+    raise SecateurError(f"found {name}, which is not JSON")

@@ -1,0 +1,192 @@
+"""Figures of the loads: each expert over time, and the cut that each pruning made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+from secateur.report.numbers import ascending, chosen_layers, dropped_share, load_history
+from secateur.report.run_data import Event, RunData
+from secateur.report.theme import SMALL, TEXT, Theme, event_lines, new_figure, note, style, token_axis
+from secateur.report.words import share
+
+FAINTEST = 64
+
+
+def load_over_time_title(run: RunData) -> str:
+    """What the heat maps show, in one line."""
+    spread = _spread(run)
+    if not run.windows:
+        return "No loads have been recorded yet"
+    if spread is None:
+        return "In every layer some expert gets no token at the end"
+    return f"Busiest over idlest expert of a layer: up to {spread:.0f} times"
+
+
+def _spread(run: RunData) -> float | None:
+    """Largest busiest over idlest load among the layers of the last window where every expert got a token."""
+    layers = run.windows[-1].layers.values() if run.windows else []
+    return max((max(loads) / min(loads) for loads in layers if min(loads) > 0), default=None)
+
+
+def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
+    """One heat map a layer: tokens across, first expert ids up, colour = load over mean load; blank = dropped."""
+    layers = chosen_layers(list(run.experts))
+    columns = 2 if len(layers) > 1 else 1
+    rows = math.ceil(len(layers) / columns)
+    figure = new_figure(theme, load_over_time_title(run), height=1.2 + 1.75 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes in panels.flat[len(layers) :]:
+        axes.set_visible(False)
+    histories = {layer: load_history(run, layer) for layer in layers}
+    highest = max((np.nanmax(h.ratio, initial=1.0) for h in histories.values()), default=1.0)
+    reach = min(FAINTEST, 2 ** math.ceil(math.log2(max(2.0, float(highest)))))
+    image = None
+    for axes, layer in zip(panels.flat, layers, strict=False):
+        style(axes, theme, title=f"layer {layer}", grid="")
+        # Hatched background: it stays visible where an expert is gone.
+        axes.set_facecolor(theme.background)
+        axes.patch.set(hatch="////", edgecolor=theme.grid, linewidth=0)
+        history = histories[layer]
+        if run.windows:
+            image = axes.pcolormesh(
+                history.edges,
+                np.arange(run.experts[layer] + 1) - 0.5,
+                np.maximum(history.ratio, 1 / FAINTEST / 4),
+                cmap="viridis",
+                norm=LogNorm(1 / FAINTEST, reach),
+                rasterized=True,
+            )
+        else:
+            note(axes, theme, "no window yet")
+        axes.set_ylim(-0.5, run.experts[layer] - 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        token_axis(axes, run.tokens)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        event_lines(axes, theme, [event.tokens for event in run.events], labels=False)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens", fontsize=TEXT, color=theme.muted)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("expert", fontsize=TEXT, color=theme.muted)
+    if image is not None:
+        _colour_bar(figure, theme, image, panels, reach)
+    return figure
+
+
+def _colour_bar(figure: Figure, theme: Theme, image: QuadMesh, panels: Any, reach: float) -> None:
+    bar = figure.colorbar(image, ax=panels, location="bottom", aspect=50, shrink=0.9, extend="min")
+    powers = [2.0**power for power in range(-6, 7, 2) if 2.0**power <= reach]
+    bar.ax.xaxis.set_major_locator(FixedLocator(powers))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _ratio(value)))
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(colors=theme.muted, labelsize=SMALL, width=0.6, length=3)
+    bar.set_label("load / mean load of the layer; hatched: dropped", fontsize=TEXT, color=theme.muted)
+    bar.outline.set_visible(False)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:g}" if value >= 1 else f"1/{round(1 / value)}"
+
+
+def cut_title(event: Event) -> str:
+    """What the cut figure shows, in one line."""
+    dropped = event.experts_before - event.experts_after
+    part = share(event.rerouted_share)
+    return f"Step {event.step}: {dropped} of {event.experts_before} experts go, with {part} of the load"
+
+
+def cut_figure(event: Event, theme: Theme) -> Figure:
+    """For each layer, the loads from idlest to busiest and their running sum, the limits, and the cut that was made."""
+    layers = chosen_layers(list(event.loads))
+    figure = new_figure(theme, cut_title(event), height=0.9 + 1.6 * len(layers))
+    panels = figure.subplots(len(layers), 2, squeeze=False)
+    for row, layer in enumerate(layers):
+        _sorted_loads(panels[row, 0], theme, event, layer)
+        _running_sum(panels[row, 1], theme, event, layer)
+    for axes in panels[-1]:
+        axes.set_xlabel("rank of the expert, idlest first", fontsize=TEXT, color=theme.muted)
+    return figure
+
+
+def _sorted_loads(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
+    loads = event.loads[layer]
+    style(axes, theme, title=f"layer {layer}: {len(_dropped(event, layer))} of {len(loads)} dropped", y="load / mean")
+    if not sum(loads):
+        note(axes, theme, "no token was routed")
+        return
+    relative = [load * len(loads) / sum(loads) for load in loads]
+    # A load of 0 has no place on a log axis: it stands below all others, in the row that is labelled 0.
+    floor = min(value for value in relative if value) / 2
+    order = ascending(loads)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _experts(axes, theme, event, layer, [max(relative[expert], floor) for expert in order])
+    if min(loads) == 0:
+        _label(axes, (0, floor), "0", theme.muted, ha="right", va="center", shift=-5)
+    if event.alpha is not None:
+        axes.axhline(event.alpha, color=theme.limit, linewidth=1.2)
+        _label(axes, (1, event.alpha), f"alpha = {event.alpha:g}", theme.limit, ha="right", va="top")
+
+
+def _running_sum(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
+    loads, part = event.loads[layer], dropped_share(event, layer)
+    style(axes, theme, title="" if part is None else f"{share(part)} of the load goes", y="running sum")
+    if part is None:
+        note(axes, theme, "no token was routed")
+        return
+    sums = np.cumsum([loads[expert] for expert in ascending(loads)]) / sum(loads)
+    axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axes.set_ylim(-0.02, 1.03)
+    _experts(axes, theme, event, layer, sums.tolist())
+    if event.beta is not None:
+        axes.axhline(event.beta, color=theme.limit, linewidth=1.2)
+        _label(axes, (0, event.beta), f"beta = {event.beta:g}", theme.limit, ha="left", va="bottom", shift=4)
+
+
+def _dropped(event: Event, layer: int) -> set[int]:
+    plan = event.plan.layers.get(layer)
+    return set(plan.dropped) if plan else set()
+
+
+def _experts(axes: Axes, theme: Theme, event: Event, layer: int, values: list[float]) -> None:
+    """A mark for each expert from the idlest on, and the line between dropped and kept.
+
+    Where the two are mixed there is no such line, and the marks tell.
+    """
+    order, dropped = ascending(event.loads[layer]), _dropped(event, layer)
+    size = 4 if len(order) <= 64 else 2.5
+    for gone, colour, marker in ((True, theme.dropped, "x"), (False, theme.kept, "o")):
+        places = [place for place, expert in enumerate(order) if (expert in dropped) == gone]
+        # An empty curve that is not clipped would break the layout of the whole figure.
+        if places:
+            heights = [values[place] for place in places]
+            axes.plot([place + 1 for place in places], heights, marker, color=colour, markersize=size, clip_on=False)
+    axes.set_xlim(0.3, len(order) + 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if dropped and set(order[: len(dropped)]) == dropped:
+        axes.axvline(len(dropped) + 0.5, color=theme.dropped, linewidth=1, linestyle=(0, (4, 2)))
+
+
+def _label(axes: Axes, place: tuple[float, float], text: str, colour: str, *, ha: str, va: str, shift: int = 0) -> None:
+    """A short text at (share of the width, value)."""
+    up = {"top": -2, "bottom": 2, "center": 0}[va]
+    axes.annotate(
+        text,
+        place,
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(shift, up),
+        textcoords="offset points",
+        ha=ha,
+        va=va,
+        fontsize=SMALL,
+        color=colour,
+    )

@@ -1,0 +1,140 @@
+"""Which figures a run gets, in which order, with the words around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from matplotlib.figure import Figure
+
+from secateur.report import figures_kept, figures_loads, figures_run
+from secateur.report.numbers import chosen_layers, dropped_share
+from secateur.report.ranks import max_over_mean, rank_balance
+from secateur.report.run_data import Event, RunData
+from secateur.report.theme import Theme
+from secateur.report.words import count, share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One figure: file name without ending, heading, how to read it, what it shows in words, and how to draw it."""
+
+    name: str
+    heading: str
+    caption: str
+    alternative: str
+    draw: Callable[[Theme], Figure]
+
+
+def gallery(run: RunData) -> list[Entry]:
+    """The figures of a run; those that need a pruning or loads are left out where there is none."""
+    entries = [_loss(run), _load_over_time(run)]
+    entries += [_cut(event, number, len(run.events)) for number, event in enumerate(run.events, start=1)]
+    if run.events:
+        entries.append(_kept(run))
+    entries.append(_cost(run))
+    if rank_balance(run).ranks:
+        entries.append(_ranks(run))
+    return entries
+
+
+def _loss(run: RunData) -> Entry:
+    control = (
+        " The control is the same run without pruning. The lower panel is the difference of their validation losses."
+        if run.control
+        else ""
+    )
+    return Entry(
+        name="loss",
+        heading="Loss",
+        caption="Thin line: training loss of each logged step; thick line: its running mean over about a fortieth of "
+        f"the run; dots: validation loss. Dashed: pruning.{control}",
+        alternative=f"{figures_run.loss_title(run)}. Training and validation loss against "
+        f"{count(run.tokens)} tokens, with {len(run.events)} prunings marked.",
+        draw=partial(figures_run.loss_figure, run),
+    )
+
+
+def _load_over_time(run: RunData) -> Entry:
+    shown, layers = chosen_layers(list(run.experts)), list(run.experts)
+    some = f" {len(shown)} of the {len(layers)} layers are shown." if len(shown) < len(layers) else ""
+    return Entry(
+        name="load_over_time",
+        heading="Load of each expert over time",
+        caption="One row an expert, numbered as at the start of the run; the colour is its load over the mean load of "
+        "the experts that its layer has at that time. A row of one colour means a settled expert; hatched means "
+        f"dropped.{some}",
+        alternative=f"{figures_loads.load_over_time_title(run)}. Heat maps of {len(shown)} layers: "
+        "tokens across, experts up, colour for the load.",
+        draw=partial(figures_loads.load_over_time_figure, run),
+    )
+
+
+def _cut(event: Event, number: int, num_events: int) -> Entry:
+    layers, shown = list(event.loads), chosen_layers(list(event.loads))
+    some = f" {len(shown)} of the {len(layers)} layers are shown." if len(shown) < len(layers) else ""
+    limits = [
+        text
+        for value, text in (
+            (event.alpha, "an expert may go when its load is at most alpha times the mean (left)"),
+            (event.beta, "the running sum of what goes must stay below beta (right)"),
+        )
+        if value is not None
+    ]
+    rule = f" The rule: {'; and '.join(limits)}." if limits else f" The cut was decided by: {event.plan.criterion}."
+    parts = "; ".join(f"layer {layer} loses {share(dropped_share(event, layer))} of its load" for layer in shown)
+    return Entry(
+        name=f"cut_{number}",
+        heading="The cut" if num_events == 1 else f"Cut {number}",
+        caption="Experts from the idlest to the busiest: load over the mean on a log scale (left) and running sum "
+        f"(right). Crosses and orange: dropped; circles and blue: kept; dashed: the cut.{rule} Rounding to multiples "
+        f"and floors can keep more experts than the limits ask for.{some}",
+        alternative=f"{figures_loads.cut_title(event)}. {parts}.",
+        draw=partial(figures_loads.cut_figure, event),
+    )
+
+
+def _kept(run: RunData) -> Entry:
+    kept = {layer: len(ids) for layer, ids in sorted(run.first_ids(len(run.events)).items())}
+    return Entry(
+        name="experts_kept",
+        heading="Experts kept in each layer",
+        caption="Whole bar: experts at the start of the run; solid part: experts after the last pruning.",
+        alternative=f"{figures_kept.kept_title(run)}. "
+        + "; ".join(f"layer {layer}: {run.experts[layer]} before, {number} after" for layer, number in kept.items())
+        + ".",
+        draw=partial(figures_kept.kept_figure, run),
+    )
+
+
+def _cost(run: RunData) -> Entry:
+    bars = " Below: before the first pruning and after the last; all bars start at 0." if run.events else ""
+    return Entry(
+        name="cost",
+        heading="Speed, parameters and memory",
+        caption=f"Training tokens per second over the run.{bars}",
+        alternative=f"{figures_run.cost_title(run)}. Tokens per second against tokens"
+        + (", and bars for speed, parameters and memory before and after pruning." if run.events else "."),
+        draw=partial(figures_run.cost_figure, run),
+    )
+
+
+def _ranks(run: RunData) -> Entry:
+    balance = rank_balance(run)
+    parts = (
+        f"{ranks.num_ranks} ranks: {max_over_mean(ranks.layers, 'before'):.2f} before, "
+        f"{max_over_mean(ranks.layers, 'after'):.2f} after"
+        for ranks in balance.ranks
+    )
+    source = "the loads the last pruning was decided on" if run.events else "the loads of the last window"
+    return Entry(
+        name="rank_loads",
+        heading="Load of each rank, old order and rearranged",
+        caption="What expert parallelism would see: each rank holds the same number of experts, in the order of their "
+        "first ids (left) or rearranged by LAEP's greedy rule (right). Dot: one layer; bar: all layers together; "
+        "line: a fair share. max / mean is the busiest rank over the mean, summed over layers, because a step waits "
+        f"for the busiest rank in each layer. Computed from {source}; the run itself used one machine.",
+        alternative=f"{figures_kept.ranks_title(run)}. Busiest rank over mean: {'; '.join(parts)}.",
+        draw=partial(figures_kept.ranks_figure, run),
+    )

@@ -1,0 +1,228 @@
+"""The report as one HTML file: no script, no request to anywhere, figures inside. Values in, text out."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from secateur.report.gallery import Entry
+from secateur.report.numbers import compare, dropped_share, last_eval, speed
+from secateur.report.ranks import RankBalance, max_over_mean, rank_balance
+from secateur.report.run_data import Event, RunData
+from secateur.report.stylesheet import STYLE
+from secateur.report.theme import DARK, LIGHT
+from secateur.report.words import NBSP, change, count, loss, memory, share, signed, summary_paragraph
+
+Rows = Sequence[Sequence[str]]
+
+
+def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, str], bytes]) -> str:
+    """The page. `images` holds the PNG of each (entry name, theme name)."""
+    title = f"Secateur: pre-training {run.model_type}"
+    state = "" if run.summary else '<p class="note">This run is not finished: everything below is as of now.</p>'
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        state,
+        f'<p class="lead">{escape(summary_paragraph(run))}</p>',
+        _section("Key numbers", _table(("", "before", "after", "change"), _key_rows(run))),
+        _section("Validation loss", _loss_table(run)),
+        _section("Prunings", _events(run)),
+        *(_figure(entry, images) for entry in entries),
+        _section("Balance over ranks", _balance(run)),
+        _section("How this was run", _provenance(run)),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>" if content else ""
+
+
+def _table(head: Sequence[str], rows: Rows) -> str:
+    """A table whose first column names the rows. It scrolls by itself when the screen is narrower."""
+    if not rows:
+        return ""
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    lines = "\n".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="table"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>'
+
+
+def _figure(entry: Entry, images: Mapping[tuple[str, str], bytes]) -> str:
+    light, dark = (
+        f"data:image/png;base64,{base64.b64encode(images[entry.name, theme.name]).decode('ascii')}"
+        for theme in (LIGHT, DARK)
+    )
+    width, height = _png_size(images[entry.name, LIGHT.name])
+    picture = (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img id="{escape(entry.name)}" src="{light}" width="{width}" height="{height}" '
+        f'alt="{escape(entry.alternative)}"></picture>'
+    )
+    return _section(entry.heading, f"<figure>\n{picture}\n<figcaption>{escape(entry.caption)}</figcaption>\n</figure>")
+
+
+def _png_size(content: bytes) -> tuple[int, int]:
+    """Width and height from the first chunk of a PNG, so that the page does not jump while it loads."""
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def _key_rows(run: RunData) -> Rows:
+    """What there was, what there is and the change; a run without pruning has no second number."""
+    pace = speed(run)
+    first, last = (run.events[0], run.events[-1]) if run.events else (None, None)
+    left = last.experts_after if last else None
+    rows = [
+        _key_row("experts in all layers", sum(run.experts.values()), left, count),
+        _key_row("parameters", run.parameters, last.parameters_after if last else None, count),
+    ]
+    if first and last:
+        for key, name in (("parameters_bytes", "parameter memory"), ("optimizer_bytes", "optimizer memory")):
+            rows.append(_key_row(name, first.memory_before[key], last.memory_after[key], memory))
+    rows.append(_key_row("tokens per second", pace.before, pace.after, count))
+    return rows
+
+
+def _key_row(name: str, before: float | None, after: float | None, say: Any) -> list[str]:
+    texts = ["" if value is None else say(value) for value in (before, after)]
+    return [name, *texts, change(before, after) if before and after is not None else ""]
+
+
+def _loss_table(run: RunData) -> str:
+    """All domains and each of them, with the control's beside it."""
+    mine = last_eval(run)
+    if mine is None:
+        return "<p>No validation has been logged yet.</p>"
+    theirs, versus = last_eval(run.control) if run.control else None, compare(run)
+    names: dict[str, Any] = {"all domains": (mine.validation_loss, theirs and theirs.validation_loss)}
+    for name, value in mine.by_domain.items():
+        names[name] = (value, theirs and theirs.by_domain.get(name))
+    head = ("", "this run", "control", "difference") if run.control else ("", "this run")
+    rows = []
+    for name, (value, other) in names.items():
+        row = [name, loss(value)]
+        if run.control:
+            row += [loss(other), _difference(value, other)]
+        rows.append(row)
+    table = _table(head, rows)
+    if theirs and theirs.tokens != mine.tokens:
+        table += (
+            f"<p>The two stand at different numbers of tokens: {escape(count(mine.tokens))} here and "
+            f"{escape(count(theirs.tokens))} in the control. "
+            + (
+                f"After {escape(count(versus.tokens))} tokens, where both were validated, the difference is "
+                f"{_difference(versus.run, versus.control)}.</p>"
+                if versus
+                else "They share no validation point.</p>"
+            )
+        )
+    return table
+
+
+def _difference(value: float | None, other: float | None) -> str:
+    if value is None or other is None:
+        return "unknown"
+    return signed(value - other, 3)
+
+
+def _events(run: RunData) -> str:
+    if not run.events:
+        return "<p>No expert was dropped in this run.</p>" if run.summary else "<p>No expert has been dropped yet.</p>"
+    head = ("step", "tokens", "reason", "rule", "experts", "parameters", "tokens re-routed", "time", "oracle")
+    table = _table(head, [_event_row(event) for event in run.events])
+    layers = "".join(_event_layers(event) for event in run.events)
+    return (
+        f"{table}\n<p>Oracle: the largest difference between the logits of the pruned model and those of the unpruned "
+        f"one with the dropped experts barred, at the moment of pruning. 0 means bit for bit equal.</p>\n{layers}"
+    )
+
+
+def _event_row(event: Event) -> list[str]:
+    limits = [
+        f"{name} {value:g}" for name, value in (("alpha", event.alpha), ("beta", event.beta)) if value is not None
+    ]
+    return [
+        str(event.step),
+        count(event.tokens),
+        event.reason,
+        ", ".join([event.plan.criterion, *limits]),
+        _from_to(str(event.experts_before), str(event.experts_after)),
+        f"{_from_to(count(event.parameters_before), count(event.parameters_after))} "
+        f"({change(event.parameters_before, event.parameters_after)})",
+        share(event.rerouted_share),
+        "unknown" if event.surgery_seconds is None else f"{event.surgery_seconds:.2f}{NBSP}s",
+        "not run" if event.oracle is None else f"{event.oracle:g}",
+    ]
+
+
+def _from_to(before: str, after: str) -> str:
+    return f"{before}{NBSP}\N{RIGHTWARDS ARROW}{NBSP}{after}"
+
+
+def _event_layers(event: Event) -> str:
+    rows = [
+        [
+            str(layer),
+            str(plan.experts_before),
+            str(plan.experts_after),
+            share(dropped_share(event, layer)),
+            " ".join(map(str, plan.dropped)) or "none",
+        ]
+        for layer, plan in event.plan.layers.items()
+    ]
+    table = _table(("layer", "before", "after", "load re-routed", "dropped (numbering at that step)"), rows)
+    return f"<details><summary>Step {event.step}, layer by layer</summary>\n{table}\n</details>"
+
+
+def _balance(run: RunData) -> str:
+    balance = rank_balance(run)
+    head = ["ranks", "old order", "rearranged", "best possible at least"]
+    rows = [_balance_row(ranks) for ranks in balance.ranks]
+    later = any(ranks.later for ranks in balance.ranks)
+    if later:
+        head += ["old order, last window", "rearranged, last window"]
+    left_out = "".join(
+        f"<p>{num_ranks} ranks are left out: {escape(reason)}.</p>" for num_ranks, reason in balance.left_out.items()
+    )
+    text = "<p>Busiest rank over the mean, all layers together; 1 is level.</p>" if rows else ""
+    if later:
+        text += (
+            "<p>The last window tells whether a placement that was chosen at the pruning still fits the loads at the "
+            "end of the run.</p>"
+        )
+    return f"{text}{_table(head, rows)}{left_out}"
+
+
+def _balance_row(ranks: RankBalance) -> list[str]:
+    mean = sum(sum(layer.before) for layer in ranks.layers.values()) / ranks.num_ranks
+    bound = sum(layer.lower_bound for layer in ranks.layers.values()) / mean
+    values = [max_over_mean(ranks.layers, "before"), max_over_mean(ranks.layers, "after"), bound]
+    if ranks.later:
+        values += [max_over_mean(ranks.later, "before"), max_over_mean(ranks.later, "after")]
+    return [str(ranks.num_ranks), *("unknown" if value is None else f"{value:.3f}" for value in values)]
+
+
+def _provenance(run: RunData) -> str:
+    versions = {"secateur": run.info.get("secateur"), **run.info["versions"]}
+    facts = [[str(name), str(value)] for name, value in (versions | run.info["hardware"]).items()]
+    if run.summary and run.summary.peak_memory_bytes:
+        facts.append(["peak memory", memory(run.summary.peak_memory_bytes)])
+    command = run.info.get("command")
+    shown = " ".join(map(str, command)) if isinstance(command, list) else str(command)
+    whole = json.dumps({key: run.info.get(key) for key in ("config", "model", "data")}, indent=2, ensure_ascii=False)
+    return (
+        f"{_table(('', ''), facts)}\n<p>Command:</p>\n<pre>{escape(shown)}</pre>\n"
+        f"<details><summary>Configuration, model and data</summary>\n<pre>{escape(whole)}</pre>\n</details>"
+    )

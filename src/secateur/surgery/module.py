@@ -1,0 +1,156 @@
+"""Apply a plan to a live model and its optimizer, in place: training goes on with the same objects."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from secateur.errors import SecateurError
+from secateur.families import MoEBlock, MoEModel, describe_moe
+from secateur.modeling_secateur import (
+    layer_of,
+    native_config,
+    pruned_config_class,
+    pruned_model_class,
+    replace_tensor_,
+    set_attributes_,
+)
+from secateur.plan import LayerPlan, Plan
+from secateur.surgery.optimizer import Replacement, replace_parameters_
+from secateur.surgery.tensors import ExpertTensor, gather
+
+
+def check_model(moe: MoEModel) -> None:
+    """Refuse what surgery in place cannot follow, before any time is spent on training.
+
+    Raises:
+        SecateurError: the model is compiled, sharded, quantised, shares expert tensors, or has hooks on them.
+    """
+    model = moe.model
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise SecateurError("the model is quantised; experts are pruned in training only in floating point")
+    if getattr(model.config, "output_router_logits", False):
+        raise SecateurError(
+            "config.output_router_logits is on: transformers then adds a balance loss that takes one expert count for "
+            "all layers; turn it off (Secateur's balance option 'mixtral' is the same loss for layers that differ)"
+        )
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if layer_of(name) is None or name not in moe.layout.tensors:
+            continue
+        if id(parameter) in owners:
+            raise SecateurError(f"{name} and {owners[id(parameter)]} are one shared parameter")
+        owners[id(parameter)] = name
+        if type(parameter.data) is not torch.Tensor:
+            raise SecateurError(f"{name} is a {type(parameter.data).__name__}, expected a plain tensor (not sharded)")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise SecateurError(f"{name} has gradient hooks, which would stay on the old parameter")
+
+
+def check_plan(moe: MoEModel, plan: Plan) -> None:
+    """Compare a plan with the model it is for.
+
+    Raises:
+        SecateurError: a layer the model does not have, another number of experts, or fewer left than the router needs.
+    """
+    for layer, one in plan.layers.items():
+        if layer not in moe.blocks:
+            raise SecateurError(f"plan: layer {layer} is not a MoE layer; MoE layers are {sorted(moe.blocks)}")
+        found = moe.blocks[layer].num_experts
+        if one.experts_before != found:
+            raise SecateurError(f"plan: layer {layer} is for {one.experts_before} experts, the model has {found}")
+        if one.experts_after < moe.min_experts:
+            raise SecateurError(
+                f"plan: layer {layer} keeps {one.experts_after} experts, its router needs {moe.min_experts}"
+            )
+        _check_groups(layer, one, moe.num_groups)
+
+
+def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> MoEModel:
+    """Gather every tensor with an expert axis by the plan, with the optimizer's state, in place.
+
+    Call it after `optimizer.step()`: gradients of the replaced parameters are dropped. The model object, its modules,
+    the learning-rate schedule, GradScaler and the parameters' order in the optimizer stay. A model whose layers end up
+    with different counts becomes its `Pruned...` class, so that `save_pretrained` writes a folder that loads again.
+
+    Returns:
+        The description of the pruned model.
+
+    Raises:
+        SecateurError: the plan does not fit the model, or no rule covers the optimizer's state; nothing was changed.
+    """
+    check_plan(moe, plan)
+    changed = {layer: one for layer, one in plan.layers.items() if one.order != tuple(range(one.experts_before))}
+    replacements: list[Replacement] = []
+    new_tensors: list[tuple[nn.Module, str, torch.Tensor]] = []
+    for layer, one in changed.items():
+        for spec in moe.blocks[layer].tensors:
+            owner, key = _locate(moe.model, spec)
+            old = getattr(owner, key)
+            value = gather(old.detach(), spec, one.order, one.experts_before)
+            if isinstance(old, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=old.requires_grad)
+                value.__dict__.update(vars(old))
+                replacements.append(
+                    Replacement(old=old, new=value, spec=spec, order=one.order, num_experts=one.experts_before)
+                )
+            new_tensors.append((owner, key, value))
+    if optimizer is not None:
+        replace_parameters_(optimizer, replacements)
+    for owner, key, value in new_tensors:
+        replace_tensor_(owner, key, value)
+    counts = moe.counts | {layer: one.experts_after for layer, one in plan.layers.items()}
+    set_counts_(moe, counts)
+    return describe_moe(moe.model, moe.layout)
+
+
+def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
+    """Write expert counts into the config, the class and every module attribute that holds one, in place."""
+    model, config = moe.model, moe.model.config
+    native = native_config(config)
+    set_attributes_(model, moe.layout, counts)
+    largest = max(counts.values())
+    modules = dict(model.named_modules())
+    for (name, key), value in moe.layout.attributes.items():
+        if layer_of(name) is None:
+            setattr(modules[name], key, value.at(largest))
+    *parents, key = moe.count_key.split(".")
+    setattr(functools.reduce(getattr, parents, config), key, largest)
+    native_model = getattr(type(model), "native_class", type(model))
+    if len(set(counts.values())) == 1:
+        config.__class__, model.__class__ = type(native), native_model
+        for name in ("moe_config", "base_model_type", "auto_map"):
+            config.__dict__.pop(name, None)
+        return
+    config.__class__, model.__class__ = pruned_config_class(type(native)), pruned_model_class(native_model)
+    config.base_model_type = native.model_type
+    config.moe_config = {
+        "per_layer_experts_blocks": [counts.get(layer, 0) for layer in range(config.num_hidden_layers)]
+    }
+
+
+def _locate(model: nn.Module, spec: ExpertTensor) -> tuple[nn.Module, str]:
+    path, _, key = spec.name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def _check_groups(layer: int, one: LayerPlan, num_groups: int) -> None:
+    if num_groups == 1:
+        return
+    size_before, size_after = one.experts_before // num_groups, one.experts_after // num_groups
+    groups = [old // size_before for old in one.order]
+    if one.experts_after % num_groups or groups != [new // size_after for new in range(one.experts_after)]:
+        raise SecateurError(
+            f"plan: layer {layer} has {num_groups} router groups; each must keep the same number of its own experts, "
+            f"found the groups {groups} in the new order"
+        )
+
+
+def router_tensors(block: MoEBlock) -> tuple[ExpertTensor, ...]:
+    """The tensors of a block that decide the routing: all with an expert axis outside its `experts` module."""
+    return tuple(spec for spec in block.tensors if not spec.name.startswith(f"{block.name}.experts."))

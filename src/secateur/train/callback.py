@@ -1,0 +1,113 @@
+"""LAEP for transformers' Trainer: `Trainer(..., callbacks=[LAEPCallback(target_params=0.67)])`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from secateur.errors import SecateurError
+from secateur.train.events import PruneEvent
+from secateur.train.laep import LAEP, as_prunings
+
+
+class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Prunes the experts of the Trainer's model while it trains; takes the keyword arguments of `LAEP`.
+
+    The state travels in `trainer_state.json`, so `trainer.train(resume_from_checkpoint=...)` goes on exactly where it
+    was. After a pruning, load the model from the checkpoint folder itself before resuming.
+
+    Attributes:
+        pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
+
+    Raises:
+        SecateurError: at construction for a schedule that cannot be, at the start of training for a model, optimizer or
+            set of training arguments that is not supported.
+    """
+
+    def __init__(self, *, on_event: Callable[[PruneEvent], None] | None = None, **laep: Any) -> None:
+        settings = ("prunings", "window_steps", "phase", "self_check")
+        as_prunings(laep.get("prunings"), **{key: value for key, value in laep.items() if key not in settings})
+        self._laep = laep
+        self._on_event = on_event
+        self.pruner: LAEP | None = None
+
+    @property
+    def events(self) -> list[PruneEvent]:
+        return [] if self.pruner is None else self.pruner.events
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainingArguments) -> None:
+        """What the start of training checks, for a caller who wants to know sooner.
+
+        Raises:
+            SecateurError: see the class.
+        """
+        refuse_arguments(args)
+        LAEP(model, optimizer, **self._laep).detach()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_arguments(args)
+        if self.pruner is not None:
+            self.pruner.detach()
+        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], **self._laep)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and not saved:
+            raise SecateurError(
+                f"resumed at step {state.global_step} from a checkpoint that was written without {type(self).__name__}:"
+                " the loads before it are unknown; start a new run from its weights instead"
+            )
+        if state.global_step:
+            self.pruner.load_state_dict(saved["attributes"]["pruner_state"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.pruner is not None
+        event = self.pruner.step()
+        if event is not None:
+            state.log_history.append({"step": state.global_step, "prune_event": event.to_json()})
+            if self._on_event is not None:
+                self._on_event(event)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.pruner is not None:
+            self.pruner.detach()
+
+    def state(self) -> dict[str, Any]:
+        """For `trainer_state.json` (transformers' ExportableState)."""
+        pruner_state = None if self.pruner is None else self.pruner.state_dict()
+        return {"args": {}, "attributes": {"pruner_state": pruner_state}}
+
+
+# training argument -> why it is refused when it is on
+REFUSED_ARGUMENTS = {
+    "torch_compile": "compiled code holds the old parameters",
+    "deepspeed": "its parameters are views of flat buffers",
+    "auto_find_batch_size": "a restart with another batch size would begin with an already pruned model",
+    "restore_callback_states_from_checkpoint": "LAEPCallback restores itself, and would be made anew without arguments",
+    "use_liger_kernel": "its fused experts are not the modules that are counted and cut",
+}
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """Raise for training arguments that pruning in the running job cannot follow.
+
+    Raises:
+        SecateurError: names the argument and the reason.
+    """
+    for name, why in REFUSED_ARGUMENTS.items():
+        if getattr(args, name, None):
+            raise SecateurError(f"TrainingArguments.{name} cannot be used with expert pruning: {why}")
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise SecateurError(
+            f"Trainer runs on {args.world_size} processes and {args.n_gpu} GPUs a process: expected one of each. "
+            "For one GPU of several, set CUDA_VISIBLE_DEVICES"
+        )

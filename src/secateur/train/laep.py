@@ -1,0 +1,358 @@
+"""LAEP in a training loop (arXiv 2601.14327): count loads, wait until they are stable, prune, go on.
+
+    pruner = LAEP(model, optimizer, target_params=0.67)
+    for batch in loader:
+        model(**batch).loss.backward()
+        optimizer.step()
+        event = pruner.step()   # a PruneEvent at the step that prunes, else None
+        optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.decide import Rule, decide
+from secateur.errors import SecateurError
+from secateur.families import MoEModel, describe_moe
+from secateur.observe import LoadCounter
+from secateur.plan import Plan
+from secateur.stats import RouterStats
+from secateur.surgery.module import check_model, prune_model_
+from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
+from secateur.train.events import LayerEvent, Memory, PruneEvent
+from secateur.train.phases import PhaseConstants, PhaseReport, StablePhaseDetector
+from secateur.train.processes import refuse_several_processes
+from secateur.verify import barred_experts, logits_of
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """One pruning of a schedule: what to drop, and when.
+
+    rule: thresholds or a goal. at_step, at_tokens: a fixed time, in optimizer steps or in tokens seen; with neither,
+    the first time the loads are stable (counted anew after the pruning before it). at_tokens is looked at when a
+    statistics window ends. multiple_of: every kept count is a multiple of it, e.g. the expert-parallel size.
+    """
+
+    rule: Rule
+    at_step: int | None = None
+    at_tokens: int | None = None
+    multiple_of: int = 1
+    min_experts: int = 1
+    max_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.at_step is not None and self.at_tokens is not None:
+            raise SecateurError("a pruning takes at_step or at_tokens, not both")
+        for name in ("at_step", "at_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SecateurError(f"{name} is {value}, expected at least 1")
+
+
+class LAEP:
+    """Prunes the experts of a model while it trains.
+
+    Args:
+        model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it.
+        prunings: a schedule (an empty one only watches the loads); or give one `Rule` by its fields (alpha, beta, target_params, max_rerouted, uniform),
+            with `at_step` or `at_tokens` for a fixed time. Default: `target_params=0.67` at the stable phase.
+        window_steps: optimizer steps a statistics window.
+        phase: constants of the stable-phase detector.
+        self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training
+            sequence (two forward passes).
+
+    Raises:
+        SecateurError: the model, the optimizer, the schedule or the way the job was started is not supported. Nothing
+            has been changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        prunings: Sequence[Pruning] | None = None,
+        at_step: int | None = None,
+        at_tokens: int | None = None,
+        window_steps: int = 20,
+        phase: PhaseConstants | None = None,
+        self_check: bool = True,
+        **rule_and_limits: Any,
+    ) -> None:
+        refuse_several_processes()
+        if window_steps < 1:
+            raise SecateurError(f"window_steps is {window_steps}, expected at least 1")
+        self.prunings = as_prunings(prunings, at_step=at_step, at_tokens=at_tokens, **rule_and_limits)
+        self.window_steps = window_steps
+        self.self_check = self_check
+        self.moe: MoEModel = describe_moe(model)
+        check_model(self.moe)
+        self._optimizer = unwrap(optimizer)
+        if self.prunings:
+            check_optimizer(self._optimizer)
+        for pruning in self.prunings:  # an impossible floor shows before training, not at the pruning step
+            self._limits(pruning)
+        self._counter = LoadCounter(self.moe)
+        self._sample: Tensor | None = None
+        self._sample_hook = model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
+        phase = phase or PhaseConstants()
+        self._detector = StablePhaseDetector(phase)
+        self._windows: deque[RouterStats] = deque(maxlen=phase.windows)
+        self.num_steps = 0
+        self.num_tokens = 0
+        self._steps_in_window = 0
+        self.events: list[PruneEvent] = []
+        self.plan: Plan = Plan.identity(self.moe.counts)
+        self.last_window: RouterStats | None = None
+        self.last_phase: PhaseReport | None = None
+
+    def step(self) -> PruneEvent | None:
+        """Call after every `optimizer.step()`. Prunes when it is time.
+
+        Returns:
+            The event of a pruning, else None.
+
+        Raises:
+            SecateurError: the loads or the router weights cannot be used (no token counted, NaN), or the goal cannot
+                be met. The model is unchanged.
+        """
+        self.num_steps += 1
+        self._steps_in_window += 1
+        self.last_window = None
+        if self._steps_in_window == self.window_steps:
+            self._end_window()
+        reason = self._due()
+        if reason is None:
+            return None
+        return self._prune(self.prunings[len(self.events)], reason)
+
+    @property
+    def load_max_over_mean(self) -> float | None:
+        """Load of the busiest expert over the mean, averaged over layers, in the last full window; None before one."""
+        if not self._windows:
+            return None
+        loads = self._windows[-1].loads().values()
+        return sum(max(one) * len(one) / sum(one) for one in loads) / len(loads)
+
+    @property
+    def phase(self) -> str:
+        """transition, stable, or pruned (all prunings of the schedule are done)."""
+        if self.prunings and len(self.events) == len(self.prunings):
+            return "pruned"
+        return "stable" if self.last_phase is not None and self.last_phase.stable else "transition"
+
+    def detach(self) -> None:
+        """Remove all hooks from the model."""
+        self._counter.detach()
+        self._sample_hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after a restart, as JSON-able values."""
+        return {
+            "version": STATE_VERSION,
+            "num_steps": self.num_steps,
+            "num_tokens": self.num_tokens,
+            "steps_in_window": self._steps_in_window,
+            "window_steps": self.window_steps,
+            "open_window": None if self._counter.is_empty else self._counter.read().to_json(),
+            "windows": [window.to_json() for window in self._windows],
+            "detector": self._detector.state(),
+            "events": [event.to_json() for event in self.events],
+            "plan": self.plan.to_json(),
+            "counts": {str(layer): count for layer, count in self.moe.counts.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the model must hold the weights of the same moment.
+
+        Raises:
+            SecateurError: the state is of another version, another schedule, or a model with other expert counts.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise SecateurError(f"LAEP state: version {state.get('version')!r}, expected {STATE_VERSION}")
+        counts = {int(layer): count for layer, count in state["counts"].items()}
+        if counts != self.moe.counts:
+            raise SecateurError(
+                f"LAEP state is of a model with experts {counts}, this model has {self.moe.counts}: load the model from "
+                "the checkpoint itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
+            )
+        if state["window_steps"] != self.window_steps or len(state["events"]) > len(self.prunings):
+            raise SecateurError("LAEP state is of a run with other settings (window_steps or number of prunings)")
+        self.num_steps, self.num_tokens = state["num_steps"], state["num_tokens"]
+        self._steps_in_window = state["steps_in_window"]
+        self._counter.reset(self.moe)
+        if state["open_window"] is not None:
+            self._counter.load(RouterStats.from_json(state["open_window"]))
+        self._windows.clear()
+        self._windows.extend(RouterStats.from_json(window) for window in state["windows"])
+        self._detector.restore(state["detector"])
+        self.events = [PruneEvent.from_json(event) for event in state["events"]]
+        self.plan = Plan.from_json(state["plan"])
+
+    def _end_window(self) -> None:
+        window = self._counter.read()
+        self._counter.reset(self.moe)
+        self._steps_in_window = 0
+        self.num_tokens += _tokens(window)
+        self._windows.append(window)
+        self.last_window = window
+        self.last_phase = self._detector.update(window.loads())
+
+    def _due(self) -> str | None:
+        if len(self.events) == len(self.prunings):
+            return None
+        pruning = self.prunings[len(self.events)]
+        if pruning.at_step is not None:
+            return "step" if self.num_steps >= pruning.at_step else None
+        if self.last_window is None:  # the other two are decided when a window ends
+            return None
+        if pruning.at_tokens is not None:
+            return "tokens" if self.num_tokens >= pruning.at_tokens else None
+        return "stable" if self.last_phase is not None and self.last_phase.stable else None
+
+    def _prune(self, pruning: Pruning, reason: str) -> PruneEvent:
+        started = time.perf_counter()
+        stats = self._statistics()
+        self._check_finite()
+        moe = self.moe
+        plan = decide(
+            stats,
+            self._limits(pruning),
+            pruning.rule,
+            params_per_expert=moe.params_per_expert,
+            total_params=moe.num_parameters,
+        )
+        expected = None
+        if self.self_check and self._sample is not None:
+            with barred_experts(moe, plan):
+                expected = logits_of(moe.model, self._sample)
+        before, parameters_before = self._memory(), moe.num_parameters
+        self.moe = prune_model_(moe, plan, self._optimizer)
+        difference = None
+        if expected is not None:
+            difference = float((logits_of(self.moe.model, self._sample) - expected).abs().max())
+            if not difference <= 1e-3 * float(expected.abs().max()):
+                raise RuntimeError(
+                    f"the pruned model differs from the barred-experts oracle by {difference}: this is a fault of "
+                    "Secateur's, the model in memory must not be used; go back to the last checkpoint"
+                )
+        if not self._counter.is_empty:  # a fixed step may fall inside a window
+            self.num_tokens += _tokens(self._counter.read())
+        self._counter.reset(self.moe)
+        self._steps_in_window = 0
+        self._windows.clear()
+        self._detector.reset()
+        self.last_phase = None
+        self.plan = self.plan.compose(plan)
+        event = PruneEvent(
+            step=self.num_steps,
+            tokens=self.num_tokens,
+            reason=reason,
+            plan=plan,
+            loads=stats.loads(),
+            layers=_layer_events(plan, stats),
+            parameters_before=parameters_before,
+            parameters_after=self.moe.num_parameters,
+            memory_before=before,
+            memory_after=self._memory(),
+            alpha=pruning.rule.alpha,
+            beta=pruning.rule.beta,
+            surgery_seconds=time.perf_counter() - started,
+            oracle_max_abs_difference=difference,
+        )
+        self.events.append(event)
+        return event
+
+    def _statistics(self) -> RouterStats:
+        """The last windows and the open one, added up."""
+        parts = list(self._windows)
+        if not self._counter.is_empty:
+            parts.append(self._counter.read())
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def _limits(self, pruning: Pruning) -> Any:
+        return self.moe.limits(
+            multiple_of=pruning.multiple_of, min_experts=pruning.min_experts, max_experts=pruning.max_experts
+        )
+
+    def _check_finite(self) -> None:
+        for layer, block in self.moe.blocks.items():
+            for name, parameter in block.router.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise SecateurError(
+                        f"layer {layer}: {block.name} router {name} has NaN or infinite values at step "
+                        f"{self.num_steps}; the run has diverged, so its loads mean nothing and nothing is pruned"
+                    )
+
+    def _memory(self) -> Memory:
+        return Memory(
+            parameters_bytes=sum(p.numel() * p.element_size() for p in self.moe.model.parameters()),
+            optimizer_bytes=optimizer_state_bytes(self._optimizer),
+        )
+
+    def _keep_sample(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if model.training and isinstance(tokens, Tensor):
+            self._sample = tokens[:1].detach()
+
+
+def as_prunings(
+    prunings: Sequence[Pruning] | None,
+    *,
+    at_step: int | None = None,
+    at_tokens: int | None = None,
+    multiple_of: int = 1,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    **rule: Any,
+) -> tuple[Pruning, ...]:
+    """A schedule from either form; see `LAEP`.
+
+    Raises:
+        SecateurError: both forms at once, or fixed times that do not increase.
+    """
+    single = at_step is not None or at_tokens is not None or any(value not in (None, False) for value in rule.values())
+    if prunings is None:
+        goal = any(rule.get(name) is not None for name in ("alpha", "beta", "target_params", "max_rerouted"))
+        rule = rule if goal else {**rule, "target_params": 0.67}
+        limits = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
+        return (Pruning(rule=Rule(**rule), at_step=at_step, at_tokens=at_tokens, **limits),)
+    if single:
+        raise SecateurError("give a schedule (prunings) or the fields of one pruning, not both")
+    for name in ("at_step", "at_tokens"):
+        times = [getattr(one, name) for one in prunings if getattr(one, name) is not None]
+        if times != sorted(set(times)):
+            raise SecateurError(f"the prunings' {name} must increase, found {times}")
+    return tuple(prunings)
+
+
+def _tokens(stats: RouterStats) -> int:
+    return next(iter(stats.layers.values())).num_tokens
+
+
+def _layer_events(plan: Plan, stats: RouterStats) -> dict[int, LayerEvent]:
+    events = {}
+    for layer, one in plan.layers.items():
+        loads = stats.layers[layer].token_count
+        dropped = list(one.dropped)
+        events[layer] = LayerEvent(
+            experts_before=one.experts_before,
+            experts_after=one.experts_after,
+            dropped=tuple(dropped),
+            rerouted_share=float(loads[dropped].sum() / loads.sum()),
+        )
+    return events

@@ -1,0 +1,115 @@
+"""The model of a pre-training run: a preset, a config.json, or a folder with weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.data.tokenizer import check_fits, separator
+from secateur.errors import SecateurError
+from secateur.train.options import PretrainOptions
+from secateur.train.presets import COMMON, PRESETS
+
+
+def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The config that `options` name. A preset takes its vocabulary from `tokenizer` (or --vocab-size without one).
+
+    Raises:
+        SecateurError: an unknown preset or config field, a config that transformers does not take, or a tokenizer with
+            more tokens than the config's vocabulary.
+    """
+    if options.model is not None:
+        config = _read_folder(options.model)
+    elif options.config is not None:
+        config = _read_config(Path(options.config), options.overrides)
+    else:
+        assert options.preset is not None
+        config = _preset(options.preset, options.overrides, tokenizer, options.vocab_size)
+    if tokenizer is not None:
+        check_fits(tokenizer, config.vocab_size)
+    return config
+
+
+def make_model(options: PretrainOptions, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights drawn from the current random state, or the weights of --model.
+
+    Raises:
+        SecateurError: the weights do not fit the config exactly.
+    """
+    if options.model is None:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model
+    return load_model(Path(options.model))
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A causal LM from a local folder in float32; every tensor must be there and fit.
+
+    Raises:
+        SecateurError: a tensor is missing, left over or of another shape.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise SecateurError(f"{folder}: not readable as a causal language model: {error}") from error
+    wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
+    if wrong:
+        raise SecateurError(f"{folder}: its tensors do not fit its config: {wrong}")
+    return model
+
+
+def _preset(
+    name: str, overrides: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> PreTrainedConfig:
+    if name not in PRESETS:
+        raise SecateurError(f"--preset {name!r}: expected one of {', '.join(PRESETS)}")
+    model_type, _, fields = PRESETS[name]
+    end = 0 if tokenizer is None else separator(tokenizer)
+    words = {"vocab_size": vocab_size if tokenizer is None else len(tokenizer), "bos_token_id": end}
+    words |= {"eos_token_id": end, "pad_token_id": end}
+    return _from_dict({**COMMON, **fields, **words, "model_type": model_type}, overrides, f"--preset {name}")
+
+
+def _read_config(path: Path, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SecateurError(f"--config {path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise SecateurError(f"--config {path}: expected a transformers config.json with a model_type")
+    return _from_dict(content, overrides, f"--config {path}")
+
+
+def _read_folder(folder: str) -> PreTrainedConfig:
+    if not (Path(folder) / "config.json").is_file():
+        raise SecateurError(f"--model {folder}: expected a folder with a config.json and weights")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SecateurError(f"--model {folder}: {error}") from error
+    return config
+
+
+def _from_dict(content: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    fields = dict(content)
+    model_type = fields.pop("model_type")
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
+        unknown = [key for key in overrides if not hasattr(config, key)]
+        if unknown:
+            raise SecateurError(f"--set {unknown[0]}: {where} ({model_type}) has no such field")
+        config = AutoConfig.for_model(model_type, **{**fields, **overrides})
+    except SecateurError:
+        raise
+    except Exception as error:  # a config class may raise anything at a value it does not like
+        raise SecateurError(f"{where}: transformers does not take it as a {model_type!r} config: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise SecateurError(f"{where}: model type {model_type!r} has no causal language model in this transformers")
+    return config

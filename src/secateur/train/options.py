@@ -1,0 +1,186 @@
+"""The whole configuration of a pre-training run, as one value that is saved with the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from secateur.decide import Rule
+from secateur.errors import SecateurError
+from secateur.train.laep import Pruning, as_prunings
+from secateur.train.phases import PhaseConstants
+
+RULE_FIELDS = ("alpha", "beta", "target_params", "max_rerouted")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """Every setting of `secateur pretrain`; the command line has one option for each, with the same default.
+
+    Raises:
+        SecateurError: a value out of its range, or options that contradict one another.
+    """
+
+    # model: exactly one of preset, config, model
+    preset: str | None = None
+    config: str | None = None
+    model: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    # data
+    data: tuple[str, ...] = ()
+    text_key: str = "text"
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    sequence_length: int = 256
+    validation_share: float = 0.02
+    max_data_bytes: int | None = None
+    # training
+    steps: int = 600
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    optimizer: str = "adamw_torch"
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    threads: int | None = None
+    # balance
+    balance: str = "none"
+    balance_strength: float | None = None
+    # pruning
+    no_prune: bool = False
+    prune: tuple[str, ...] = ()
+    alpha: float | None = None
+    beta: float | None = None
+    target_params: float | None = None
+    max_rerouted: float | None = None
+    uniform: bool = False
+    prune_at_step: int | None = None
+    prune_at_tokens: int | None = None
+    multiple_of: int = 1
+    min_experts: int = 1
+    max_experts: int | None = None
+    window_steps: int = 20
+    stable_windows: int = 3
+    min_rank_correlation: float = 0.97
+    max_total_variation: float = 0.05
+    min_stable_layers: float = 0.95
+    # record
+    log_steps: int = 10
+    eval_steps: int = 100
+    save_steps: int = 200
+    report_to: str = "none"
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("preset", "config", "model") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SecateurError(f"give one of --preset, --config and --model, found {', '.join(given)}")
+        if not given:
+            object.__setattr__(self, "preset", "qwen3_moe")
+        if self.model and self.overrides:
+            raise SecateurError("--set changes a config before a model is made of it; --model is already made")
+        positive = ("steps", "batch_size", "accumulation", "log_steps", "eval_steps", "save_steps", "vocab_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise SecateurError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if self.sequence_length < 2:
+            raise SecateurError(f"--sequence-length is {self.sequence_length}, expected at least 2")
+        for name, low, high in (
+            ("learning_rate", 0.0, math.inf),
+            ("validation_share", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if not low < value < high:
+                raise SecateurError(f"--{name.replace('_', '-')} is {value}, expected above {low} and below {high}")
+        if self.precision not in PRECISIONS:
+            raise SecateurError(f"--precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        for name in ("eval_steps", "save_steps"):
+            if getattr(self, name) % self.log_steps:
+                raise SecateurError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a multiple of --log-steps "
+                    f"({self.log_steps}): a logged loss is a mean since the last log and must not span a restart"
+                )
+        self.prunings()
+        self.phase()
+
+    def prunings(self) -> tuple[Pruning, ...]:
+        """The schedule; empty with --no-prune."""
+        single = {name: getattr(self, name) for name in RULE_FIELDS}
+        if self.no_prune:
+            if self.prune or any(value is not None for value in single.values()):
+                raise SecateurError("--no-prune contradicts the options that say what to prune")
+            return ()
+        shared = {name: getattr(self, name) for name in ("multiple_of", "min_experts", "max_experts")}
+        if self.prune:
+            if any(value is not None for value in (*single.values(), self.prune_at_step, self.prune_at_tokens)):
+                raise SecateurError("--prune is a whole schedule: put thresholds, goals and times into it")
+            return as_prunings([parse_pruning(text, uniform=self.uniform, **shared) for text in self.prune])
+        return as_prunings(
+            None,
+            at_step=self.prune_at_step,
+            at_tokens=self.prune_at_tokens,
+            uniform=self.uniform,
+            **single,
+            **shared,
+        )
+
+    def phase(self) -> PhaseConstants:
+        """The constants of the stable-phase detector."""
+        return PhaseConstants(
+            windows=self.stable_windows,
+            min_rank_correlation=self.min_rank_correlation,
+            max_total_variation=self.max_total_variation,
+            min_stable_layers=self.min_stable_layers,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "data": list(self.data), "prune": list(self.prune), "overrides": dict(self.overrides)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PretrainOptions:
+        """The inverse of `to_json`.
+
+        Raises:
+            SecateurError: a key that this release does not know.
+        """
+        unknown = sorted(set(data) - {one.name for one in fields(cls)})
+        if unknown:
+            raise SecateurError(f"the saved configuration has unknown settings {unknown}")
+        return cls(**{**data, "data": tuple(data["data"]), "prune": tuple(data["prune"])})
+
+
+def parse_pruning(text: str, **shared: Any) -> Pruning:
+    """One entry of a schedule, e.g. "stable alpha=0.2 beta=0.1" or "step=400 target_params=0.6".
+
+    Raises:
+        SecateurError: the words are not a time followed by name=value pairs.
+    """
+    expected = "expected a time (stable, step=N or tokens=N) and thresholds or a goal, e.g. 'stable alpha=0.4 beta=0.1'"
+    times: Sequence[str] = ("step", "tokens")
+    when: dict[str, int] = {}
+    rule: dict[str, float] = {}
+    try:
+        for word in text.replace(",", " ").split():
+            name, _, value = word.partition("=")
+            if name in times:
+                when[f"at_{name}"] = int(value)
+            elif name in RULE_FIELDS:
+                rule[name] = float(value)
+            elif word != "stable":
+                raise SecateurError(f"--prune {text!r}: unknown word {word!r}; {expected}")
+    except ValueError as error:
+        if isinstance(error, SecateurError):
+            raise
+        raise SecateurError(f"--prune {text!r}: {error}; {expected}") from error
+    if not rule or ("stable" in text.split()) == bool(when):
+        raise SecateurError(f"--prune {text!r}: {expected}")
+    uniform = shared.pop("uniform", False)
+    return Pruning(rule=Rule(uniform=uniform, **rule), **when, **shared)

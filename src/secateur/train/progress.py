@@ -1,0 +1,85 @@
+"""What a person sees while a run is going: a live bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINES_PER_RUN = 12
+
+
+class RunProgress:
+    """A progress bar with loss, tokens/s, phase and load; `quiet` shows nothing at all."""
+
+    def __init__(self, description: str, total: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
+        self._total = total
+        self._description = description
+        self._next_line = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(description, total=total, numbers="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, done: int) -> None:
+        """Move the bar without new numbers."""
+        self._progress.update(self._task, completed=done)
+
+    def numbers(self, done: int, numbers: str) -> None:
+        """New numbers at a log step."""
+        self._progress.update(self._task, completed=done, numbers=numbers)
+        if not self._live and (done >= self._next_line or done == self._total):
+            self._next_line = done + max(1, self._total // LINES_PER_RUN)
+            self.say(f"{self._description} {done}/{self._total}  {numbers}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(Text(text), highlight=False, soft_wrap=True)
+
+
+class StageProgress:
+    """For the work before training: called with (description, done, total or None)."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+            transient=True,
+        )
+        self._tasks: dict[str, object] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, description: str, done: int, total: int | None) -> None:
+        if description not in self._tasks:
+            self._tasks[description] = self._progress.add_task(description, total=total)
+        self._progress.update(self._tasks[description], completed=done, total=total)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""The folder of a run: which files it has, and how they are put back to the state of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+from secateur.train.events import PruneEvent
+
+
+class RunFolder:
+    """Paths and writers of one run folder; the control run is a folder of the same form inside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run = path / "run.json"
+        self.data = path / "data"
+        self.metrics = path / "metrics.jsonl"
+        self.loads = path / "loads.jsonl"
+        self.events = path / "events.json"
+        self.summary = path / "summary.json"
+        self.plan = path / "plan.json"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+
+    @property
+    def control(self) -> RunFolder:
+        return RunFolder(self.path / "control")
+
+    def require_new(self) -> None:
+        """Raise when the folder has anything in it.
+
+        Raises:
+            SecateurError: it is a file, or not empty.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise SecateurError(f"--out {self.path}: expected a folder, found a file")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            hint = "; go on with it by --resume" if self.run.exists() else ""
+            raise SecateurError(f"--out {self.path}: expected a new or empty folder, found files in it{hint}")
+
+    def read_run(self) -> dict[str, Any]:
+        """run.json of a run that was started before.
+
+        Raises:
+            SecateurError: there is none, or it cannot be read.
+        """
+        try:
+            content = json.loads(self.run.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SecateurError(f"{self.path}: nothing to resume, its run.json is not readable: {error}") from error
+        if not isinstance(content, dict) or "config" not in content:
+            raise SecateurError(f"{self.run}: expected the settings of a run ('config')")
+        return content
+
+    def write_events(self, events: Iterable[PruneEvent]) -> None:
+        write_json(self.events, [event.to_json() for event in events])
+
+    def rewind(self, step: int) -> float:
+        """Drop all lines after `step` from the logs; returns the training seconds of the last line that stays."""
+        seconds = 0.0
+        for path in (self.metrics, self.loads):
+            lines = [line for line in _whole_lines(path) if line["step"] <= step]
+            atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
+            seconds = max([seconds, *(line["seconds"] for line in lines if "seconds" in line)])
+        return seconds
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON line and hand it to the system."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON, written whole or not at all."""
+    atomic_write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # a kill may cut the last line short; what follows a cut line is after the checkpoint
+            break
+    return lines

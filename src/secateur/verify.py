@@ -1,0 +1,85 @@
+"""The barred-experts oracle: what the unpruned model computes when its routers may not choose the dropped experts.
+
+A router is barred by letting it see the rows of the kept experts only and mapping what it chooses back to the old ids;
+the experts themselves stay whole. So the pruned model must give the same logits bit for bit when the kept order is
+ascending. (Setting the dropped logits to -inf instead is the same function, but its matrix products and sums have
+other shapes, and so other roundings: about 1e-7.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.families import MoEBlock, MoEModel
+from secateur.modeling_secateur import layer_of
+from secateur.observe import INDEX_NAMES, routed_index
+from secateur.plan import Plan
+from secateur.surgery.module import check_plan, router_tensors
+from secateur.surgery.tensors import row_index
+
+
+@contextlib.contextmanager
+def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
+    """While it lasts, the routers of `moe.model` cannot choose an expert that `plan` drops; the model is unchanged after.
+
+    Raises:
+        SecateurError: the plan does not fit the model.
+    """
+    check_plan(moe, plan)
+    undo: list[Callable[[], Any]] = []
+    modules = dict(moe.model.named_modules())
+    try:
+        for layer, one in plan.layers.items():
+            block = moe.blocks[layer]
+            for spec in router_tensors(block):
+                path, _, key = spec.name.rpartition(".")
+                undo.append(_swap(modules[path], key, one.order, one.experts_before, spec))
+            for (name, key), value in moe.layout.attributes.items():
+                if layer_of(name) == layer and not f"{name}.".startswith(f"{block.name}.experts."):
+                    undo.append(lambda m=modules[name], k=key, old=getattr(modules[name], key): setattr(m, k, old))
+                    setattr(modules[name], key, value.at(one.experts_after))
+            hook = block.experts.register_forward_pre_hook(_old_ids(block, one.order), with_kwargs=True, prepend=True)
+            undo.append(hook.remove)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits (B, S, vocabulary) in evaluation mode without gradient; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    return logits
+
+
+def _swap(owner: nn.Module, key: str, order: tuple[int, ...], num_experts: int, spec: Any) -> Callable[[], Any]:
+    store = owner._parameters if key in owner._parameters else owner._buffers
+    old = store[key]
+    assert old is not None
+    index = row_index(order, num_experts, spec, device=old.device)
+    rows = old.detach().index_select(spec.dim, index)
+    store[key] = nn.Parameter(rows, requires_grad=False) if key in owner._parameters else rows
+    return lambda: store.__setitem__(key, old)
+
+
+def _old_ids(block: MoEBlock, order: tuple[int, ...]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        index = routed_index(block, args, kwargs)
+        old = torch.tensor(order, dtype=index.dtype, device=index.device)[index.to(torch.int64)]
+        if len(args) > 1:
+            return (args[0], old, *args[2:]), kwargs
+        name = next(name for name in INDEX_NAMES if name in kwargs)
+        return args, {**kwargs, name: old}
+
+    return hook

@@ -1,0 +1,171 @@
+"""Statistics are sums: they add up exactly, survive a file, and refuse what is not a count."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from secateur.errors import SecateurError
+from secateur.stats import LayerStats, RouterStats
+
+LOADS = {3: [5, 40, 10], 0: [7, 0]}
+
+
+def test_windows_add_up_in_any_order_and_grouping() -> None:
+    rng = random.Random(0)
+    windows = [
+        RouterStats.from_loads({0: [rng.randrange(100) for _ in range(4)], 2: [rng.randrange(100)]}, 10)
+        for _ in range(5)
+    ]
+    total = windows[0] + windows[1] + windows[2] + windows[3] + windows[4]
+    other = (windows[4] + windows[2]) + (windows[1] + (windows[0] + windows[3]))
+    assert total == other
+    assert total.layers[0].num_tokens == 50
+    assert total.loads()[0] == [sum(window.loads()[0][expert] for window in windows) for expert in range(4)]
+
+
+def test_counts_beyond_float_precision_stay_exact() -> None:
+    big = 2**62 + 1
+    assert (RouterStats.from_loads({0: [big, 1]}, 1) + RouterStats.from_loads({0: [2, 1]}, 1)).loads() == {
+        0: [big + 2, 2]
+    }
+
+
+def test_layers_are_listed_in_ascending_order_with_plain_integers() -> None:
+    loads = RouterStats.from_loads(LOADS, 55).loads()
+    assert list(loads.items()) == [(0, [7, 0]), (3, [5, 40, 10])]
+    assert all(type(count) is int for counts in loads.values() for count in counts)
+
+
+def test_a_value_does_not_follow_the_accumulator_it_was_made_from() -> None:
+    counter = torch.tensor([1, 2, 3])
+    stats = LayerStats(num_tokens=3, token_count=counter)
+    counter.zero_()
+    assert stats.token_count.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_every_integer_type_becomes_int64(dtype: torch.dtype) -> None:
+    stats = LayerStats(num_tokens=3, token_count=torch.tensor([1, 2], dtype=dtype))
+    assert stats.token_count.dtype is torch.int64
+    assert stats.num_experts == 2
+
+
+def test_files_and_json_read_back_equal(tmp_path: Path) -> None:
+    stats = RouterStats.from_loads(LOADS, 55)
+    stats.save(tmp_path / "a.safetensors")
+    stats.save(tmp_path / "b.safetensors")
+    assert RouterStats.load(tmp_path / "a.safetensors") == stats
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert RouterStats.from_json(stats.to_json()) == stats
+
+
+def test_digest_depends_on_the_content_only() -> None:
+    stats = RouterStats.from_loads(LOADS, 55)
+    assert stats.digest() == RouterStats.from_loads(dict(reversed(LOADS.items())), 55).digest()
+    others = [
+        RouterStats.from_loads(LOADS, 54),
+        RouterStats.from_loads({**LOADS, 0: [0, 7]}, 55),
+        RouterStats.from_loads({1: [7, 0], 3: [5, 40, 10]}, 55),
+        RouterStats.from_loads({0: [7], 3: [5, 40, 10]}, 55),
+    ]
+    assert len({stats.digest(), *(other.digest() for other in others)}) == 5
+
+
+def test_digest_is_the_sha256_of_the_canonical_text() -> None:
+    # sha256sum of {"format":"secateur-stats","layers":{"0":{"num_tokens":2,"token_count":[1,3]}},"version":1}
+    assert (
+        RouterStats.from_loads({0: [1, 3]}, 2).digest()
+        == "5cd1052c661f8ce1be1bb841cbaf5d618a422160c5ec24edcce691360317f81a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({0: [1, 2]}, {1: [1, 2]}, r"layers \[0, 1\] are in one of them only"),
+        ({0: [1, 2], 4: [1, 2]}, {0: [1, 2], 4: [1]}, "layer 4: statistics of 2 and of 1 experts"),
+    ],
+)
+def test_statistics_of_different_models_do_not_add_up(first: Any, second: Any, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        RouterStats.from_loads(first, 1) + RouterStats.from_loads(second, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "message"),
+    [
+        (-1, torch.tensor([1]), "num_tokens is -1"),
+        (1.0, torch.tensor([1]), "num_tokens is 1.0"),
+        (1, torch.tensor([3, -2]), "token_count of expert 1 is -2"),
+        (1, torch.tensor([1.0]), "token_count has type torch.float32"),
+        (1, torch.tensor([True]), "token_count has type torch.bool"),
+        (1, torch.tensor([[1]]), r"token_count is \(1, 1\)"),
+        (1, torch.tensor([], dtype=torch.int64), r"token_count is \(0,\)"),
+        (1, [1], r"token_count is \[1\]"),
+    ],
+)
+def test_what_is_not_a_count_is_refused(tokens: Any, count: Any, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        LayerStats(num_tokens=tokens, token_count=count)
+
+
+@pytest.mark.parametrize(
+    ("loads", "message"),
+    [
+        ({}, "no layer"),
+        ({-1: [1]}, "layer id is -1"),
+        ({2: [1, -1]}, "layer 2: token_count of expert 1 is -1"),
+        ({2: [1, 0.5]}, "layer 2: a token count is 0.5"),
+        ({2: [1, True]}, "layer 2: a token count is True"),
+        ({2: [2**63]}, "layer 2: "),
+        ({2: []}, r"layer 2: token_count is \(0,\)"),
+    ],
+)
+def test_bad_loads_are_refused_by_layer(loads: Any, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        RouterStats.from_loads(loads, 1)
+
+
+LAYER = {"num_tokens": 1, "token_count": [1]}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "expected format, version and layers"),
+        ({"format": "secateur-stats", "version": 2, "layers": {"0": LAYER}}, "format and version are"),
+        ({"format": "secateur-stats", "version": 1, "layers": {"00": LAYER}}, "layer id is '00'"),
+        ({"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "x": 1}}}, "layer 0: found"),
+        ({"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "token_count": 3.5}}}, "count is 3.5"),
+        ({"format": "secateur-stats", "version": 1, "layers": [LAYER]}, "layers is"),
+    ],
+)
+def test_damaged_json_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        RouterStats.from_json(data)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    with pytest.raises(SecateurError, match=r"stats.safetensors: cannot be read"):
+        RouterStats.load(path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(SecateurError, match=r"stats.safetensors: cannot be read"):
+        RouterStats.load(path)
+    format_ = {"format": "secateur-stats/1"}
+    contents = [
+        ({"weight": torch.ones(2)}, {}, "format is None"),
+        ({"weight": torch.ones(2)}, format_, "unknown tensor weight"),
+        ({"layers.0.token_count": torch.tensor([1])}, format_, "layer 0: found"),
+        ({"layers.0.token_count": torch.ones(1), "layers.0.num_tokens": torch.tensor([1])}, format_, "count is 1.0"),
+    ]
+    for tensors, metadata, message in contents:
+        path.write_bytes(safetensors.torch.save(tensors, metadata))
+        with pytest.raises(SecateurError, match=rf"stats.safetensors: .*{message}"):
+            RouterStats.load(path)
