@@ -239,6 +239,7 @@ def test_rounded_savings_meet_the_goal_within_the_stated_gap() -> None:
         cells = rng.randint(2, 12) * (len(layers) + 1)
         unit = saving_unit(layers, cells)
         rounded += unit > saving_unit(layers)
+        assert (1 + sum(max(options)[0] // unit for options in layers)) * (len(layers) + 1) <= cells, "the table fits"
         gap = len(layers) * unit
         combinations = [(sum(s for s, _ in picked), sum(c for _, c in picked)) for picked in itertools.product(*layers)]
 
@@ -431,3 +432,11 @@ def test_implied_thresholds_of_a_goal_give_the_same_plan_layer_by_layer() -> Non
 def test_bad_rules_are_refused_by_option(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SecateurError, match=message):
         Rule(**arguments)
+
+
+def test_the_unit_of_saving_is_exact_until_the_table_is_full() -> None:
+    layers = [[(0, 0), (99, 1), (100, 1)]]
+    assert saving_unit(layers, 2 * 101) == 1
+    assert saving_unit(layers, 2 * 100) == 2, "one layer, two rows of 0 to 100 would not fit"
+    assert saving_unit([[(0, 0), (60, 1)], [(0, 0), (84, 1)]]) == 12
+    assert saving_unit([[(0, 5)]]) == 1

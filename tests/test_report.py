@@ -1,178 +1,192 @@
-"""The report: what it reads, what it counts and what it writes, on small run folders made here."""
+"""The report: what it writes, says and draws."""
 
 from __future__ import annotations
 
+import base64
 import json
-import math
-import random
+from html.parser import HTMLParser
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
+import pytest
+
+from run_folders import STEP_TOKENS, lines_of, make_run, run_json, tiny_run, two_events, write_json
+from secateur.errors import SecateurError
 from secateur.plan import LayerPlan, Plan
+from secateur.report.figures_loads import cut_figure
+from secateur.report.numbers import chosen_layers
+from secateur.report.run_data import read_run
+from secateur.report.theme import LIGHT
+from secateur.report.words import change, count, memory
+from secateur.report.write import write_report
 
-STEP_TOKENS = 2048
+pytestmark = pytest.mark.filterwarnings("error")
 
 
-def make_run(
-    folder: Path,
-    *,
-    prunings: tuple[int, ...] = (300,),
-    control: bool = True,
-    finished: bool = True,
-    num_layers: int = 4,
-    num_experts: int = 16,
-    steps: int = 600,
-    multiple_of: int = 4,
-    seed: int = 0,
-) -> Path:
-    """A run folder as `secateur pretrain` writes it, with lognormal loads that settle early."""
-    folder.mkdir(parents=True)
-    draw = random.Random(seed)
-    current = {layer: tuple(range(num_experts)) for layer in range(num_layers)}
-    parameters = 1_000_000 + 40_000 * num_layers * num_experts
-    goal = {layer: [draw.lognormvariate(0, 1.1) for _ in range(num_experts)] for layer in current}
-    start = {layer: [draw.lognormvariate(0, 1.3) for _ in range(num_experts)] for layer in current}
-    _write(folder / "run.json", run_json(parameters, dict.fromkeys(current, num_experts)))
-    metrics: list[Any] = []
-    loads: list[Any] = []
-    events: list[Any] = []
-    for step in range(20, steps + 1, 20):
-        settle = math.exp(-step / 60)
-        counts = {
-            layer: _counts([goal[layer][i] ** (1 - settle) * start[layer][i] ** settle for i in ids], draw)
-            for layer, ids in current.items()
-        }
-        loads.append({"step": step, "tokens": step * STEP_TOKENS, "layers": {str(k): v for k, v in counts.items()}})
-        metrics += _metrics(step, draw, speed=16000 + 3200 * len(events), shift=0.02 * len(events))
-        if step in prunings:
-            event, current, parameters = _prune(step, counts, current, parameters, multiple_of)
-            events.append(event)
-    end = metrics[-1]
-    _write(folder / "events.json", events)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    (folder / "loads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loads))
-    if finished:
-        _write(folder / "summary.json", summary_json(steps, end, parameters, after=19150.0 if events else None))
-    if control:
-        make_run(
-            folder / "control",
-            prunings=(),
-            control=False,
-            finished=finished,
-            num_layers=num_layers,
-            num_experts=num_experts,
-            steps=steps,
-            seed=seed,
-        )
+def read_report(folder: Path) -> dict[str, Any]:
+    write_report(folder)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"report.json holds {name}")
+
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(), parse_constant=refuse)
+    return report
+
+
+class _Page(HTMLParser):
+    """Collects what a page refers to, and fails on tags that are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.images: dict[str, dict[str, str | None]] = {}
+        self.seen: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.seen.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag == "img":
+            self.images[values["id"] or ""] = values
+        if tag not in ("meta", "link", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("runs") / "pruned", num_layers=2)
+    assert write_report(folder) == folder / "report.html"
     return folder
 
 
-def run_json(parameters: int, experts: dict[int, int]) -> dict[str, Any]:
-    return {
-        "secateur": "0.1.0",
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"},
-        "hardware": {"cpu": "Some <fast> CPU & more", "cores": 2, "gpu": None},
-        "command": ["secateur", "pretrain", "--name", "<script>alert(1)</script>"],
-        "config": {"alpha": 0.4, "beta": 0.1},
-        "model": {
-            "model_type": "qwen3_moe",
-            "attention": "grouped-query",
-            "parameters": parameters,
-            "layers": len(experts),
-            "top_k": 2,
-            "experts": {str(layer): count for layer, count in experts.items()},
-        },
-        "data": {"domains": {"code": {"train_tokens": 10, "validation_tokens": 2, "documents": 3}}},
+def test_the_page_holds_every_figure_and_asks_the_network_for_nothing(pruned: Path) -> None:
+    text = (pruned / "report.html").read_text()
+    page = _Page(text)
+    pictures = {path.stem: path.read_bytes() for path in (pruned / "figures").glob("*.png")}
+    assert set(pictures) == {"loss", "load_over_time", "cut_1", "experts_kept", "cost", "rank_loads"}
+    assert page.images.keys() == pictures.keys()
+    for name, picture in pictures.items():
+        assert page.images[name]["src"] == "data:image/png;base64," + base64.b64encode(picture).decode()
+        assert len(page.images[name]["alt"] or "") > 30
+    assert len(set(page.links)) == 2 * len(pictures) + 1, "light and dark of each figure, and an empty icon"
+    assert all(link.startswith("data:") for link in page.links)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_words_from_the_run_are_text_never_markup(pruned: Path) -> None:
+    text = (pruned / "report.html").read_text()
+    assert "script" not in _Page(text).seen
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "Some &lt;fast&gt; CPU &amp; more" in text
+
+
+def test_report_json_of_a_pruned_run_with_a_control(pruned: Path) -> None:
+    report = json.loads((pruned / "report.json").read_text())
+    (record,) = json.loads((pruned / "events.json").read_text())
+    (event,) = report["events"]
+    assert event == {k: v for k, v in record.items() if k not in ("plan", "loads")} | {"criterion": "laep"}
+    assert event["experts_before"] == 32
+    assert event["parameters_before"] - event["parameters_after"] == 40_000 * (32 - event["experts_after"])
+    summary = json.loads((pruned / "summary.json").read_text())
+    control = json.loads((pruned / "control" / "summary.json").read_text())
+    assert report["finished"] is True
+    assert report["validation_loss"] == summary["validation_loss"]
+    assert report["validation_loss_by_domain"] == summary["validation_loss_by_domain"]
+    assert report["tokens_per_second"] == {"before": 16040.0, "after": 19150.0}
+    assert report["control"]["validation_loss"] == control["validation_loss"]
+    assert report["control"]["tokens_per_second"] == 16040.0
+    assert report["control"]["difference"] == pytest.approx(0.02, abs=1e-12)
+    assert report["control"]["compared_at_tokens"] == 600 * STEP_TOKENS
+    assert report["versions"] == {"secateur": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"}
+    assert report["hardware"]["cores"] == 2
+    assert "0.020 worse (higher)" in (pruned / "report.html").read_text()
+
+
+def test_nothing_but_the_report_is_left_in_the_folder(pruned: Path) -> None:
+    written = {"report.html", "report.json", "figures"}
+    read = {"run.json", "metrics.jsonl", "loads.jsonl", "events.json", "summary.json", "control"}
+    assert {path.name for path in pruned.iterdir()} == written | read
+
+
+def test_a_run_that_is_not_finished_and_not_pruned_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "young", prunings=(), control=False, finished=False, num_layers=1, steps=160)
+    report = read_report(folder)
+    text = (folder / "report.html").read_text()
+    assert "This run is not finished" in text
+    assert "No expert has been dropped so far: all 16 experts are in place." in text
+    assert not (folder / "figures" / "cut_1.png").exists()
+    assert (report["finished"], report["events"], report["control"]) == (False, [], None)
+    rates = [json.loads(line)["tokens_per_second"] for line in lines_of(folder / "metrics.jsonl") if "learning" in line]
+    assert report["tokens_per_second"] == {"before": median(rates[1:]), "after": None}
+    assert report["validation_loss"] == json.loads(lines_of(folder / "metrics.jsonl")[5])["validation_loss"]
+
+
+def test_a_run_that_has_logged_nothing_yet_gets_a_page(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    write_json(folder / "run.json", run_json(1000, {1: 4}))
+    report = read_report(folder)
+    assert report["validation_loss"] is None
+    assert report["balance"] == {}
+    assert report["balance_left_out"] == dict.fromkeys("248", "no loads are recorded yet")
+    assert "No validation has been logged." in (folder / "report.html").read_text()
+
+
+def test_limits_are_drawn_only_where_they_are_numbers(tmp_path: Path) -> None:
+    loads = [[1, 9, 2, 8, 7, 3, 6, 0]]
+    drawn = {}
+    for alpha, beta in ((0.4, 0.1), (None, 0.1), (0.4, "inf"), (None, None)):
+        event = two_events()[0] | {"alpha": alpha, "beta": beta, "loads": {"0": loads[0]}}
+        (read,) = read_run(tiny_run(tmp_path / f"{alpha}{beta}", loads, events=[event])).events
+        axes = cut_figure(read, LIGHT).axes
+        drawn[alpha, beta] = [text.get_text() for axis in axes for text in axis.texts]
+    assert drawn == {
+        (0.4, 0.1): ["0", "alpha = 0.4", "beta = 0.1"],
+        (None, 0.1): ["0", "beta = 0.1"],
+        (0.4, "inf"): ["0", "alpha = 0.4"],
+        (None, None): ["0"],
     }
 
 
-def summary_json(steps: int, end: dict[str, Any], parameters: int, after: float | None) -> dict[str, Any]:
-    return {
-        "finished": True,
-        "validation_loss": end["validation_loss"],
-        "validation_loss_by_domain": end["validation_loss_by_domain"],
-        "tokens_per_second": {"before": 16040.0, "after": after},
-        "steps": steps,
-        "tokens": steps * STEP_TOKENS,
-        "seconds": 75.0,
-        "parameters": parameters,
-        "peak_memory_bytes": 900 * 2**20,
-    }
+def test_the_cut_is_one_line_only_where_the_idlest_go(tmp_path: Path) -> None:
+    loads, lines = [[1, 9, 2, 8, 7, 3, 6, 5]], []
+    for order in ((7, 6, 4, 3, 1), (0, 2, 5)):
+        plan = Plan(layers={0: LayerPlan(experts_before=8, order=order)}, criterion="laep")
+        event = two_events()[0] | {"plan": plan.to_json(), "experts_after": len(order)}
+        (read,) = read_run(tiny_run(tmp_path / f"{len(order)}", loads, events=[event])).events
+        dashed = [line for line in cut_figure(read, LIGHT).axes[0].lines if line.is_dashed()]
+        lines.append([np.asarray(line.get_xdata()).tolist() for line in dashed])
+    assert lines == [[[3.5, 3.5]], []]
 
 
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content))
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match=r"no run\.json found"):
+        write_report(tmp_path)
 
 
-def _counts(weights: list[float], draw: random.Random) -> list[int]:
-    total = sum(weights)
-    return [round(20 * STEP_TOKENS * 2 * weight / total * draw.uniform(0.93, 1.07)) for weight in weights]
+def test_numbers_in_words() -> None:
+    space, minus = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
+    assert [count(value) for value in (0, 9876, 16040.0, 3_876_224, 1.512e12)] == [
+        "0",
+        "9,876",
+        f"16.0{space}k",
+        f"3.88{space}M",
+        f"1.51{space}T",
+    ]
+    assert memory(14.8 * 2**20) == f"14.8{space}MiB"
+    assert change(200, 150) == f"{minus}25.0{space}%"
 
 
-def _metrics(step: int, draw: random.Random, speed: float, shift: float) -> list[dict[str, Any]]:
-    loss = 3.4 + 5.5 * math.exp(-step / 130) + shift
-    head = {"step": step, "tokens": step * STEP_TOKENS, "seconds": step / 8}
-    train = {
-        "kind": "train",
-        **head,
-        "loss": loss + draw.gauss(0, 0.05),
-        "learning_rate": 1e-3,
-        "grad_norm": 1.0,
-        "tokens_per_second": speed * draw.uniform(0.97, 1.03),
-        "phase": "transition" if step < 200 else "stable",
-        "load_max_over_mean": 4.0,
-        "parameters": 1,
-    }
-    if step % 100:
-        return [train]
-    domains = {"code": loss - 0.3, "prose": loss + 0.5}
-    return [train, {"kind": "eval", **head, "validation_loss": loss + 0.1, "validation_loss_by_domain": domains}]
-
-
-def _prune(
-    step: int, counts: dict[int, list[int]], current: dict[int, tuple[int, ...]], parameters: int, multiple_of: int
-) -> tuple[dict[str, Any], dict[int, tuple[int, ...]], int]:
-    layers = {}
-    for layer, loads in counts.items():
-        idlest = sorted(range(len(loads)), key=lambda i: (loads[i], -i))
-        sums = [sum(loads[i] for i in idlest[: n + 1]) for n in range(len(idlest))]
-        may_go = sum(
-            loads[i] <= 0.4 * sum(loads) / len(loads) and total < 0.1 * sum(loads)
-            for i, total in zip(idlest, sums, strict=True)
-        )
-        kept = -(-(len(loads) - may_go) // multiple_of) * multiple_of
-        layers[layer] = LayerPlan(experts_before=len(loads), order=tuple(sorted(idlest[len(loads) - kept :])))
-    plan = Plan(layers=layers, criterion="laep", details={"alpha": 0.4, "beta": 0.1})
-    before = sum(map(len, current.values()))
-    after = sum(entry.experts_after for entry in layers.values())
-    left = parameters - 40_000 * (before - after)
-    gone = sum(counts[layer][i] for layer, entry in layers.items() for i in entry.dropped)
-    event = {
-        "step": step,
-        "tokens": step * STEP_TOKENS,
-        "reason": "stable",
-        "plan": plan.to_json(),
-        "loads": {str(layer): loads for layer, loads in counts.items()},
-        "layers": {
-            str(layer): {
-                "experts_before": entry.experts_before,
-                "experts_after": entry.experts_after,
-                "dropped": list(entry.dropped),
-                "rerouted_share": sum(counts[layer][i] for i in entry.dropped) / sum(counts[layer]),
-            }
-            for layer, entry in layers.items()
-        },
-        "parameters_before": parameters,
-        "parameters_after": left,
-        "experts_before": before,
-        "experts_after": after,
-        "rerouted_share": gone / sum(map(sum, counts.values())),
-        "memory_before": {"parameters_bytes": 4 * parameters, "optimizer_bytes": 8 * parameters},
-        "memory_after": {"parameters_bytes": 4 * left, "optimizer_bytes": 8 * left},
-        "alpha": 0.4,
-        "beta": 0.1,
-        "surgery_seconds": 0.021,
-        "oracle_max_abs_difference": 0.0,
-    }
-    later = {layer: tuple(current[layer][old] for old in entry.order) for layer, entry in layers.items()}
-    return event, later, left
+def test_a_deep_model_is_shown_by_eight_layers_with_the_first_and_the_last() -> None:
+    layers = chosen_layers(list(range(3, 106)))
+    assert (len(layers), layers[0], layers[-1]) == (8, 3, 105)
+    assert chosen_layers([0, 2, 5]) == [0, 2, 5]

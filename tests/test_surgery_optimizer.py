@@ -366,6 +366,8 @@ def test_parameters_that_are_frozen_or_not_stepped_yet_get_no_state() -> None:
     parameters, _ = Case(torch.optim.AdamW).trained(0)
     parameters["router"].requires_grad_(False)
     optimizer = torch.optim.AdamW([p for n, p in parameters.items() if n != "router"])
+    with pytest.raises(SecateurError, match="names expert 6"):  # checked although there is no state to gather
+        replace_parameters_(optimizer, [dataclasses.replace(replacement(parameters, "expert"), order=(0, 1, 2, 6))])
     pruned = prune_(optimizer, parameters)
     assert len(optimizer.state) == 0
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for n, p in pruned.items() if n != "router"]

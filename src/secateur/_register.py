@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AUTO = "transformers.models.auto.configuration_auto"
+MODEL_TYPE = "secateur_moe"
 
 
 def when_auto_classes_load() -> None:
@@ -21,7 +23,19 @@ def when_auto_classes_load() -> None:
 
 
 def _register() -> None:
-    from secateur.modeling_secateur import MODEL_TYPE, PrunedMoeConfig
+    # transformers is half imported at this moment: its config base class is there, its model classes are not.
+    from transformers.configuration_utils import PreTrainedConfig
+
+    class PrunedMoeConfig(PreTrainedConfig):  # type: ignore[misc]
+        """Entry for `AutoConfig`: gives the pruned config class of the family that config.json names."""
+
+        model_type = MODEL_TYPE
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            from secateur.modeling_secateur import read_pruned_config
+
+            return read_pruned_config(config_dict, **kwargs)
 
     sys.modules[AUTO].AutoConfig.register(MODEL_TYPE, PrunedMoeConfig, exist_ok=True)
 

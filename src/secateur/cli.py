@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
@@ -40,15 +39,21 @@ def _option(help: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from secateur import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -115,7 +120,7 @@ def pretrain(
     given = {
         name: value
         for name, value in context.params.items()
-        if name not in NOT_SETTINGS and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
     }
     given |= {name: tuple(given[name]) for name in ("data", "prune") if name in given}
     if overrides:

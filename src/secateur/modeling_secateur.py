@@ -191,12 +191,11 @@ def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         counts = counts_in(config)
-        # The native constructor reads one count; the largest leaves rows to cut in the other layers, none to invent.
-        native.__init__(self, with_expert_count(config, max(counts.values())), *args, **kwargs)
-        self.config = config
-        for module in self.modules():
-            if isinstance(getattr(module, "config", None), type(config)):
-                module.config = config
+        largest = _get(config, expert_count_key(config))
+        if largest != max(counts.values()):
+            raise ValueError(f"config: {largest} experts, expected the largest of per_layer_experts_blocks {counts}")
+        # Built with the largest count, a layer has rows to cut and none to invent.
+        native.__init__(self, config, *args, **kwargs)
         cut_to_counts_(self, find_expert_layout(native, native_config(config), probe_counts(config)), counts)
 
     members: dict[str, Any] = {
@@ -228,19 +227,21 @@ def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return plain
 
 
-class PrunedMoeConfig(PreTrainedConfig):
-    """Entry for `AutoConfig`: reads config.json and returns the pruned config class of `base_model_type`."""
+def read_pruned_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """The pruned config, of the class for its `base_model_type`, that a config.json holds; also readies its model class.
 
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        base = config_dict.get("base_model_type")
-        if base not in CONFIG_MAPPING:
-            raise ValueError(f"config.json: base_model_type {base!r} is not a model type of this transformers release")
-        architectures = config_dict.get("architectures") or [None]
-        __getattr__(str(architectures[0]))  # registers the model class with AutoModelForCausalLM
-        return pruned_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+    Raises:
+        ValueError: `base_model_type` or `architectures` name nothing in this transformers release.
+    """
+    base = config_dict.get("base_model_type")
+    if base not in CONFIG_MAPPING:
+        raise ValueError(f"config.json: base_model_type {base!r} is not a model type of this transformers release")
+    architecture = (config_dict.get("architectures") or [None])[0]
+    try:
+        __getattr__(str(architecture))  # makes the model class and registers it with AutoModelForCausalLM
+    except AttributeError as error:
+        raise ValueError(f"config.json: architectures: {error}") from error
+    return pruned_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
 def __getattr__(name: str) -> type:

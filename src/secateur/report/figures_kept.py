@@ -57,7 +57,7 @@ def ranks_title(run: RunData) -> str:
         return "No rank count divides the experts of every layer"
     ranks = balance.ranks[-1]
     before, after = max_over_mean(ranks.layers, "before"), max_over_mean(ranks.layers, "after")
-    return f"On {ranks.num_ranks} ranks, busiest over mean: {before:.2f} in the old order, {after:.2f} rearranged"
+    return f"On {ranks.num_ranks} ranks, max / mean load goes from {before:.2f} to {after:.2f}"
 
 
 def ranks_figure(run: RunData, theme: Theme) -> Figure:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
 from secateur.report.numbers import ascending, chosen_layers, dropped_share, load_history
 from secateur.report.run_data import Event, RunData
@@ -46,7 +46,7 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
     for axes in panels.flat[len(layers) :]:
         axes.set_visible(False)
     histories = {layer: load_history(run, layer) for layer in layers}
-    highest = max((np.nanmax(h.ratio, initial=1.0) for h in histories.values()), default=1.0)
+    highest = max((np.nan_to_num(h.ratio).max(initial=1.0) for h in histories.values()), default=1.0)
     reach = min(FAINTEST, 2 ** math.ceil(math.log2(max(2.0, float(highest)))))
     image = None
     for axes, layer in zip(panels.flat, layers, strict=False):
@@ -126,8 +126,10 @@ def _sorted_loads(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
     floor = min(value for value in relative if value) / 2
     order = ascending(loads)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    axes.set_ylim(min(floor * 0.8, (event.alpha or 1) / 3), max(relative) * 1.5)
     _experts(axes, theme, event, layer, [max(relative[expert], floor) for expert in order])
     if min(loads) == 0:
         _label(axes, (0, floor), "0", theme.muted, ha="right", va="center", shift=-5)
@@ -149,7 +151,7 @@ def _running_sum(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
     _experts(axes, theme, event, layer, sums.tolist())
     if event.beta is not None:
         axes.axhline(event.beta, color=theme.limit, linewidth=1.2)
-        _label(axes, (0, event.beta), f"beta = {event.beta:g}", theme.limit, ha="left", va="bottom", shift=4)
+        _label(axes, (1, event.beta), f"beta = {event.beta:g}", theme.limit, ha="right", va="bottom")
 
 
 def _dropped(event: Event, layer: int) -> set[int]:

@@ -25,15 +25,16 @@ from secateur.report.words import change, count, loss, memory, signed
 def loss_title(run: RunData) -> str:
     """What the loss figure shows, in one line."""
     versus, end = compare(run), last_eval(run)
+    verb = "ends" if run.summary else "stands"
     if versus and run.events:
         difference = versus.difference
         if round(abs(difference), 3) == 0:
-            return "With pruning, the validation loss ends where the control's does"
+            return f"Validation loss with pruning {verb} where the control's does"
         side = "above" if difference > 0 else "below"
-        return f"With pruning, the validation loss ends {abs(difference):.3f} {side} the control's"
+        return f"Validation loss with pruning {verb} {abs(difference):.3f} {side} the control's"
     if end is None:
         return "Training loss; no validation yet"
-    return f"The validation loss {'ends' if run.summary else 'stands'} at {loss(end.validation_loss)}"
+    return f"The validation loss {verb} at {loss(end.validation_loss)}"
 
 
 def loss_figure(run: RunData, theme: Theme) -> Figure:
@@ -79,7 +80,7 @@ def _loss_curves(axes: Axes, run: RunData, colour: str, name: str, marker: str) 
     if valid:
         axes.plot(*zip(*valid.items(), strict=True), marker, color=colour, markersize=4.5, clip_on=False)
         last = list(valid.values())[-1]
-        label = (last, f"{name}\n{last:.3f}", colour)
+        label = (label[0] if label else last, f"{name}\nvalidation {last:.3f}", colour)
     return label
 
 

@@ -49,7 +49,7 @@ def _loss(run: RunData) -> Entry:
         name="loss",
         heading="Loss",
         caption="Thin line: training loss of each logged step; thick line: its running mean over about a fortieth of "
-        f"the run; dots: validation loss. Dashed: pruning.{control}",
+        f"the run; dots: validation loss.{' Dashed: pruning.' if run.events else ''}{control}",
         alternative=f"{figures_run.loss_title(run)}. Training and validation loss against "
         f"{count(run.tokens)} tokens, with {len(run.events)} prunings marked.",
         draw=partial(figures_run.loss_figure, run),

@@ -94,14 +94,17 @@ def load_history(run: RunData, layer: int) -> LoadHistory:
 
 
 def speed(run: RunData) -> Speed:
-    """From summary.json; for an unfinished run the medians of the logged steps."""
+    """From summary.json; for an unfinished run the medians of the logged steps.
+
+    The first logged step of each part is left out: it holds the warm-up or the pruning.
+    """
     if run.summary:
         return Speed(before=run.summary.before, after=run.summary.after, source="summary.json")
     first = run.events[0].step if run.events else math.inf
     last = run.events[-1].step if run.events else math.inf
-    before = [point.tokens_per_second for point in run.train if point.step <= first]
-    after = [point.tokens_per_second for point in run.train if point.step > last]
-    return Speed(before=_median(before), after=_median(after), source="median of the logged steps")
+    before = [point.tokens_per_second for point in run.train if point.step < first][1:]
+    after = [point.tokens_per_second for point in run.train if point.step > last][1:]
+    return Speed(before=_median(before), after=_median(after), source="metrics.jsonl")
 
 
 def _median(values: list[float | None]) -> float | None:

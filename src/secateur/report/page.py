@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -27,7 +27,7 @@ def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, st
         f"<h1>{escape(title)}</h1>",
         state,
         f'<p class="lead">{escape(summary_paragraph(run))}</p>',
-        _section("Key numbers", _table(("", "before", "after", "change"), _key_rows(run))),
+        _section("Key numbers", _key_numbers(run) + _control_speed(run)),
         _section("Validation loss", _loss_table(run)),
         _section("Prunings", _events(run)),
         *(_figure(entry, images) for entry in entries),
@@ -79,24 +79,31 @@ def _png_size(content: bytes) -> tuple[int, int]:
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
-def _key_rows(run: RunData) -> Rows:
-    """What there was, what there is and the change; a run without pruning has no second number."""
-    pace = speed(run)
-    first, last = (run.events[0], run.events[-1]) if run.events else (None, None)
-    left = last.experts_after if last else None
+def _key_numbers(run: RunData) -> str:
+    """What there was, what there is and the change; a run without pruning has one column."""
+    pace, num_experts = speed(run), sum(run.experts.values())
+    if not run.events:
+        rows = [["experts in all layers", count(num_experts)], ["parameters", count(run.parameters)]]
+        return _table(("", "now"), [*rows, ["tokens per second", count(pace.before) if pace.before else "unknown"]])
+    first, last = run.events[0], run.events[-1]
     rows = [
-        _key_row("experts in all layers", sum(run.experts.values()), left, count),
-        _key_row("parameters", run.parameters, last.parameters_after if last else None, count),
+        _key_row("experts in all layers", num_experts, last.experts_after, count),
+        _key_row("parameters", run.parameters, last.parameters_after, count),
     ]
-    if first and last:
-        for key, name in (("parameters_bytes", "parameter memory"), ("optimizer_bytes", "optimizer memory")):
-            rows.append(_key_row(name, first.memory_before[key], last.memory_after[key], memory))
+    for key, name in (("parameters_bytes", "parameter memory"), ("optimizer_bytes", "optimizer memory")):
+        rows.append(_key_row(name, first.memory_before[key], last.memory_after[key], memory))
     rows.append(_key_row("tokens per second", pace.before, pace.after, count))
-    return rows
+    return _table(("", "before", "after", "change"), rows)
 
 
-def _key_row(name: str, before: float | None, after: float | None, say: Any) -> list[str]:
-    texts = ["" if value is None else say(value) for value in (before, after)]
+def _control_speed(run: RunData) -> str:
+    """Two runs on one machine differ by chance too; the control's speed helps to judge by how much."""
+    pace = speed(run.control).before if run.control else None
+    return f"<p>The control ran at {escape(count(pace))} tokens per second.</p>" if pace else ""
+
+
+def _key_row(name: str, before: float | None, after: float | None, say: Callable[[float], str]) -> list[str]:
+    texts = ["unknown" if value is None else say(value) for value in (before, after)]
     return [name, *texts, change(before, after) if before and after is not None else ""]
 
 
@@ -151,7 +158,7 @@ def _events(run: RunData) -> str:
 
 def _event_row(event: Event) -> list[str]:
     limits = [
-        f"{name} {value:g}" for name, value in (("alpha", event.alpha), ("beta", event.beta)) if value is not None
+        f"{name}{NBSP}{value:g}" for name, value in (("alpha", event.alpha), ("beta", event.beta)) if value is not None
     ]
     return [
         str(event.step),
@@ -188,7 +195,7 @@ def _event_layers(event: Event) -> str:
 
 def _balance(run: RunData) -> str:
     balance = rank_balance(run)
-    head = ["ranks", "old order", "rearranged", "best possible at least"]
+    head = ["ranks", "old order", "rearranged", "lower bound"]
     rows = [_balance_row(ranks) for ranks in balance.ranks]
     later = any(ranks.later for ranks in balance.ranks)
     if later:
@@ -196,7 +203,11 @@ def _balance(run: RunData) -> str:
     left_out = "".join(
         f"<p>{num_ranks} ranks are left out: {escape(reason)}.</p>" for num_ranks, reason in balance.left_out.items()
     )
-    text = "<p>Busiest rank over the mean, all layers together; 1 is level.</p>" if rows else ""
+    text = (
+        "<p>Busiest rank over the mean, all layers together: 1 is level, and no order is below the lower bound.</p>"
+        if rows
+        else ""
+    )
     if later:
         text += (
             "<p>The last window tells whether a placement that was chosen at the pruning still fits the loads at the "

@@ -16,9 +16,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from secateur.report.words import UNITS
 
-WIDTH = 6.4
+WIDTH = 6.0
 DPI = 150
-TEXT, SMALL, TITLE = 9.5, 8.5, 11.5
+TEXT, SMALL, TITLE = 9.8, 9.0, 11.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def new_figure(theme: Theme, title: str, height: float) -> Figure:
     """An empty figure, `height` inches high, with its title at the left."""
     figure = Figure(figsize=(WIDTH, height), facecolor=theme.background, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(textwrap.fill(title, 66), x=0.012, ha="left", fontsize=TITLE, color=theme.ink, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, 62), x=0.012, ha="left", fontsize=TITLE, color=theme.ink, fontweight="bold")
     return figure
 
 

@@ -169,6 +169,7 @@ class BalanceKind:
 
 # How each family turns logits into scores, as read in its router. gpt_oss and granitemoe* take the softmax over the
 # chosen K only; their affinities here are the softmax over all experts (the same up to a factor for each token).
+# phimoe samples its choice; its affinities are the softmax that it samples from, without its threshold.
 SCORING: dict[str, Affinity] = {
     "afmoe": sigmoid_affinity,
     "deepseek_v2": softmax_affinity,

@@ -70,6 +70,7 @@ PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_local_experts": 16,
             "intermediate_size": 96,
             "sliding_window": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "qwen3_next": (

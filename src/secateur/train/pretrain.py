@@ -273,7 +273,7 @@ def _arguments(options: PretrainOptions, folder: Path, *, eval_at_all: bool = Tr
             max_grad_norm=options.max_grad_norm,
             bf16=options.precision == "bf16",
             fp16=options.precision == "fp16",
-            gradient_checkpointing=options.gradient_checkpointing,
+            activation_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             data_seed=options.seed,
             dataloader_drop_last=True,
