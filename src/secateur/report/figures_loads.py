@@ -11,13 +11,14 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
+from numpy.typing import NDArray
 
 from secateur.report.numbers import ascending, chosen_layers, dropped_share, load_history
 from secateur.report.run_data import Event, RunData
 from secateur.report.theme import SMALL, TEXT, Theme, event_lines, new_figure, note, style, token_axis
 from secateur.report.words import share
 
-FAINTEST = 64
+FAINTEST = 1 / 1024
 
 
 def load_over_time_title(run: RunData) -> str:
@@ -46,8 +47,7 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
     for axes in panels.flat[len(layers) :]:
         axes.set_visible(False)
     histories = {layer: load_history(run, layer) for layer in layers}
-    highest = max((np.nan_to_num(h.ratio).max(initial=1.0) for h in histories.values()), default=1.0)
-    reach = min(FAINTEST, 2 ** math.ceil(math.log2(max(2.0, float(highest)))))
+    scale = _scale([history.ratio for history in histories.values()])
     image = None
     for axes, layer in zip(panels.flat, layers, strict=False):
         style(axes, theme, title=f"layer {layer}", grid="")
@@ -59,16 +59,16 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
             image = axes.pcolormesh(
                 history.edges,
                 np.arange(run.experts[layer] + 1) - 0.5,
-                np.maximum(history.ratio, 1 / FAINTEST / 4),
+                np.maximum(history.ratio, FAINTEST / 4),
                 cmap="viridis",
-                norm=LogNorm(1 / FAINTEST, reach),
+                norm=scale,
                 rasterized=True,
             )
         else:
             note(axes, theme, "no window yet")
         axes.set_ylim(-0.5, run.experts[layer] - 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        token_axis(axes, run.tokens)
+        token_axis(axes, run.windows[-1].tokens if run.windows else run.tokens)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         event_lines(axes, theme, [event.tokens for event in run.events], labels=False)
     for axes in panels[-1]:
@@ -76,19 +76,28 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
     for axes in panels[:, 0]:
         axes.set_ylabel("expert", fontsize=TEXT, color=theme.muted)
     if image is not None:
-        _colour_bar(figure, theme, image, panels, reach)
+        _colour_bar(figure, theme, image, panels)
     return figure
 
 
-def _colour_bar(figure: Figure, theme: Theme, image: QuadMesh, panels: Any, reach: float) -> None:
+def _colour_bar(figure: Figure, theme: Theme, image: QuadMesh, panels: Any) -> None:
     bar = figure.colorbar(image, ax=panels, location="bottom", aspect=50, shrink=0.9, extend="min")
-    powers = [2.0**power for power in range(-6, 7, 2) if 2.0**power <= reach]
+    low, high = image.get_clim()
+    powers = [4.0**power for power in range(round(math.log(low, 4)), round(math.log(high, 4)) + 1)]
     bar.ax.xaxis.set_major_locator(FixedLocator(powers))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _ratio(value)))
     bar.ax.minorticks_off()
     bar.ax.tick_params(colors=theme.muted, labelsize=SMALL, width=0.6, length=3)
     bar.set_label("load / mean load of the layer; hatched: dropped", fontsize=TEXT, color=theme.muted)
     bar.outline.set_visible(False)
+
+
+def _scale(ratios: list[NDArray[np.float64]]) -> LogNorm:
+    """Colours from the faintest to the strongest load, in powers of 4; the faintest of all share one colour."""
+    known = np.concatenate([ratio[ratio > 0] for ratio in ratios])
+    low, high = (known.min(), known.max()) if known.size else (1.0, 1.0)
+    faintest = min(max(4.0 ** math.floor(math.log(low, 4)), FAINTEST), 1 / 16)
+    return LogNorm(faintest, max(4.0, 4.0 ** math.ceil(math.log(high, 4))))
 
 
 def _ratio(value: float) -> str:

@@ -79,8 +79,9 @@ def _loss_curves(axes: Axes, run: RunData, colour: str, name: str, marker: str) 
         valid[end.tokens] = end.validation_loss
     if valid:
         axes.plot(*zip(*valid.items(), strict=True), marker, color=colour, markersize=4.5, clip_on=False)
-        last = list(valid.values())[-1]
-        label = (label[0] if label else last, f"{name}\nvalidation {last:.3f}", colour)
+        at, last = list(valid.items())[-1]
+        # Beside the last mark when that is the end of the curve, else beside the curve.
+        label = (last if label is None or at >= run.tokens else label[0], f"{name}\nvalidation {last:.3f}", colour)
     return label
 
 

@@ -227,13 +227,21 @@ def _balance_row(ranks: RankBalance) -> list[str]:
 
 def _provenance(run: RunData) -> str:
     versions = {"secateur": run.info.get("secateur"), **run.info["versions"]}
-    facts = [[str(name), str(value)] for name, value in (versions | run.info["hardware"]).items()]
+    facts = versions | run.info["hardware"]
     if run.summary and run.summary.peak_memory_bytes:
-        facts.append(["peak memory", memory(run.summary.peak_memory_bytes)])
+        facts["peak_memory_bytes"] = run.summary.peak_memory_bytes
+    rows = [_fact(name, value) for name, value in facts.items()]
     command = run.info.get("command")
     shown = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     whole = json.dumps({key: run.info.get(key) for key in ("config", "model", "data")}, indent=2, ensure_ascii=False)
     return (
-        f"{_table(('', ''), facts)}\n<p>Command:</p>\n<pre>{escape(shown)}</pre>\n"
+        f"{_table(('', ''), rows)}\n<p>Command:</p>\n<pre>{escape(shown)}</pre>\n"
         f"<details><summary>Configuration, model and data</summary>\n<pre>{escape(whole)}</pre>\n</details>"
     )
+
+
+def _fact(name: str, value: Any) -> list[str]:
+    """("memory_bytes", 2**30) -> "memory", "1.00 GiB"."""
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return [name.removesuffix("_bytes").replace("_", " "), memory(value)]
+    return [name, "none" if value is None else str(value)]
