@@ -164,13 +164,14 @@ def cut_to_counts_(model: PreTrainedModel, layout: ExpertLayout, counts: Mapping
 
 
 def replace_tensor_(owner: nn.Module, key: str, value: torch.Tensor) -> None:
-    """Put `value` in the place of a parameter (as a new Parameter) or of a buffer."""
+    """Put `value` in the place of a parameter (a Parameter itself, any other tensor as a new one) or of a buffer."""
     if key in owner._parameters:
         old = owner._parameters[key]
         assert old is not None
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
-        new.__dict__.update(vars(old))
-        owner._parameters[key] = new
+        if not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+            value.__dict__.update(vars(old))
+        owner._parameters[key] = value  # not wrapped again: an optimizer may hold this very object
     else:
         owner._buffers[key] = value
 

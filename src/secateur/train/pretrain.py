@@ -277,6 +277,7 @@ def _arguments(options: PretrainOptions, folder: Path, *, eval_at_all: bool = Tr
             seed=options.seed,
             data_seed=options.seed,
             dataloader_drop_last=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
             prediction_loss_only=True,
             logging_steps=options.log_steps,

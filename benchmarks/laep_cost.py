@@ -1,0 +1,121 @@
+"""What LAEP costs and what it gives back, for every preset: tracking, surgery, speed and memory after the pruning.
+
+    python benchmarks/laep_cost.py
+
+Tracking: blocks of steps with and without the counting hooks, in turn, on one model in one process; the ratio of the
+medians of step times. Speed: steps before and after one pruning of the same model and optimizer, same batches. Stores
+results/laep_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from record import show, store
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from secateur import LAEP
+from secateur.families import describe_moe
+from secateur.train.presets import COMMON, PRESETS
+
+BATCH, LENGTH, VOCABULARY = 8, 256, 2048
+WIDER = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 6, "head_dim": 64}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=30, help="pairs of blocks with and without tracking")
+    parser.add_argument("--steps", type=int, default=4, help="steps a block")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, Any] = {}
+    for name, overrides in {**{preset: {} for preset in PRESETS}, "qwen3_moe, wider": WIDER}.items():
+        model = build(name.split(",")[0], overrides).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        results[name] = measure(model, optimizer, arguments.blocks, arguments.steps)
+        print(name, results[name], flush=True)
+    columns = ["model", "parameters", "tracking", "removed", "tokens/s before", "after", "ratio", "optimizer MiB", "surgery"]
+    rows = [
+        [
+            name,
+            f"{one['parameters_before'] / 1e6:.2f} M",
+            f"{one['tracking_ratio']:.3f}x",
+            f"{one['parameters_removed']:.1%}",
+            f"{one['tokens_per_second_before']:,.0f}",
+            f"{one['tokens_per_second_after']:,.0f}",
+            f"{one['speed_ratio']:.2f}x",
+            f"{one['optimizer_bytes_before'] / 2**20:.1f} -> {one['optimizer_bytes_after'] / 2**20:.1f}",
+            f"{one['surgery_seconds']:.2f} s",
+        ]
+        for name, one in results.items()
+    ]
+    show("Tracking: time of a step with the counting hooks over one without", columns, rows)
+    print(store("laep_cost", {"batch": BATCH, "sequence_length": LENGTH, "models": results, "table": [columns, *rows]}))
+
+
+def build(preset: str, overrides: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model_type, _, fields = PRESETS[preset]
+    words = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **{**COMMON, **fields, **words, **overrides})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
+def measure(model: PreTrainedModel, optimizer: torch.optim.Optimizer, blocks: int, steps: int) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    tokens = torch.randint(1, VOCABULARY, (BATCH, LENGTH), device=device)
+
+    def step(pruner: LAEP | None) -> float:
+        started = time.perf_counter()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if pruner is not None:
+            pruner.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    for _ in range(5):
+        step(None)
+    tracked, untracked = [], []
+    for _ in range(blocks):
+        untracked += [step(None) for _ in range(steps)]
+        watcher = LAEP(model, optimizer, prunings=(), window_steps=steps)
+        tracked += [step(watcher) for _ in range(steps)]
+        watcher.detach()
+    pruner = LAEP(model, optimizer, target_params=0.67, at_step=steps * blocks // 3)
+    before = [step(pruner) for _ in range(steps * blocks // 3 - 1)]
+    step(pruner)
+    after = [step(pruner) for _ in range(steps * blocks // 3)]
+    pruner.detach()
+    (event,) = pruner.events
+    assert describe_moe(model).num_parameters == event.parameters_after
+    speed = [BATCH * LENGTH / statistics.median(times) for times in (before, after)]
+    return {
+        "tracking_ratio": statistics.median(tracked) / statistics.median(untracked),
+        "step_seconds_untracked": statistics.quantiles(untracked, n=4),
+        "step_seconds_tracked": statistics.quantiles(tracked, n=4),
+        "tokens_per_second_before": speed[0],
+        "tokens_per_second_after": speed[1],
+        "speed_ratio": speed[1] / speed[0],
+        "parameters_before": event.parameters_before,
+        "parameters_after": event.parameters_after,
+        "parameters_removed": 1 - event.parameters_after / event.parameters_before,
+        "optimizer_bytes_before": event.memory_before.optimizer_bytes,
+        "optimizer_bytes_after": event.memory_after.optimizer_bytes,
+        "parameters_bytes_before": event.memory_before.parameters_bytes,
+        "parameters_bytes_after": event.memory_after.parameters_bytes,
+        "surgery_seconds": event.surgery_seconds,
+        "oracle_max_abs_difference": event.oracle_max_abs_difference,
+    }
+
+
+if __name__ == "__main__":
+    main()
