@@ -92,7 +92,8 @@ class LoadCounter:
         tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
         if mask is None:
             self._keep = None
-            num_tokens = torch.tensor(tokens.numel(), dtype=torch.int64, device=tokens.device)
+            # filled on the device: a copy from the host would make it wait
+            num_tokens = torch.full((), tokens.numel(), dtype=torch.int64, device=tokens.device)
         elif isinstance(mask, Tensor) and mask.shape == tokens.shape:
             self._keep = mask.reshape(-1).to(torch.int64)
             num_tokens = self._keep.sum()

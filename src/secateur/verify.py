@@ -52,14 +52,15 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
 
 
 def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits (B, S, vocabulary) in evaluation mode without gradient; the model's mode is restored."""
-    was_training = model.training
+    """Logits (B, S, vocabulary) in evaluation mode without gradient; the mode of every module is restored."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return logits
 
 

@@ -135,16 +135,17 @@ def _sorted_loads(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
     floor = min(value for value in relative if value) / 2
     order = ascending(loads)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(relative) / floor < 1e4 else (1,), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-    axes.set_ylim(min(floor * 0.8, (event.alpha or 1) / 3), max(relative) * 1.5)
+    alpha = event.limit("alpha", layer)
+    axes.set_ylim(min(floor * 0.8, (alpha[0] if alpha else 1) / 3), max(relative) * 1.5)
     _experts(axes, theme, event, layer, [max(relative[expert], floor) for expert in order])
     if min(loads) == 0:
         _label(axes, (0, floor), "0", theme.muted, ha="right", va="center", shift=-5)
-    if event.alpha is not None:
-        axes.axhline(event.alpha, color=theme.limit, linewidth=1.2)
-        _label(axes, (1, event.alpha), f"alpha = {event.alpha:g}", theme.limit, ha="right", va="top")
+    if alpha is not None:
+        axes.axhline(alpha[0], color=theme.limit, linewidth=1.2)
+        _limit_text(axes, theme, "alpha", *alpha)
 
 
 def _running_sum(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
@@ -158,9 +159,16 @@ def _running_sum(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     axes.set_ylim(-0.02, 1.03)
     _experts(axes, theme, event, layer, sums.tolist())
-    if event.beta is not None:
-        axes.axhline(event.beta, color=theme.limit, linewidth=1.2)
-        _label(axes, (1, event.beta), f"beta = {event.beta:g}", theme.limit, ha="right", va="bottom")
+    beta = event.limit("beta", layer)
+    if beta is not None:
+        axes.axhline(beta[0], color=theme.limit, linewidth=1.2)
+        _limit_text(axes, theme, "beta", *beta)
+
+
+def _limit_text(axes: Axes, theme: Theme, name: str, value: float, given: bool) -> None:
+    """In the upper left corner, which ascending values leave free."""
+    text = f"{name} = {value:g}" if given else f"comes to {name} = {value:.2g}"
+    axes.text(0.02, 0.95, text, transform=axes.transAxes, color=theme.limit, fontsize=TEXT, ha="left", va="top")
 
 
 def _dropped(event: Event, layer: int) -> set[int]:

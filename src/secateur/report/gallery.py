@@ -74,15 +74,7 @@ def _load_over_time(run: RunData) -> Entry:
 def _cut(event: Event, number: int, num_events: int) -> Entry:
     layers, shown = list(event.loads), chosen_layers(list(event.loads))
     some = f" {len(shown)} of the {len(layers)} layers are shown." if len(shown) < len(layers) else ""
-    limits = [
-        text
-        for value, text in (
-            (event.alpha, "an expert may go when its load is at most alpha times the mean (left)"),
-            (event.beta, "the running sum of what goes must stay below beta (right)"),
-        )
-        if value is not None
-    ]
-    rule = f" The rule: {'; and '.join(limits)}." if limits else f" The cut was decided by: {event.plan.criterion}."
+    rule = f" The rule: {event.rule}. Alpha is on the mean load (left), beta on the running sum (right)."
     parts = "; ".join(f"layer {layer} loses {share(dropped_share(event, layer))} of its load" for layer in shown)
     return Entry(
         name=f"cut_{number}",

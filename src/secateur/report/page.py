@@ -157,14 +157,11 @@ def _events(run: RunData) -> str:
 
 
 def _event_row(event: Event) -> list[str]:
-    limits = [
-        f"{name}{NBSP}{value:g}" for name, value in (("alpha", event.alpha), ("beta", event.beta)) if value is not None
-    ]
     return [
         str(event.step),
         count(event.tokens),
         event.reason,
-        ", ".join([event.plan.criterion, *limits]),
+        event.rule,
         _from_to(str(event.experts_before), str(event.experts_after)),
         f"{_from_to(count(event.parameters_before), count(event.parameters_after))} "
         f"({change(event.parameters_before, event.parameters_after)})",

@@ -69,6 +69,24 @@ class Event:
     oracle: float | None
     record: dict[str, Any]
 
+    @property
+    def rule(self) -> str:
+        """What decided, as the user gave it: "target_params 0.67" or "alpha 0.4, beta 0.1"."""
+        given = self.plan.details.get("rule")
+        fields = given if isinstance(given, dict) else {"alpha": self.alpha, "beta": self.beta}
+        words = [f"{key} {value}" for key, value in fields.items() if value not in (None, False, True)]
+        return ", ".join(words) or self.plan.criterion
+
+    def limit(self, name: str, layer: int) -> tuple[float, bool] | None:
+        """The alpha or beta of a layer's cut, and whether it was given (else a goal came to it); None if off."""
+        given = {"alpha": self.alpha, "beta": self.beta}[name]
+        if given is not None:
+            return given, True
+        layers = self.plan.details.get("layers")
+        one = layers.get(str(layer)) if isinstance(layers, dict) else None
+        value = one.get(name) if isinstance(one, dict) and self.alpha is None and self.beta is None else None
+        return (float(value), False) if isinstance(value, int | float) and value > 0 else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole.
+"""Which checkpoints of a run are whole, and of which run they are.
 
 The Trainer writes a checkpoint file by file. When all files are on the disk, a list of them with their sizes is
 renamed into the folder last; a folder without that list, or with a file that differs from it, was never finished.
@@ -10,15 +10,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_write, fsync_folder
 
 COMPLETE = "complete.json"
+FORMAT = "secateur-checkpoint"
 
 
-def seal(checkpoint: Path) -> None:
-    """Flush every file of a finished checkpoint and mark it as whole.
+def seal(checkpoint: Path, run: str) -> None:
+    """Flush every file of a finished checkpoint and mark it as a whole one of `run`, any text that tells runs apart.
 
     Raises:
         OSError: the disk refused; the checkpoint then counts as unfinished.
@@ -30,22 +32,34 @@ def seal(checkpoint: Path) -> None:
         sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
     for folder in {path.parent for path in checkpoint.rglob("*")}:
         fsync_folder(folder)
-    atomic_write(checkpoint / COMPLETE, json.dumps({"format": "secateur-checkpoint", "sizes": sizes}, indent=1))
+    atomic_write(checkpoint / COMPLETE, json.dumps({"format": FORMAT, "run": run, "sizes": sizes}, indent=1))
     fsync_folder(checkpoint.parent)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """True when `seal` finished and every file still has the size it had then."""
+    sizes = _read(checkpoint).get("sizes")
+    if not isinstance(sizes, dict) or not sizes:
+        return False
     try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())["sizes"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except OSError:
         return False
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The whole checkpoint with the most steps, or None."""
-    return max(filter(is_whole, _all(folder)), key=step_of, default=None)
+def last_whole(folder: Path, run: str | None = None) -> Path | None:
+    """The whole checkpoint with the most steps, or None.
+
+    Raises:
+        SecateurError: it is not of `run`, when that is given.
+    """
+    last = max(filter(is_whole, _all(folder)), key=step_of, default=None)
+    if last is not None and run is not None and _read(last).get("run") != run:
+        raise SecateurError(
+            f"{last}: a checkpoint of another run (other settings or other data), expected one of this run; take it "
+            "out of the folder"
+        )
+    return last
 
 
 def remove_unfinished(folder: Path) -> list[Path]:
@@ -62,6 +76,15 @@ def step_of(checkpoint: Path) -> int:
     if not step.isdigit():
         raise SecateurError(f"{checkpoint}: expected a folder named checkpoint-STEP")
     return int(step)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """The content of the seal; empty when there is none that can be read."""
+    try:
+        content = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
 
 
 def _all(folder: Path) -> list[Path]:

@@ -77,7 +77,7 @@ class PruneEvent:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form; infinite thresholds are the string "inf"."""
+        """JSON form; an infinite threshold, which is off, is null."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return fields | {
             "plan": self.plan.to_json(),
@@ -113,5 +113,5 @@ class PruneEvent:
         )
 
 
-def _finite(value: float | None) -> float | str | None:
-    return "inf" if value == float("inf") else value
+def _finite(value: float | None) -> float | None:
+    return None if value == float("inf") else value

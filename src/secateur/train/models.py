@@ -10,10 +10,27 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.tokenizer import check_fits, separator
+from secateur.data.tokenizer import check_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
+from secateur.families import MoEModel
 from secateur.train.options import PretrainOptions
 from secateur.train.presets import COMMON, PRESETS
+
+
+def given_tokenizer(options: PretrainOptions) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of --tokenizer, else the one in the --model folder; None where one is trained on the data.
+
+    Raises:
+        SecateurError: there is none in the folder. A model that was trained before cannot go on with other ids.
+    """
+    if options.tokenizer is not None:
+        return load_tokenizer(Path(options.tokenizer))
+    if options.model is None:
+        return None
+    try:
+        return load_tokenizer(Path(options.model))
+    except SecateurError as error:
+        raise SecateurError(f"--model {options.model}: {error}; give the model's own one by --tokenizer") from error
 
 
 def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
@@ -21,7 +38,7 @@ def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | 
 
     Raises:
         SecateurError: an unknown preset or config field, a config that transformers does not take, or a tokenizer with
-            more tokens than the config's vocabulary.
+            more tokens than the config's vocabulary (a tokenizer yet to be trained: --vocab-size).
     """
     if options.model is not None:
         config = _read_folder(options.model)
@@ -30,19 +47,26 @@ def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | 
     else:
         assert options.preset is not None
         config = _preset(options.preset, options.overrides, tokenizer, options.vocab_size)
+    num_rows = config.get_text_config().vocab_size
     if tokenizer is not None:
-        check_fits(tokenizer, config.vocab_size)
+        check_fits(tokenizer, num_rows)
+    elif options.vocab_size > num_rows:
+        raise SecateurError(
+            f"--vocab-size is {options.vocab_size}, expected at most the model's vocab_size of {num_rows}; "
+            "or give the model's tokenizer by --tokenizer"
+        )
     return config
 
 
 def make_model(options: PretrainOptions, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with random weights drawn from the current random state, or the weights of --model.
+    """A model in float32 with random weights drawn from the current random state, or the weights of --model.
 
     Raises:
         SecateurError: the weights do not fit the config exactly.
     """
     if options.model is None:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        # without dtype, a config.json that says bfloat16 makes bfloat16 weights
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model
     return load_model(Path(options.model))
 
@@ -63,6 +87,18 @@ def load_model(folder: Path) -> PreTrainedModel:
     if wrong:
         raise SecateurError(f"{folder}: its tensors do not fit its config: {wrong}")
     return model
+
+
+def model_facts(options: PretrainOptions, moe: MoEModel) -> dict[str, Any]:
+    """What run.json says of the model, as JSON values."""
+    return {
+        "model_type": moe.model_type,
+        "attention": PRESETS[options.preset][1] if options.preset else moe.model_type,
+        "parameters": moe.num_parameters,
+        "layers": moe.model.config.num_hidden_layers,
+        "top_k": moe.top_k,
+        "experts": {str(layer): count for layer, count in moe.counts.items()},
+    }
 
 
 def _preset(

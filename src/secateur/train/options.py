@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from secateur.decide import Rule
@@ -13,6 +13,7 @@ from secateur.train.laep import Pruning, as_prunings
 from secateur.train.phases import PhaseConstants
 
 RULE_FIELDS = ("alpha", "beta", "target_params", "max_rerouted")
+PRUNE_WHAT_AND_WHEN = ("prune", *RULE_FIELDS, "prune_at_step", "prune_at_tokens")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -90,22 +91,27 @@ class PretrainOptions:
         positive = ("steps", "batch_size", "accumulation", "log_steps", "eval_steps", "save_steps", "vocab_size")
         for name in positive:
             if getattr(self, name) < 1:
-                raise SecateurError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+                raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected at least 1")
         if self.sequence_length < 2:
             raise SecateurError(f"--sequence-length is {self.sequence_length}, expected at least 2")
-        for name, low, high in (
-            ("learning_rate", 0.0, math.inf),
-            ("validation_share", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if not low < value < high:
-                raise SecateurError(f"--{name.replace('_', '-')} is {value}, expected above {low} and below {high}")
+        for name in ("max_data_bytes", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "validation_share"):
+            high = 1.0 if name == "validation_share" else math.inf
+            if not 0 < getattr(self, name) < high:
+                raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected above 0 and below {high}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise SecateurError(f"--seed is {self.seed}, expected from 0 to {2**32 - 1}")
         if self.precision not in PRECISIONS:
             raise SecateurError(f"--precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         for name in ("eval_steps", "save_steps"):
             if getattr(self, name) % self.log_steps:
                 raise SecateurError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a multiple of --log-steps "
+                    f"{option(name)} is {getattr(self, name)}, expected a multiple of --log-steps "
                     f"({self.log_steps}): a logged loss is a mean since the last log and must not span a restart"
                 )
         self.prunings()
@@ -115,8 +121,9 @@ class PretrainOptions:
         """The schedule; empty with --no-prune."""
         single = {name: getattr(self, name) for name in RULE_FIELDS}
         if self.no_prune:
-            if self.prune or any(value is not None for value in single.values()):
-                raise SecateurError("--no-prune contradicts the options that say what to prune")
+            given = [name for name in PRUNE_WHAT_AND_WHEN if getattr(self, name) not in (None, ())]
+            if given:
+                raise SecateurError(f"--no-prune contradicts {', '.join(map(option, given))}")
             return ()
         shared = {name: getattr(self, name) for name in ("multiple_of", "min_experts", "max_experts")}
         if self.prune:
@@ -132,6 +139,17 @@ class PretrainOptions:
             **shared,
         )
 
+    def without_pruning(self) -> PretrainOptions:
+        """The settings of the control run."""
+        nothing = dict.fromkeys(PRUNE_WHAT_AND_WHEN) | {"prune": (), "no_prune": True, "control": False}
+        return replace(self, **nothing)
+
+    def balance_arguments(self) -> dict[str, float]:
+        """The strength for `attach_balance`, under the name that the kind has for it."""
+        if self.balance_strength is None:
+            return {}
+        return {"update_rate" if self.balance == "bias" else "coefficient": self.balance_strength}
+
     def phase(self) -> PhaseConstants:
         """The constants of the stable-phase detector."""
         return PhaseConstants(
@@ -142,19 +160,30 @@ class PretrainOptions:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "data": list(self.data), "prune": list(self.prune), "overrides": dict(self.overrides)}
+        """JSON form; an infinite alpha is the string "inf"."""
+        values = {**asdict(self), "data": list(self.data), "prune": list(self.prune), "overrides": dict(self.overrides)}
+        return values | {"alpha": "inf" if self.alpha == math.inf else self.alpha}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PretrainOptions:
         """The inverse of `to_json`.
 
         Raises:
-            SecateurError: a key that this release does not know.
+            SecateurError: the settings are not those of this release.
         """
-        unknown = sorted(set(data) - {one.name for one in fields(cls)})
-        if unknown:
-            raise SecateurError(f"the saved configuration has unknown settings {unknown}")
-        return cls(**{**data, "data": tuple(data["data"]), "prune": tuple(data["prune"])})
+        known = {one.name for one in fields(cls)}
+        if set(data) != known:
+            raise SecateurError(
+                f"the saved configuration is not of this release: unknown settings {sorted(set(data) - known)}, "
+                f"missing settings {sorted(known - set(data))}"
+            )
+        alpha = None if data["alpha"] is None else float(data["alpha"])
+        return cls(**{**data, "data": tuple(data["data"]), "prune": tuple(data["prune"]), "alpha": alpha})
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
 
 
 def parse_pruning(text: str, **shared: Any) -> Pruning:

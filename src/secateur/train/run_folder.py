@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = path / ".lock"
         self.run = path / "run.json"
         self.data = path / "data"
         self.metrics = path / "metrics.jsonl"
@@ -32,16 +36,39 @@ class RunFolder:
         return RunFolder(self.path / "control")
 
     def require_new(self) -> None:
-        """Raise when the folder has anything in it.
+        """Raise when the folder has anything in it but a lock.
 
         Raises:
             SecateurError: it is a file, or not empty.
         """
         if self.path.exists() and not self.path.is_dir():
             raise SecateurError(f"--out {self.path}: expected a folder, found a file")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(entry != self.lock for entry in self.path.iterdir()):
             hint = "; go on with it by --resume" if self.run.exists() else ""
             raise SecateurError(f"--out {self.path}: expected a new or empty folder, found files in it{hint}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out; the system frees the lock when the process ends, however it ends.
+
+        Raises:
+            SecateurError: another process has it, or the folder cannot be written.
+        """
+        try:
+            file = self.lock.open("w")
+        except OSError as error:
+            raise SecateurError(f"--out {self.path}: cannot be written ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.sameopenfile(file.fileno(), file.fileno()) or not self.lock.exists():
+                    raise BlockingIOError
+            except OSError as error:
+                raise SecateurError(f"{self.path}: another process is running in this folder") from error
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
 
     def read_run(self) -> dict[str, Any]:
         """run.json of a run that was started before.
@@ -53,12 +80,17 @@ class RunFolder:
             content = json.loads(self.run.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SecateurError(f"{self.path}: nothing to resume, its run.json is not readable: {error}") from error
-        if not isinstance(content, dict) or "config" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
             raise SecateurError(f"{self.run}: expected the settings of a run ('config')")
         return content
 
     def write_events(self, events: Iterable[PruneEvent]) -> None:
         write_json(self.events, [event.to_json() for event in events])
+
+    def eval_at(self, step: int) -> dict[str, Any] | None:
+        """The validation after `step`: "validation_loss" and "validation_loss_by_domain"; None if there was none."""
+        lines = [line for line in _whole_lines(self.metrics) if line["kind"] == "eval" and line["step"] == step]
+        return {key: lines[-1][key] for key in ("validation_loss", "validation_loss_by_domain")} if lines else None
 
     def rewind(self, step: int) -> float:
         """Drop all lines after `step` from the logs; returns the training seconds of the last line that stays."""
@@ -71,9 +103,16 @@ class RunFolder:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add one JSON line and hand it to the system."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
+    """Add one JSON line and hand it to the system.
+
+    Raises:
+        OSError: the disk refused; the message names the file.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,203 @@
+"""What can be refused before the data is read or a step is trained, and the plan of a run for --dry-run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+
+from secateur.allocate import LayerLimits, target_params
+from secateur.data.corpus import embedded_specs, read_documents
+from secateur.data.prepare import PreparedData
+from secateur.errors import SecateurError
+from secateur.families import MoEModel, describe_moe
+from secateur.surgery.module import check_model
+from secateur.surgery.optimizer import optimizer_state_bytes
+from secateur.train.arguments import tokens_per_step, training_arguments
+from secateur.train.balance import attach_balance
+from secateur.train.callback import LAEPCallback
+from secateur.train.laep import Pruning
+from secateur.train.models import given_tokenizer, model_config, model_facts
+from secateur.train.options import PretrainOptions
+from secateur.train.processes import refuse_several_processes
+
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they wait for one validation loss, and here each domain has its own
+FP32_BYTES = 4  # parameters, gradients and optimizer state are float32 whatever --precision is
+
+
+def check_before_data(options: PretrainOptions) -> MoEModel:
+    """Everything that can be refused without reading the data.
+
+    Returns:
+        The description of the model, on the meta device.
+
+    Raises:
+        SecateurError: several processes, a data path that names nothing, a tokenizer that does not fit, an unknown
+            family, a goal or floor that cannot be met, a pruning after the end, or an optimizer, schedule or balance
+            option that is not known or that the model does not take.
+    """
+    refuse_several_processes()
+    read_documents(options.data, text_key=options.text_key)  # finds every path; reads no text
+    config = model_config(options, given_tokenizer(options))
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # a model class may raise anything at a config it cannot build
+        raise SecateurError(f"{config.model_type}: transformers cannot build this model: {error}") from error
+    moe = describe_moe(model)
+    check_model(moe)
+    attach_balance(
+        model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **options.balance_arguments()
+    ).detach()
+    _check_times(options)
+    for number, limits in enumerate(_limits(options, moe), start=1):
+        _check_goal(options.prunings()[:number], limits, moe)
+    _try_optimizer(options, moe)
+    return moe
+
+
+def check_data(options: PretrainOptions, data: PreparedData) -> None:
+    """What can be refused once the data is there.
+
+    Raises:
+        SecateurError: its tokenizer does not fit the model, or it is smaller than one step.
+    """
+    model_config(options, data.tokenizer)
+    found, needed = len(data.train.blocks), options.batch_size * options.accumulation
+    if found < needed:
+        raise SecateurError(
+            f"data: found {found} sequences of {options.sequence_length} tokens for training, expected at least the "
+            f"{needed} of one step (--batch-size {options.batch_size} x --accumulation {options.accumulation})"
+        )
+
+
+def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
+    """What a run would do, as JSON values, without reading data or training.
+
+    Memory is for parameters, gradients and optimizer state; activations depend on the implementation and are not in it.
+
+    Raises:
+        SecateurError: see `check_before_data`.
+    """
+    moe = check_before_data(options)
+    size = FP32_BYTES * moe.num_parameters
+    experts = sum(block.num_experts * block.params_per_expert for block in moe.blocks.values())
+    state = round(size * _try_optimizer(options, moe))
+    return {
+        "model": {**model_facts(options, moe), "expert_parameters": experts},
+        "data": {"sources": list(options.data or embedded_specs())},
+        "training": {
+            "steps": options.steps,
+            "tokens_per_step": tokens_per_step(options),
+            "tokens": tokens_per_step(options) * options.steps,
+            "checkpoints": -(-options.steps // options.save_steps),
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "control_run": options.control,
+        },
+        "memory_bytes": {"parameters": size, "gradients": size, "optimizer": state},
+        "prunings": [
+            _pruning_facts(pruning, limits)
+            for pruning, limits in zip(options.prunings(), _limits(options, moe), strict=True)
+        ],
+    }
+
+
+def _pruning_facts(pruning: Pruning, limits: Mapping[int, LayerLimits]) -> dict[str, Any]:
+    return {
+        "when": _when(pruning),
+        "rule": {name: "inf" if value == float("inf") else value for name, value in pruning.rule.to_json().items()},
+        "multiple_of": pruning.multiple_of,
+        "least_experts_per_layer": {str(layer): limit.counts()[0] for layer, limit in limits.items()},
+    }
+
+
+def _when(pruning: Pruning) -> str:
+    if pruning.at_step is not None:
+        return f"step {pruning.at_step}"
+    return "when the loads are stable" if pruning.at_tokens is None else f"tokens {pruning.at_tokens}"
+
+
+def _limits(options: PretrainOptions, moe: MoEModel) -> list[dict[int, LayerLimits]]:
+    """The admissible counts of every pruning, layer by layer."""
+    try:
+        return [
+            moe.limits(multiple_of=one.multiple_of, min_experts=one.min_experts, max_experts=one.max_experts)
+            for one in options.prunings()
+        ]
+    except SecateurError as error:
+        raise SecateurError(
+            f"--multiple-of {options.multiple_of}, --min-experts {options.min_experts}, --max-experts "
+            f"{options.max_experts}: {error}; the router itself needs {moe.min_experts} (top-{moe.top_k})"
+        ) from error
+
+
+def _check_goal(prunings: tuple[Pruning, ...], limits: Mapping[int, LayerLimits], moe: MoEModel) -> None:
+    """Refuse a last pruning that the floors forbid: whether it can be met does not depend on the loads.
+
+    Each goal is a share of what the one before left, so from here goals multiply.
+    """
+    rule = prunings[-1].rule
+    if rule.uniform and not set.intersection(*(set(limit.counts()) for limit in limits.values())):
+        counts = {layer: limit.counts() for layer, limit in limits.items()}
+        raise SecateurError(f"--uniform: no number of experts is admissible in every layer: {counts}")
+    if rule.target_params is None:
+        return
+    share = 1.0
+    for pruning in prunings:
+        share *= pruning.rule.target_params or 1.0
+    target_params(
+        {layer: [1] * count for layer, count in moe.counts.items()},
+        limits,
+        params_per_expert=moe.params_per_expert,
+        total_params=moe.num_parameters,
+        target=share,
+        uniform=rule.uniform,
+    )
+
+
+def _check_times(options: PretrainOptions) -> None:
+    """Refuse prunings that cannot come before the last step; windows are counted anew after each pruning."""
+    window, step = options.window_steps, 0
+    for pruning in options.prunings():
+        if pruning.at_step is not None:
+            step = max(step + 1, pruning.at_step)
+        elif pruning.at_tokens is not None:
+            tokens = pruning.at_tokens - step * tokens_per_step(options)
+            step += window * max(1, -(-tokens // (window * tokens_per_step(options))))
+        else:
+            step += window * options.stable_windows
+        if step >= options.steps:
+            raise SecateurError(
+                f"the pruning at {_when(pruning)} can be at step {step} at the earliest, expected before the end of "
+                f"the run (--steps {options.steps}). A time in tokens is looked at every --window-steps "
+                f"({window}), loads can be stable after --stable-windows ({options.stable_windows}) of them; "
+                "--prune-at-step takes any step"
+            )
+
+
+def _try_optimizer(options: PretrainOptions, moe: MoEModel) -> float:
+    """Bytes of optimizer state a byte of parameters, from one step on a small layer.
+
+    Raises:
+        SecateurError: transformers cannot make the optimizer or schedule, or LAEP cannot follow it.
+    """
+    if options.schedule in METRIC_SCHEDULES:
+        raise SecateurError(f"--schedule {options.schedule} follows a validation metric; that is not supported")
+    probe = torch.nn.Linear(64, 64, bias=False)
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes its output folder
+        arguments = training_arguments(options, Path(folder))
+        try:
+            trainer = Trainer(model=probe, args=arguments, eval_dataset=[0])
+            trainer.create_optimizer_and_scheduler(options.steps)
+            optimizer = trainer.optimizer
+            probe.weight.grad = torch.ones_like(probe.weight)
+            optimizer.step()
+        except Exception as error:  # optimizers and loggers of other packages may raise anything
+            raise SecateurError(f"transformers does not take these training settings: {error}") from error
+    laep = LAEPCallback(prunings=options.prunings(), window_steps=options.window_steps, phase=options.phase())
+    laep.check(moe.model, optimizer, arguments)
+    return optimizer_state_bytes(optimizer) / (probe.weight.numel() * probe.weight.element_size())
