@@ -7,6 +7,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import torch  # noqa: E402 - transformers reads the environment when it is imported
+import torch
 
 torch.set_num_threads(1)

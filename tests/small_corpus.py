@@ -12,9 +12,7 @@ VERBS = ("drops", "keeps", "counts", "moves", "cuts", "reads", "fills", "finds")
 
 def prose(draw: random.Random, sentences: int = 12) -> str:
     """Sentences of a fixed form, so that the loss falls within a few steps."""
-    return " ".join(
-        f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} a {draw.choice(NOUNS)}." for _ in range(sentences)
-    )
+    return " ".join(f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} a {draw.choice(NOUNS)}." for _ in range(sentences))
 
 
 def code(draw: random.Random, functions: int = 6) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -12,6 +11,7 @@ from secateur.errors import SecateurError
 from secateur.families import REFUSED, describe_moe
 from secateur.modeling_secateur import expert_count_key, find_expert_layout
 from secateur.surgery.module import check_model, prune_model_
+from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -101,7 +101,7 @@ def test_a_dense_model_is_refused() -> None:
     config = AutoConfig.for_model(
         "llama", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
     )
-    with pytest.raises(SecateurError, match="'llama'.*number of routed experts"):
+    with pytest.raises(SecateurError, match=r"'llama'.*number of routed experts"):
         describe_moe(AutoModelForCausalLM.from_config(config))
 
 
@@ -115,13 +115,13 @@ def test_experts_that_no_rule_covers_are_refused() -> None:
         "doge", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, is_moe=True, num_experts=16, num_experts_per_tok=2, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(SecateurError, match="'doge'|layer 0"):
+    with pytest.raises(SecateurError, match="layer 0: expected one module named 'experts', found none"):
         describe_moe(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_config_with_two_expert_counts_is_refused() -> None:
     config = tiny_config("mixtral", n_routed_experts=4)
-    with pytest.raises(ValueError, match="expected one config key.*'n_routed_experts', 'num_local_experts'"):
+    with pytest.raises(ValueError, match=r"expected one config key.*'n_routed_experts', 'num_local_experts'"):
         expert_count_key(config)
 
 

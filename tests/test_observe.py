@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +17,7 @@ from secateur.families import MoEModel, describe_moe
 from secateur.observe import LoadCounter
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
+from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, random_tokens, tiny_model
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 Ids = dict[int, list[list[list[int]]]]  # layer -> calls -> tokens -> experts
@@ -136,7 +136,7 @@ def test_recomputation_of_gradient_checkpointing_counts_once(name: str, reentran
     moe.model(input_ids=tokens, labels=tokens).loss.backward()
     expected = counter.read()
     counter.reset(moe)
-    moe.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    moe.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     moe.model.enable_input_require_grads()
     with recorded_ids(moe) as ids:
         moe.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -199,7 +199,7 @@ def test_a_mask_from_which_padding_cannot_be_told_is_refused(shape: tuple[int, .
 def test_masks_by_kind_of_attention_are_refused() -> None:
     moe = describe_moe(tiny_model("gpt_oss").train())
     LoadCounter(moe)
-    with pytest.raises(SecateurError, match="attention_mask.*found dict"):
+    with pytest.raises(SecateurError, match=r"attention_mask.*found dict"):
         moe.model(input_ids=random_tokens(1, 4), attention_mask={"full_attention": None, "sliding_attention": None})
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_verify import everything
-from tiny_models import FAMILIES, NUM_EXPERTS, random_plan, random_tokens, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,6 +16,8 @@ from secateur.modeling_secateur import layer_of
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import logits_of
+from test_verify import everything
+from tiny_models import FAMILIES, NUM_EXPERTS, random_plan, random_tokens, tiny_config, tiny_model
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -164,7 +164,9 @@ def test_pruning_twice_equals_pruning_by_the_composed_plan(name: str) -> None:
     size = between.counts[layer] // between.num_groups
     fewer = (between.min_experts if between.num_groups == 1 else between.counts[layer]) // between.num_groups
     order = [group * size + old for group in range(between.num_groups) for old in reversed(range(size - fewer, size))]
-    second = Plan(layers={layer: LayerPlan(experts_before=between.counts[layer], order=tuple(order))}, criterion="again")
+    second = Plan(
+        layers={layer: LayerPlan(experts_before=between.counts[layer], order=tuple(order))}, criterion="again"
+    )
     prune_model_(between, second)
     prune_model_(once, first.compose(second))
     mine, other = twice.model.state_dict(), once.model.state_dict()
@@ -227,7 +229,10 @@ WRONG_PLANS = {
     "layer 1 is for 16 experts, the model has 8": ("mixtral", keep(0, 1, layer=1, experts_before=16)),
     "layer 2 keeps 1 experts, its router needs 2": ("mixtral", keep(4, layer=2)),
     "layer 1 keeps 2 experts, its router needs 4": ("deepseek_v3 grouped", keep(0, 4, layer=1)),
-    "layer 1 has 2 router groups; each must keep the same number": ("deepseek_v3 grouped", keep(0, 1, 2, 4, 5, 6, 7, layer=1)),
+    "layer 1 has 2 router groups; each must keep the same number": (
+        "deepseek_v3 grouped",
+        keep(0, 1, 2, 4, 5, 6, 7, layer=1),
+    ),
     "layer 2 has 2 router groups": ("deepseek_v3 grouped", keep(0, 1, 2, 4, layer=2)),
     r"found the groups \[0, 1, 0, 1\]": ("deepseek_v3 grouped", keep(0, 4, 1, 5, layer=2)),
     r"found the groups \[1, 1, 0, 0\]": ("deepseek_v2 grouped", keep(4, 5, 0, 1, layer=2)),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_plan, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,6 +15,7 @@ from secateur.families import MoEModel, describe_moe
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts, logits_of
+from tiny_models import FAMILIES, random_plan, random_tokens, tiny_model
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 ROUNDING = 1e-5
@@ -88,13 +88,11 @@ def test_the_oracle_equals_setting_the_dropped_logits_to_minus_infinity(name: st
     plan, tokens = random_plan(moe, seed=3), random_tokens(2, 16)
     with barred_experts(moe, plan):
         expected = logits_of(moe.model, tokens)
-    torch.testing.assert_close(
-        logits_with_minus_infinity(moe, name, plan, tokens), expected, rtol=0, atol=ROUNDING
-    )
+    torch.testing.assert_close(logits_with_minus_infinity(moe, name, plan, tokens), expected, rtol=0, atol=ROUNDING)
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that a model is: the objects in its modules, by identity where they are tensors or modules, and their bytes."""
+    """All that a model is: its modules, parameters and hooks by identity, plain attributes, bytes, config and class."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         for key, value in vars(module).items():

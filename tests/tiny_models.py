@@ -6,6 +6,7 @@ computed: finding it is what is tested.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -342,7 +343,7 @@ FAMILIES: dict[str, Family] = {
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
     """The config of a row; `changes` are further fields."""
     family = FAMILIES[name]
-    fields = {key: dict(value) if isinstance(value, dict) else value for key, value in (COMMON | dict(family.fields)).items()}
+    fields = copy.deepcopy(COMMON | dict(family.fields))
     for dotted, value in ((family.key, NUM_EXPERTS), (family.top_k_key, TOP_K)):
         *parent, key = dotted.split(".")
         (fields[parent[0]] if parent else fields)[key] = value

@@ -1,7 +1,7 @@
 """Secateur prunes the experts of Mixture-of-Experts models: while they pre-train, after fine-tuning, as checkpoints.
 
-Importing this package loads neither torch nor transformers. Once transformers' auto classes are loaded, before or after,
-they know the model type of pruned models, so `AutoModelForCausalLM.from_pretrained(folder)` needs no flag.
+Importing this package loads neither torch nor transformers. Once transformers' auto classes are loaded, before or
+after, they know the model type of pruned models, so `AutoModelForCausalLM.from_pretrained(folder)` needs no flag.
 """
 
 from __future__ import annotations

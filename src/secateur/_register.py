@@ -43,9 +43,7 @@ def _register() -> None:
 class _WaitForAuto(MetaPathFinder):
     """Finds the one module it waits for as everybody else would, with a loader that registers afterwards."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != AUTO:
             return None
         sys.meta_path.remove(self)

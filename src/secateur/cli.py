@@ -1,11 +1,13 @@
 """The `secateur` command. Heavy imports happen inside the commands, so `--help` answers at once."""
 
+# ruff: noqa: E501 - one option a line reads as a table
+
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -126,17 +128,27 @@ def pretrain(
     if overrides:
         given["overrides"] = dict(_field(text) for text in overrides)
 
-    from secateur.train import pretrain as run
+    if dry_run and resume:
+        raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
+
     from secateur.train.options import PretrainOptions
 
-    if resume:
-        _check_same(out, given)
-        report = run.resume(out, quiet=quiet)
-    elif dry_run:
-        _print_plan(run.plan_of_run(PretrainOptions(**given)), json_output)
+    if dry_run:
+        from secateur.train.preflight import plan_of_run
+
+        _print_plan(plan_of_run(PretrainOptions(**given)), json_output)
         return
-    else:
-        report = run.pretrain(PretrainOptions(**given), out, quiet=quiet)
+
+    from secateur.train import pretrain as run
+
+    try:
+        if resume:
+            _check_same(out, given)
+            report = run.resume(out, quiet=quiet)
+        else:
+            report = run.pretrain(PretrainOptions(**given), out, quiet=quiet)
+    except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
+        _fail("interrupted; go on with --resume" if (out / "run.json").exists() else "interrupted", 130)
     if json_output:
         print(json.dumps(report, indent=1))
     else:
@@ -164,11 +176,10 @@ def main() -> None:
         _fail(str(error), 2)
     except OSError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; go on with --resume", 130)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
+    message = " ".join(message.split())  # one line, also where other packages write several
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
@@ -185,14 +196,14 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _check_same(out: Path, given: dict[str, Any]) -> None:
-    from secateur.train.options import PretrainOptions
+    from secateur.train.options import PretrainOptions, option
     from secateur.train.run_folder import RunFolder
 
     saved = PretrainOptions.from_json(RunFolder(out).read_run()["config"])
     for name, value in given.items():
         if getattr(saved, name) != value:
             raise SecateurError(
-                f"--resume: --{name.replace('_', '-')} is {value!r}, but the run in {out} was started with "
+                f"--resume: {option(name)} is {value!r}, but the run in {out} was started with "
                 f"{getattr(saved, name)!r}; leave it out, or start a new run"
             )
 
@@ -216,8 +227,8 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         + " (activations not included)",
     ]
     for pruning in plan["prunings"]:
-        rule = ", ".join(f"{key} {value}" for key, value in pruning["rule"].items() if value != "False")
-        lines.append(f"pruning    {pruning['when']}: {rule}")
+        rule = ", ".join(f"{key} {value}" for key, value in pruning["rule"].items() if value is not False)
+        lines.append(f"pruning    at {pruning['when']}: {rule}")
     if not plan["prunings"]:
         lines.append("pruning    none")
     print("\n".join(lines))
@@ -235,5 +246,7 @@ def _print_result(out: Path, report: dict[str, Any]) -> None:
     print(f"validation loss {report['validation_loss']:.4f}")
     speed = report["tokens_per_second"]
     if speed["after"]:
-        print(f"tokens/s {speed['before']:,.0f} before, {speed['after']:,.0f} after ({speed['after'] / speed['before']:.2f}x)")
+        print(
+            f"tokens/s {speed['before']:,.0f} before, {speed['after']:,.0f} after ({speed['after'] / speed['before']:.2f}x)"
+        )
     print(f"model  {out / 'model'}\nreport {out / 'report.html'}")

@@ -111,8 +111,8 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None) -> MoEMod
     """
     if not isinstance(model, PreTrainedModel):
         raise SecateurError(
-            f"expected a transformers model (PreTrainedModel), found {type(model).__module__}.{type(model).__qualname__};"
-            " give the model itself, not a wrapper (DDP, FSDP, torch.compile, PEFT)"
+            f"expected a transformers model (PreTrainedModel), found {type(model).__module__}."
+            f"{type(model).__qualname__}; give the model itself, not a wrapper (DDP, FSDP, torch.compile, PEFT)"
         )
     config = native_config(model.config)
     model_type = config.model_type

@@ -92,7 +92,9 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def find_expert_layout(model_class: type[PreTrainedModel], config: PreTrainedConfig, counts: tuple[int, int]) -> ExpertLayout:
+def find_expert_layout(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, counts: tuple[int, int]
+) -> ExpertLayout:
     """Compare two meta-device builds of `model_class` whose only difference is the expert count.
 
     Args:
@@ -107,7 +109,9 @@ def find_expert_layout(model_class: type[PreTrainedModel], config: PreTrainedCon
     for (name, small), (other, large) in zip(*map(_named_tensors, models), strict=True):
         dims = [dim for dim, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b]
         if name != other or len(dims) > 1:
-            raise ValueError(f"{model_class.__name__}: {name} changes in axes {dims} with the expert count, expected one")
+            raise ValueError(
+                f"{model_class.__name__}: {name} changes in axes {dims} with the expert count, expected one"
+            )
         if dims:
             tensors[name] = _fit(name, low, high, small.shape[dims[0]], large.shape[dims[0]], dims[0])
     attributes = {}
@@ -190,7 +194,7 @@ def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     config_class = pruned_config_class(native.config_class)
     name = PREFIX + native.__name__
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         counts = counts_in(config)
         largest = _get(config, expert_count_key(config))
         if largest != max(counts.values()):
@@ -200,12 +204,15 @@ def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         cut_to_counts_(self, find_expert_layout(native, native_config(config), probe_counts(config)), counts)
 
     members: dict[str, Any] = {
-        "__init__": __init__,
+        "__init__": build,
         "__module__": __name__,
         "config_class": config_class,
         "native_class": native,
         "_auto_class": "AutoModelForCausalLM",
     }
+    # transformers answers these from the source file of the class, which would be this one; without, experts run slowly
+    for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
+        members[question] = getattr(native, question)
     stock_loss = getattr(sys.modules[native.__module__], "load_balancing_loss_func", None)
     if stock_loss is not None:
         members["forward"] = _forward_with_layerwise_loss(native, stock_loss)
@@ -229,7 +236,7 @@ def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def read_pruned_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
-    """The pruned config, of the class for its `base_model_type`, that a config.json holds; also readies its model class.
+    """The pruned config that a config.json holds, of the class for its `base_model_type`; also readies its model class.
 
     Raises:
         ValueError: `base_model_type` or `architectures` name nothing in this transformers release.

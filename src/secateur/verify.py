@@ -9,6 +9,7 @@ other shapes, and so other roundings: about 1e-7.)
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,10 +23,13 @@ from secateur.plan import Plan
 from secateur.surgery.module import check_plan, router_tensors
 from secateur.surgery.tensors import row_index
 
+# bytes of an entry -> a type that holds its bits
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @contextlib.contextmanager
 def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
-    """While it lasts, the routers of `moe.model` cannot choose an expert that `plan` drops; the model is unchanged after.
+    """While it lasts, the routers of `moe.model` cannot choose an expert that `plan` drops; after, nothing has changed.
 
     Raises:
         SecateurError: the plan does not fit the model.
@@ -41,7 +45,7 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
                 undo.append(_swap(modules[path], key, one.order, one.experts_before, spec))
             for (name, key), value in moe.layout.attributes.items():
                 if layer_of(name) == layer and not f"{name}.".startswith(f"{block.name}.experts."):
-                    undo.append(lambda m=modules[name], k=key, old=getattr(modules[name], key): setattr(m, k, old))
+                    undo.append(functools.partial(setattr, modules[name], key, getattr(modules[name], key)))
                     setattr(modules[name], key, value.at(one.experts_after))
             hook = block.experts.register_forward_pre_hook(_old_ids(block, one.order), with_kwargs=True, prepend=True)
             undo.append(hook.remove)
@@ -64,6 +68,16 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     return logits
 
 
+def expert_checksums(moe: MoEModel) -> dict[str, int]:
+    """{name of a tensor with an expert axis: sum of its entries' bits as whole numbers}, the same on every device."""
+    sums = {}
+    for block in moe.blocks.values():
+        for spec in block.tensors:
+            tensor = moe.model.get_parameter_or_buffer(spec.name).detach().flatten()
+            sums[spec.name] = int(tensor.view(BITS[tensor.element_size()]).sum(dtype=torch.int64))
+    return sums
+
+
 def _swap(owner: nn.Module, key: str, order: tuple[int, ...], num_experts: int, spec: Any) -> Callable[[], Any]:
     store = owner._parameters if key in owner._parameters else owner._buffers
     old = store[key]
@@ -75,7 +89,7 @@ def _swap(owner: nn.Module, key: str, order: tuple[int, ...], num_experts: int, 
 
 
 def _old_ids(block: MoEBlock, order: tuple[int, ...]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index = routed_index(block, args, kwargs)
         old = torch.tensor(order, dtype=index.dtype, device=index.device)[index.to(torch.int64)]
         if len(args) > 1:

@@ -33,6 +33,7 @@ def training_arguments(options: PretrainOptions, folder: Path) -> TrainingArgume
             max_grad_norm=options.max_grad_norm,
             bf16=options.precision == "bf16",
             fp16=options.precision == "fp16",
+            use_cpu=options.precision == "bf16" and not torch.accelerator.is_available(),  # bf16 asks for it in words
             activation_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             data_seed=options.seed,

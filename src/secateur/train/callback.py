@@ -18,8 +18,9 @@ from secateur.train.laep import LAEP, as_prunings
 class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Prunes the experts of the Trainer's model while it trains; takes the keyword arguments of `LAEP`.
 
-    The state travels in `trainer_state.json`, so `trainer.train(resume_from_checkpoint=...)` goes on exactly where it
-    was. After a pruning, load the model from the checkpoint folder itself before resuming.
+    The state travels in `trainer_state.json`, so `trainer.train(resume_from_checkpoint=folder)` goes on exactly where
+    it was, with a model that was loaded from that folder. Any other is refused: a Trainer does not load experts that a
+    checkpoint stores one by one (it warns of missing keys), nor a pruned checkpoint into an unpruned model.
 
     Attributes:
         pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
@@ -47,7 +48,9 @@ class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             SecateurError: see the class.
         """
         refuse_arguments(args)
-        LAEP(model, optimizer, **self._laep).detach()
+        pruner = LAEP(model, optimizer, **self._laep)
+        pruner.detach()
+        pruner.check_goal()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,19 +58,23 @@ class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         refuse_arguments(args)
         if self.pruner is not None:
             self.pruner.detach()
-        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], **self._laep)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and not saved:
             raise SecateurError(
                 f"resumed at step {state.global_step} from a checkpoint that was written without {type(self).__name__}:"
                 " the loads before it are unknown; start a new run from its weights instead"
             )
-        if state.global_step:
-            self.pruner.load_state_dict(saved["attributes"]["pruner_state"])
+        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], **self._laep)
+        try:
+            if state.global_step:
+                self.pruner.load_state_dict(saved["attributes"]["pruner_state"])
+            else:
+                self.pruner.check_goal()
+        except SecateurError:
+            self.pruner.detach()
+            raise
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None
         event = self.pruner.step()
         if event is not None:
@@ -92,6 +99,7 @@ REFUSED_ARGUMENTS = {
     "torch_compile": "compiled code holds the old parameters",
     "deepspeed": "its parameters are views of flat buffers",
     "auto_find_batch_size": "a restart with another batch size would begin with an already pruned model",
+    "load_best_model_at_end": "the best checkpoint may be from before a pruning, and Trainer loads no experts back",
     "restore_callback_states_from_checkpoint": "LAEPCallback restores itself, and would be made anew without arguments",
     "use_liger_kernel": "its fused experts are not the modules that are counted and cut",
 }

@@ -32,9 +32,10 @@ class PruneEvent:
     """One pruning of a run.
 
     step, tokens: optimizer steps and tokens done. reason: stable, step or tokens. loads: {layer: tokens per expert}
-    that the decision was made on, in the numbering before it. alpha, beta: thresholds, None where a goal was given
-    (the plan's details hold what they come to). oracle_max_abs_difference: largest difference of a logit from the
-    barred-experts oracle on one training sequence, None when the self-check was off.
+    that the decision was made on, in the numbering before it. alpha, beta: thresholds, None where one is off (also
+    when given as inf) or a goal was given (the plan's details hold what it comes to). oracle_max_abs_difference:
+    largest difference of a logit from the barred-experts oracle on one training sequence, None when the self-check
+    was off.
     """
 
     step: int
@@ -51,6 +52,10 @@ class PruneEvent:
     beta: float | None
     surgery_seconds: float
     oracle_max_abs_difference: float | None
+
+    def __post_init__(self) -> None:
+        if self.alpha == float("inf"):
+            object.__setattr__(self, "alpha", None)
 
     @property
     def experts_before(self) -> int:
@@ -77,7 +82,7 @@ class PruneEvent:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form; an infinite threshold, which is off, is null."""
+        """JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return fields | {
             "plan": self.plan.to_json(),
@@ -85,8 +90,6 @@ class PruneEvent:
             "layers": {str(layer): asdict(one) | {"dropped": list(one.dropped)} for layer, one in self.layers.items()},
             "memory_before": asdict(self.memory_before),
             "memory_after": asdict(self.memory_after),
-            "alpha": _finite(self.alpha),
-            "beta": _finite(self.beta),
             "experts_before": self.experts_before,
             "experts_after": self.experts_after,
             "rerouted_share": self.rerouted_share,
@@ -107,11 +110,5 @@ class PruneEvent:
                 },
                 "memory_before": Memory(**data["memory_before"]),
                 "memory_after": Memory(**data["memory_after"]),
-                "alpha": None if data["alpha"] is None else float(data["alpha"]),
-                "beta": None if data["beta"] is None else float(data["beta"]),
             }
         )
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value == float("inf") else value

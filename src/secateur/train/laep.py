@@ -1,5 +1,7 @@
 """LAEP in a training loop (arXiv 2601.14327): count loads, wait until they are stable, prune, go on.
 
+In a plain loop:
+
     pruner = LAEP(model, optimizer, target_params=0.67)
     for batch in loader:
         model(**batch).loss.backward()
@@ -25,12 +27,12 @@ from secateur.families import MoEModel, describe_moe
 from secateur.observe import LoadCounter
 from secateur.plan import Plan
 from secateur.stats import RouterStats
-from secateur.surgery.module import check_model, prune_model_
+from secateur.surgery.module import check_model, prune_model_, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
 from secateur.train.events import LayerEvent, Memory, PruneEvent
-from secateur.train.phases import PhaseConstants, PhaseReport, StablePhaseDetector
+from secateur.train.phases import PhaseConstants, StablePhaseDetector
 from secateur.train.processes import refuse_several_processes
-from secateur.verify import barred_experts, logits_of
+from secateur.verify import barred_experts, expert_checksums, logits_of
 
 STATE_VERSION = 1
 
@@ -55,9 +57,8 @@ class Pruning:
         if self.at_step is not None and self.at_tokens is not None:
             raise SecateurError("a pruning takes at_step or at_tokens, not both")
         for name in ("at_step", "at_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SecateurError(f"{name} is {value}, expected at least 1")
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
 
 
 class LAEP:
@@ -65,8 +66,9 @@ class LAEP:
 
     Args:
         model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it.
-        prunings: a schedule (an empty one only watches the loads); or give one `Rule` by its fields (alpha, beta, target_params, max_rerouted, uniform),
-            with `at_step` or `at_tokens` for a fixed time. Default: `target_params=0.67` at the stable phase.
+        prunings: a schedule (an empty one only watches the loads); or give one `Rule` by its fields (alpha, beta,
+            target_params, max_rerouted, uniform), with `at_step` or `at_tokens` for a fixed time. Default:
+            `target_params=0.67` at the stable phase.
         window_steps: optimizer steps a statistics window.
         phase: constants of the stable-phase detector.
         self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training
@@ -91,8 +93,7 @@ class LAEP:
         **rule_and_limits: Any,
     ) -> None:
         refuse_several_processes()
-        if window_steps < 1:
-            raise SecateurError(f"window_steps is {window_steps}, expected at least 1")
+        _check_count("window_steps", window_steps)
         self.prunings = as_prunings(prunings, at_step=at_step, at_tokens=at_tokens, **rule_and_limits)
         self.window_steps = window_steps
         self.self_check = self_check
@@ -115,7 +116,7 @@ class LAEP:
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
         self.last_window: RouterStats | None = None
-        self.last_phase: PhaseReport | None = None
+        self._stable = False  # as of the last full window
 
     def step(self) -> PruneEvent | None:
         """Call after every `optimizer.step()`. Prunes when it is time.
@@ -127,6 +128,8 @@ class LAEP:
             SecateurError: the loads or the router weights cannot be used (no token counted, NaN), or the goal cannot
                 be met. The model is unchanged.
         """
+        if self.num_steps == 0:
+            self.check_goal()
         self.num_steps += 1
         self._steps_in_window += 1
         self.last_window = None
@@ -136,6 +139,17 @@ class LAEP:
         if reason is None:
             return None
         return self._prune(self.prunings[len(self.events)], reason)
+
+    def check_goal(self) -> None:
+        """Refuse a `target_params` of the next pruning that no loads could meet; the first `step` calls it.
+
+        Raises:
+            SecateurError: floors make it impossible; the message has the smallest share that can be reached.
+        """
+        due = self.prunings[len(self.events) :]
+        if due and due[0].rule.target_params is not None:
+            even = {layer: [1] * count for layer, count in self.moe.counts.items()}
+            self._decide(RouterStats.from_loads(even, num_tokens=1), due[0])
 
     @property
     def load_max_over_mean(self) -> float | None:
@@ -150,7 +164,7 @@ class LAEP:
         """transition, stable, or pruned (all prunings of the schedule are done)."""
         if self.prunings and len(self.events) == len(self.prunings):
             return "pruned"
-        return "stable" if self.last_phase is not None and self.last_phase.stable else "transition"
+        return "stable" if self._stable else "transition"
 
     def detach(self) -> None:
         """Remove all hooks from the model."""
@@ -164,31 +178,45 @@ class LAEP:
             "num_steps": self.num_steps,
             "num_tokens": self.num_tokens,
             "steps_in_window": self._steps_in_window,
-            "window_steps": self.window_steps,
+            "settings": self._settings(),
             "open_window": None if self._counter.is_empty else self._counter.read().to_json(),
             "windows": [window.to_json() for window in self._windows],
             "detector": self._detector.state(),
+            "stable": self._stable,
             "events": [event.to_json() for event in self.events],
             "plan": self.plan.to_json(),
             "counts": {str(layer): count for layer, count in self.moe.counts.items()},
+            "checksums": expert_checksums(self.moe),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; the model must hold the weights of the same moment.
 
         Raises:
-            SecateurError: the state is of another version, another schedule, or a model with other expert counts.
+            SecateurError: the state is of another version or schedule, or of a model with other expert counts or
+                weights. Nothing was changed.
         """
         if state.get("version") != STATE_VERSION:
             raise SecateurError(f"LAEP state: version {state.get('version')!r}, expected {STATE_VERSION}")
         counts = {int(layer): count for layer, count in state["counts"].items()}
         if counts != self.moe.counts:
             raise SecateurError(
-                f"LAEP state is of a model with experts {counts}, this model has {self.moe.counts}: load the model from "
-                "the checkpoint itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
+                f"LAEP state is of a model with experts {counts}, this model has {self.moe.counts}: load the model "
+                "from the checkpoint itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
             )
-        if state["window_steps"] != self.window_steps or len(state["events"]) > len(self.prunings):
-            raise SecateurError("LAEP state is of a run with other settings (window_steps or number of prunings)")
+        if state["settings"] != self._settings():
+            raise SecateurError(
+                f"LAEP state is of a run with other settings: {state['settings']}, this run has {self._settings()}"
+            )
+        checksums = expert_checksums(self.moe)
+        wrong = [name for name, value in state["checksums"].items() if checksums.get(name) != value]
+        if wrong:
+            raise SecateurError(
+                f"{len(wrong)} expert tensors, e.g. {wrong[0]}, are not those of the moment this LAEP state was taken. "
+                "Trainer does not load experts that a checkpoint stores one by one: load the model from the checkpoint "
+                "itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
+            )
+        self._detector.restore(state["detector"])  # the last check
         self.num_steps, self.num_tokens = state["num_steps"], state["num_tokens"]
         self._steps_in_window = state["steps_in_window"]
         self._counter.reset(self.moe)
@@ -196,9 +224,13 @@ class LAEP:
             self._counter.load(RouterStats.from_json(state["open_window"]))
         self._windows.clear()
         self._windows.extend(RouterStats.from_json(window) for window in state["windows"])
-        self._detector.restore(state["detector"])
+        self._stable = state["stable"]
         self.events = [PruneEvent.from_json(event) for event in state["events"]]
         self.plan = Plan.from_json(state["plan"])
+
+    def _settings(self) -> dict[str, Any]:
+        """What a state must agree with; the detector checks its own constants."""
+        return {"window_steps": self.window_steps, "prunings": [repr(pruning) for pruning in self.prunings]}
 
     def _end_window(self) -> None:
         window = self._counter.read()
@@ -207,7 +239,7 @@ class LAEP:
         self.num_tokens += _tokens(window)
         self._windows.append(window)
         self.last_window = window
-        self.last_phase = self._detector.update(window.loads())
+        self._stable = self._detector.update(window.loads()).stable
 
     def _due(self) -> str | None:
         if len(self.events) == len(self.prunings):
@@ -219,29 +251,28 @@ class LAEP:
             return None
         if pruning.at_tokens is not None:
             return "tokens" if self.num_tokens >= pruning.at_tokens else None
-        return "stable" if self.last_phase is not None and self.last_phase.stable else None
+        return "stable" if self._stable else None
 
     def _prune(self, pruning: Pruning, reason: str) -> PruneEvent:
         started = time.perf_counter()
         stats = self._statistics()
         self._check_finite()
         moe = self.moe
-        plan = decide(
-            stats,
-            self._limits(pruning),
-            pruning.rule,
-            params_per_expert=moe.params_per_expert,
-            total_params=moe.num_parameters,
-        )
+        plan = self._decide(stats, pruning)
+        sample = self._sample if self.self_check else None
         expected = None
-        if self.self_check and self._sample is not None:
+        if sample is not None:
             with barred_experts(moe, plan):
-                expected = logits_of(moe.model, self._sample)
+                expected = logits_of(moe.model, sample)
+            if not bool(torch.isfinite(expected).all()):
+                raise SecateurError(
+                    f"the logits are NaN or infinite at step {self.num_steps}: the run has diverged, nothing is pruned"
+                )
         before, parameters_before = self._memory(), moe.num_parameters
         self.moe = prune_model_(moe, plan, self._optimizer)
         difference = None
-        if expected is not None:
-            difference = float((logits_of(self.moe.model, self._sample) - expected).abs().max())
+        if sample is not None and expected is not None:
+            difference = float((logits_of(self.moe.model, sample) - expected).abs().max())
             if not difference <= 1e-3 * float(expected.abs().max()):
                 raise RuntimeError(
                     f"the pruned model differs from the barred-experts oracle by {difference}: this is a fault of "
@@ -253,7 +284,7 @@ class LAEP:
         self._steps_in_window = 0
         self._windows.clear()
         self._detector.reset()
-        self.last_phase = None
+        self._stable = False
         self.plan = self.plan.compose(plan)
         event = PruneEvent(
             step=self.num_steps,
@@ -279,10 +310,19 @@ class LAEP:
         parts = list(self._windows)
         if not self._counter.is_empty:
             parts.append(self._counter.read())
-        total = parts[0]
+        total = parts[0] if parts else self._counter.read()  # which refuses: nothing was counted at all
         for part in parts[1:]:
             total = total + part
         return total
+
+    def _decide(self, stats: RouterStats, pruning: Pruning) -> Plan:
+        return decide(
+            stats,
+            self._limits(pruning),
+            pruning.rule,
+            params_per_expert=self.moe.params_per_expert,
+            total_params=self.moe.num_parameters,
+        )
 
     def _limits(self, pruning: Pruning) -> Any:
         return self.moe.limits(
@@ -291,10 +331,10 @@ class LAEP:
 
     def _check_finite(self) -> None:
         for layer, block in self.moe.blocks.items():
-            for name, parameter in block.router.named_parameters():
-                if not bool(torch.isfinite(parameter).all()):
+            for spec in router_tensors(block):
+                if not bool(torch.isfinite(self.moe.model.get_parameter_or_buffer(spec.name)).all()):
                     raise SecateurError(
-                        f"layer {layer}: {block.name} router {name} has NaN or infinite values at step "
+                        f"layer {layer}: router tensor {spec.name} has NaN or infinite values at step "
                         f"{self.num_steps}; the run has diverged, so its loads mean nothing and nothing is pruned"
                     )
 
@@ -325,19 +365,26 @@ def as_prunings(
     Raises:
         SecateurError: both forms at once, or fixed times that do not increase.
     """
-    single = at_step is not None or at_tokens is not None or any(value not in (None, False) for value in rule.values())
+    limits: dict[str, Any] = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
     if prunings is None:
         goal = any(rule.get(name) is not None for name in ("alpha", "beta", "target_params", "max_rerouted"))
         rule = rule if goal else {**rule, "target_params": 0.67}
-        limits = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
         return (Pruning(rule=Rule(**rule), at_step=at_step, at_tokens=at_tokens, **limits),)
-    if single:
-        raise SecateurError("give a schedule (prunings) or the fields of one pruning, not both")
+    fields = {**rule, "at_step": at_step, "at_tokens": at_tokens}
+    given = [name for name, value in fields.items() if value not in (None, False)]
+    given += [name for name, value in limits.items() if value not in (None, 1)]
+    if given:
+        raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {given}")
     for name in ("at_step", "at_tokens"):
         times = [getattr(one, name) for one in prunings if getattr(one, name) is not None]
         if times != sorted(set(times)):
             raise SecateurError(f"the prunings' {name} must increase, found {times}")
     return tuple(prunings)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SecateurError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
 def _tokens(stats: RouterStats) -> int:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.tokenizer import check_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
 from secateur.families import MoEModel
+from secateur.modeling_secateur import MODEL_TYPE, read_pruned_config
 from secateur.train.options import PretrainOptions
 from secateur.train.presets import COMMON, PRESETS
 
@@ -66,7 +68,9 @@ def make_model(options: PretrainOptions, config: PreTrainedConfig) -> PreTrained
     """
     if options.model is None:
         # without dtype, a config.json that says bfloat16 makes bfloat16 weights
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32
+        )
         return model
     return load_model(Path(options.model))
 
@@ -77,11 +81,14 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         SecateurError: a tensor is missing, left over or of another shape.
     """
+    model: PreTrainedModel
+    report: Mapping[str, Any]
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        model, report = loaded
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise SecateurError(f"{folder}: not readable as a causal language model: {error}") from error
     wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if wrong:
@@ -137,15 +144,24 @@ def _from_dict(content: Mapping[str, Any], overrides: Mapping[str, Any], where: 
     fields = dict(content)
     model_type = fields.pop("model_type")
     try:
-        config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
+        config = _config(model_type, fields)
         unknown = [key for key in overrides if not hasattr(config, key)]
         if unknown:
             raise SecateurError(f"--set {unknown[0]}: {where} ({model_type}) has no such field")
-        config = AutoConfig.for_model(model_type, **{**fields, **overrides})
+        config = _config(model_type, {**fields, **overrides})
     except SecateurError:
         raise
     except Exception as error:  # a config class may raise anything at a value it does not like
         raise SecateurError(f"{where}: transformers does not take it as a {model_type!r} config: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise SecateurError(f"{where}: model type {model_type!r} has no causal language model in this transformers")
+    return config
+
+
+def _config(model_type: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig
+    if model_type == MODEL_TYPE:  # of a pruned model: its layers are in the config, its class is made from them
+        config = read_pruned_config({**fields, "model_type": model_type})
+    else:
+        config = AutoConfig.for_model(model_type, **fields)
     return config

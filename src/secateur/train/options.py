@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from secateur.train.laep import Pruning, as_prunings
 from secateur.train.phases import PhaseConstants
 
 RULE_FIELDS = ("alpha", "beta", "target_params", "max_rerouted")
+TIMES = ("stable", "step", "tokens")
 PRUNE_WHAT_AND_WHEN = ("prune", *RULE_FIELDS, "prune_at_step", "prune_at_tokens")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -141,7 +142,7 @@ class PretrainOptions:
 
     def without_pruning(self) -> PretrainOptions:
         """The settings of the control run."""
-        nothing = dict.fromkeys(PRUNE_WHAT_AND_WHEN) | {"prune": (), "no_prune": True, "control": False}
+        nothing: dict[str, Any] = dict.fromkeys(PRUNE_WHAT_AND_WHEN) | {"prune": (), "no_prune": True, "control": False}
         return replace(self, **nothing)
 
     def balance_arguments(self) -> dict[str, float]:
@@ -193,23 +194,20 @@ def parse_pruning(text: str, **shared: Any) -> Pruning:
         SecateurError: the words are not a time followed by name=value pairs.
     """
     expected = "expected a time (stable, step=N or tokens=N) and thresholds or a goal, e.g. 'stable alpha=0.4 beta=0.1'"
-    times: Sequence[str] = ("step", "tokens")
-    when: dict[str, int] = {}
-    rule: dict[str, float] = {}
-    try:
-        for word in text.replace(",", " ").split():
-            name, _, value = word.partition("=")
-            if name in times:
-                when[f"at_{name}"] = int(value)
-            elif name in RULE_FIELDS:
-                rule[name] = float(value)
-            elif word != "stable":
-                raise SecateurError(f"--prune {text!r}: unknown word {word!r}; {expected}")
-    except ValueError as error:
-        if isinstance(error, SecateurError):
-            raise
-        raise SecateurError(f"--prune {text!r}: {error}; {expected}") from error
-    if not rule or ("stable" in text.split()) == bool(when):
+    given: dict[str, str] = {}
+    for word in text.replace(",", " ").split():
+        name, sign, value = word.partition("=")
+        if (name not in TIMES and name not in RULE_FIELDS) or bool(sign) == (name == "stable"):
+            raise SecateurError(f"--prune {text!r}: unknown word {word!r}; {expected}")
+        if name in given:
+            raise SecateurError(f"--prune {text!r}: {name} twice; {expected}")
+        given[name] = value
+    if len(given.keys() & set(TIMES)) != 1 or not given.keys() & set(RULE_FIELDS):
         raise SecateurError(f"--prune {text!r}: {expected}")
+    try:
+        when = {f"at_{name}": int(value) for name, value in given.items() if name in ("step", "tokens")}
+        rule = {name: float(value) for name, value in given.items() if name in RULE_FIELDS}
+    except ValueError as error:
+        raise SecateurError(f"--prune {text!r}: {error}; {expected}") from error
     uniform = shared.pop("uniform", False)
     return Pruning(rule=Rule(uniform=uniform, **rule), **when, **shared)

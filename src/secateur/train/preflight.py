@@ -25,7 +25,10 @@ from secateur.train.models import given_tokenizer, model_config, model_facts
 from secateur.train.options import PretrainOptions
 from secateur.train.processes import refuse_several_processes
 
-METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they wait for one validation loss, and here each domain has its own
+METRIC_SCHEDULES = (
+    "reduce_lr_on_plateau",
+    "greedy",
+)  # they wait for one validation loss, and here each domain has its own
 FP32_BYTES = 4  # parameters, gradients and optimizer state are float32 whatever --precision is
 
 
@@ -45,7 +48,9 @@ def check_before_data(options: PretrainOptions) -> MoEModel:
     config = model_config(options, given_tokenizer(options))
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32
+            )
     except Exception as error:  # a model class may raise anything at a config it cannot build
         raise SecateurError(f"{config.model_type}: transformers cannot build this model: {error}") from error
     moe = describe_moe(model)
@@ -118,7 +123,7 @@ def _pruning_facts(pruning: Pruning, limits: Mapping[int, LayerLimits]) -> dict[
 def _when(pruning: Pruning) -> str:
     if pruning.at_step is not None:
         return f"step {pruning.at_step}"
-    return "when the loads are stable" if pruning.at_tokens is None else f"tokens {pruning.at_tokens}"
+    return "the stable phase" if pruning.at_tokens is None else f"{pruning.at_tokens} tokens"
 
 
 def _limits(options: PretrainOptions, moe: MoEModel) -> list[dict[int, LayerLimits]]:
@@ -173,9 +178,8 @@ def _check_times(options: PretrainOptions) -> None:
         if step >= options.steps:
             raise SecateurError(
                 f"the pruning at {_when(pruning)} can be at step {step} at the earliest, expected before the end of "
-                f"the run (--steps {options.steps}). A time in tokens is looked at every --window-steps "
-                f"({window}), loads can be stable after --stable-windows ({options.stable_windows}) of them; "
-                "--prune-at-step takes any step"
+                f"the run (--steps {options.steps}). Tokens are compared every --window-steps ({window}), loads can be "
+                f"stable after --stable-windows ({options.stable_windows}) of them; --prune-at-step takes any step"
             )
 
 
@@ -185,6 +189,8 @@ def _try_optimizer(options: PretrainOptions, moe: MoEModel) -> float:
     Raises:
         SecateurError: transformers cannot make the optimizer or schedule, or LAEP cannot follow it.
     """
+    if options.precision == "fp16" and not torch.cuda.is_available():
+        raise SecateurError("--precision fp16 needs a GPU, found none; bf16 and fp32 train on the CPU")
     if options.schedule in METRIC_SCHEDULES:
         raise SecateurError(f"--schedule {options.schedule} follows a validation metric; that is not supported")
     probe = torch.nn.Linear(64, 64, bias=False)
@@ -192,8 +198,8 @@ def _try_optimizer(options: PretrainOptions, moe: MoEModel) -> float:
         arguments = training_arguments(options, Path(folder))
         try:
             trainer = Trainer(model=probe, args=arguments, eval_dataset=[0])
-            trainer.create_optimizer_and_scheduler(options.steps)
-            optimizer = trainer.optimizer
+            optimizer = trainer.create_optimizer()
+            trainer.create_scheduler(options.steps, optimizer)
             probe.weight.grad = torch.ones_like(probe.weight)
             optimizer.step()
         except Exception as error:  # optimizers and loggers of other packages may raise anything

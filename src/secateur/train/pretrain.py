@@ -7,39 +7,39 @@ goes on with `resume`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
+from safetensors import SafetensorError
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
-from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.plan import Plan
 from secateur.report.write import write_report
-from secateur.surgery.module import check_model
 from secateur.train import checkpoints
-from secateur.train.balance import BALANCE, BalanceCallback, attach_balance
+from secateur.train.arguments import tokens_per_step, training_arguments
+from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.callback import LAEPCallback
-from secateur.train.environment import hardware, peak_memory_bytes, versions
-from secateur.train.models import load_model, make_model, model_config
+from secateur.train.environment import hardware, versions
+from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
 from secateur.train.options import PretrainOptions
-from secateur.train.presets import PRESETS
+from secateur.train.preflight import check_before_data, check_data
 from secateur.train.processes import refuse_several_processes
-from secateur.train.progress import RunProgress, StageProgress
+from secateur.train.progress import RunProgress, StageProgress, only_our_messages
 from secateur.train.run_folder import RunFolder, write_json
 from secateur.train.run_log import RunLog
+from secateur.train.summary import run_summary
 
 
 def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -49,15 +49,24 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
         The content of report.json.
 
     Raises:
-        SecateurError: bad input; found before training wherever it can be.
+        SecateurError: bad input; found before training wherever it can be, and then `out` is left as it was.
         OSError: the disk refused a write; what is on it stays whole and `resume` goes on from there.
     """
     folder = RunFolder(out)
     folder.require_new()
-    check_before_data(options)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_json(folder.run, {"config": options.to_json(), "command": _command(), **_environment()})
-    return _finish(options, folder, quiet=quiet)
+    with only_our_messages():
+        check_before_data(options)
+        if options.model is not None:
+            load_model(Path(options.model))
+        with folder.made(), folder.locked():
+            folder.require_new()
+            write_json(folder.run, {"config": options.to_json(), "command": _command(), **_environment()})
+            try:
+                data = _data(options, folder, quiet=quiet)
+            except Exception:
+                folder.run.unlink()  # nothing was begun, so nothing may block the next try
+                raise
+            return _finish(options, folder, data, quiet=quiet)
 
 
 def resume(out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -67,89 +76,25 @@ def resume(out: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         SecateurError: `out` holds no run, or its checkpoint does not fit its settings.
+        OSError: see `pretrain`.
     """
     folder = RunFolder(out)
-    return _finish(PretrainOptions.from_json(folder.read_run()["config"]), folder, quiet=quiet)
-
-
-def check_before_data(options: PretrainOptions) -> PreTrainedModel:
-    """Everything that can be refused without reading the data; returns the model on the meta device.
-
-    Raises:
-        SecateurError: several processes, an unknown family, a goal or floor that cannot be met, an optimizer or balance
-            option the model does not take, a tokenizer that does not fit.
-    """
+    options = PretrainOptions.from_json(folder.read_run()["config"])
     refuse_several_processes()
-    tokenizer = load_tokenizer(Path(options.tokenizer)) if options.tokenizer else None
-    config = model_config(options, tokenizer)
-    with torch.device("meta"):
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
-    moe = describe_moe(model)
-    check_model(moe)
-    if options.balance not in BALANCE:
-        raise SecateurError(f"--balance is {options.balance!r}, expected one of {', '.join(BALANCE)}")
-    attach_balance(
-        model,
-        options.balance,
-        blocks=moe.blocks,
-        model_type=moe.model_type,
-        **_strength(options),
-    ).detach()
-    arguments = _arguments(options, Path("unused"), eval_at_all=False)
-    trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments)
-    optimizer = trainer.create_optimizer()
-    callback = LAEPCallback(prunings=options.prunings(), window_steps=options.window_steps, phase=options.phase())
-    callback.check(model, optimizer, arguments)
-    for pruning in options.prunings():
-        if pruning.at_step is not None and pruning.at_step >= options.steps:
-            raise SecateurError(f"a pruning at step {pruning.at_step} is not before the end of the run ({options.steps})")
-    return model
+    with only_our_messages(), folder.locked():
+        return _finish(options, folder, _data(options, folder, quiet=quiet), quiet=quiet)
 
 
-def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
-    """What a run would do, without reading data or training: for --dry-run.
-
-    Memory is for parameters, gradients and optimizer state; activations depend on the implementation and are not in it.
-    """
-    model = check_before_data(options)
-    moe = describe_moe(model)
-    parameters = moe.num_parameters
-    experts = sum(block.num_experts * block.params_per_expert for block in moe.blocks.values())
-    tokens_per_step = _tokens_per_step(options)
-    state = 2 if options.optimizer.startswith(("adamw", "adam")) else 1
-    return {
-        "model": {**_model_facts(options, model), "expert_parameters": experts},
-        "data": {"sources": list(options.data) or ["the interpreter's standard library", "pydoc_data.topics"]},
-        "training": {
-            "steps": options.steps,
-            "tokens_per_step": tokens_per_step,
-            "tokens": tokens_per_step * options.steps,
-            "checkpoints": options.steps // options.save_steps,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "control_run": options.control,
-        },
-        "memory_bytes": {"parameters": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * parameters * state},
-        "prunings": [_pruning_facts(pruning) for pruning in options.prunings()],
-        "least_experts_per_layer": {layer: limit.counts()[0] for layer, limit in moe.limits().items()},
-    }
-
-
-def _finish(options: PretrainOptions, folder: RunFolder, *, quiet: bool) -> dict[str, Any]:
-    refuse_several_processes()
+def _finish(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, quiet: bool) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with _one_run_at_a_time(folder):
-        data = _data(options, folder, quiet=quiet)
-        if not folder.summary.exists():
-            _train(options, folder, data, quiet=quiet)
-        if options.control and not folder.control.summary.exists():
-            plain = {"no_prune": True, "prune": (), "prune_at_step": None, "prune_at_tokens": None, "control": False}
-            rules = {"alpha": None, "beta": None, "target_params": None, "max_rerouted": None}
-            folder.control.path.mkdir(exist_ok=True)
-            _train(replace(options, **plain, **rules), folder.control, data, quiet=quiet)
-        write_report(folder.path)
-        for name in ("report.json", "plan.json"):
-            shutil.copyfile(folder.path / name, folder.model / name)
+    _stage(options, folder, data, quiet=quiet)
+    if options.control:
+        folder.control.path.mkdir(exist_ok=True)
+        _stage(options.without_pruning(), folder.control, data, quiet=quiet)
+    write_report(folder.path)
+    for name in ("report.json", "plan.json"):
+        shutil.copyfile(folder.path / name, folder.model / name)
     report: dict[str, Any] = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
     return report
 
@@ -160,7 +105,7 @@ def _data(options: PretrainOptions, folder: RunFolder, *, quiet: bool) -> Prepar
     with StageProgress(quiet=quiet) as progress:
         data = prepare(
             options.data,
-            tokenizer=load_tokenizer(Path(options.tokenizer)) if options.tokenizer else None,
+            tokenizer=given_tokenizer(options),
             vocab_size=options.vocab_size,
             sequence_length=options.sequence_length,
             validation_share=options.validation_share,
@@ -169,56 +114,86 @@ def _data(options: PretrainOptions, folder: RunFolder, *, quiet: bool) -> Prepar
             text_key=options.text_key,
             progress=progress,
         )
-    model_config(options, data.tokenizer)  # the tokenizer must fit before anything is kept
+    check_data(options, data)
     save_prepared(data, folder.data)
     return data
 
 
+def _stage(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, quiet: bool) -> None:
+    """One training, of the run or of its control, unless its summary says that it is done."""
+    if not folder.summary.exists():
+        _train(options, folder, data, quiet=quiet)
+    # the model folder holds the result; a finished training has nothing to resume
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
 def _train(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, quiet: bool) -> None:
     checkpoints.remove_unfinished(folder.checkpoints)
-    checkpoint = checkpoints.last_whole(folder.checkpoints)
+    run = _identity(options, data)
+    checkpoint = checkpoints.last_whole(folder.checkpoints, run)
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
     set_seed(options.seed)
-    config = model_config(options, data.tokenizer)
-    model = load_model(checkpoint) if checkpoint else make_model(options, config)
+    model = load_model(checkpoint) if checkpoint else make_model(options, model_config(options, data.tokenizer))
+    moe = describe_moe(model)
     if not checkpoint:
-        _write_run(options, folder, model, data)
-    seconds = folder.rewind(checkpoints.step_of(checkpoint) if checkpoint else 0)
+        command = folder.read_run()["command"] if folder.run.exists() else _command()
+        facts = {"model": model_facts(options, moe), "data": data.report}
+        write_json(folder.run, {"config": options.to_json(), "command": command, **_environment(), **facts})
+    seconds = folder.rewind(done)
 
     laep = LAEPCallback(prunings=options.prunings(), window_steps=options.window_steps, phase=options.phase())
-    moe = describe_moe(model)
     balance = attach_balance(
-        model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **_strength(options)
+        model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **options.balance_arguments()
     )
     validation = {domain: BlockDataset(blocks) for domain, blocks in data.validation.items()}
     name = "control" if folder.path.name == "control" and options.no_prune else "pretrain"
-    with RunProgress(name, options.steps, quiet=quiet) as progress:
+    with RunProgress(name, options.steps, done=done, quiet=quiet) as progress:
         log = RunLog(
             folder,
             laep,
             progress,
-            tokens_per_step=_tokens_per_step(options),
+            run=run,
+            tokens_per_step=tokens_per_step(options),
             domain_sizes={domain: len(blocks) for domain, blocks in validation.items()},
             seconds=seconds,
         )
         trainer = Trainer(
             model=model,
-            args=_arguments(options, folder.checkpoints),
-            train_dataset=BlockDataset(data.train),
+            args=training_arguments(options, folder.checkpoints),
+            train_dataset=_whole_steps(options, data),
             eval_dataset=validation,
             callbacks=[laep, BalanceCallback(balance), log],
         )
         trainer.remove_callback(PrinterCallback)
+        _keep_tensorboard(trainer, folder)
         log.trainer = trainer
         with _naming_a_failed_checkpoint(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if log.last_eval is None or options.steps % options.eval_steps:
+        if folder.eval_at(options.steps) is None:
             trainer.evaluate()
     balance.detach()
-    assert laep.pruner is not None and log.last_eval is not None
+    assert laep.pruner is not None
     laep.pruner.plan.save(folder.plan)
     _save_model(folder, model, data.tokenizer)
-    write_json(folder.summary, _summary(options, folder, model, log.last_eval))
-    shutil.rmtree(folder.checkpoints)  # the model folder holds the result; a finished run has nothing to resume
+    write_json(folder.summary, run_summary(options, folder, laep.pruner.moe.num_parameters))
+
+
+def _keep_tensorboard(trainer: Trainer, folder: RunFolder) -> None:
+    """Its own default is inside the folder of the checkpoints, which a finished run does not keep."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder.path / "tensorboard")
+
+
+def _whole_steps(options: PretrainOptions, data: PreparedData) -> Dataset[Any]:
+    """The training blocks without the last micro-batches that would make a step of fewer than the others.
+
+    At the end of an epoch the Trainer makes a step of what is left; tokens a step, and so all counts of tokens, would
+    not be constant.
+    """
+    blocks = BlockDataset(data.train)
+    left_over = len(blocks) // options.batch_size % options.accumulation
+    return Subset(blocks, range(len(blocks) - left_over * options.batch_size))
 
 
 def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -226,113 +201,19 @@ def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrained
     beside = folder.path / ".model-unfinished"
     for path in (beside, folder.model):
         shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    os.rename(beside, folder.model)
-
-
-def _summary(
-    options: PretrainOptions, folder: RunFolder, model: PreTrainedModel, last_eval: dict[str, Any]
-) -> dict[str, Any]:
-    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    events = json.loads(folder.events.read_text(encoding="utf-8"))
-    first, last = (events[0]["step"], events[-1]["step"]) if events else (options.steps, options.steps)
-    # The first interval has warm-up in it, and the one that holds a pruning is of both models.
-    before = [line["tokens_per_second"] for line in train[1:] if line["step"] < first]
-    after = [line["tokens_per_second"] for line in train if line["step"] >= last + options.log_steps]
-    return {
-        "finished": True,
-        **last_eval,
-        "tokens_per_second": {
-            "before": statistics.median(before) if before else None,
-            "after": statistics.median(after) if after and events else None,
-        },
-        "steps": options.steps,
-        "tokens": options.steps * _tokens_per_step(options),
-        "seconds": train[-1]["seconds"] if train else 0.0,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-
-
-def _arguments(options: PretrainOptions, folder: Path, *, eval_at_all: bool = True) -> TrainingArguments:
     try:
-        return TrainingArguments(
-            output_dir=str(folder),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.accumulation,
-            learning_rate=options.learning_rate,
-            warmup_steps=options.warmup_steps,
-            lr_scheduler_type=options.schedule,
-            weight_decay=options.weight_decay,
-            adam_beta2=0.95,
-            optim=options.optimizer,
-            max_grad_norm=options.max_grad_norm,
-            bf16=options.precision == "bf16",
-            fp16=options.precision == "fp16",
-            activation_checkpointing=options.gradient_checkpointing,
-            seed=options.seed,
-            data_seed=options.seed,
-            dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            prediction_loss_only=True,
-            logging_steps=options.log_steps,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps" if eval_at_all else "no",
-            eval_steps=options.eval_steps,
-            save_strategy="steps",
-            save_steps=options.save_steps,
-            save_total_limit=2,
-            report_to=options.report_to,
-            disable_tqdm=True,
-        )
-    except (ValueError, ImportError) as error:
-        raise SecateurError(f"transformers does not take these training settings: {error}") from error
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        os.rename(beside, folder.model)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"{folder.model} could not be written: {error}. Make room and go on with --resume") from error
 
 
-def _write_run(options: PretrainOptions, folder: RunFolder, model: PreTrainedModel, data: PreparedData) -> None:
-    write_json(
-        folder.run,
-        {
-            "config": options.to_json(),
-            "command": _command(),
-            **_environment(),
-            "model": _model_facts(options, model),
-            "data": data.report,
-        },
-    )
-
-
-def _model_facts(options: PretrainOptions, model: PreTrainedModel) -> dict[str, Any]:
-    moe = describe_moe(model)
-    return {
-        "model_type": moe.model_type,
-        "attention": PRESETS[options.preset][1] if options.preset else moe.model_type,
-        "parameters": moe.num_parameters,
-        "layers": model.config.num_hidden_layers,
-        "top_k": moe.top_k,
-        "experts": {str(layer): count for layer, count in moe.counts.items()},
-    }
-
-
-def _pruning_facts(pruning: Any) -> dict[str, Any]:
-    when = f"step {pruning.at_step}" if pruning.at_step else f"tokens {pruning.at_tokens}" if pruning.at_tokens else None
-    rule = {key: str(value) for key, value in vars(pruning.rule).items() if value is not None}
-    return {"when": when or "when the loads are stable", "rule": rule, "multiple_of": pruning.multiple_of}
-
-
-def _strength(options: PretrainOptions) -> dict[str, float]:
-    if options.balance_strength is None:
-        return {}
-    return {"update_rate" if options.balance == "bias" else "coefficient": options.balance_strength}
-
-
-def _tokens_per_step(options: PretrainOptions) -> int:
-    return options.batch_size * options.accumulation * options.sequence_length
+def _identity(options: PretrainOptions, data: PreparedData) -> str:
+    """What tells the checkpoints of this run from those of another: its settings and its tokens."""
+    content = json.dumps([options.to_json(), data.train.digest()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _environment() -> dict[str, Any]:
@@ -357,16 +238,3 @@ def _naming_a_failed_checkpoint(folder: RunFolder) -> Iterator[None]:
             f"{unfinished[0]} could not be written: {error}. "
             f"The last whole checkpoint is {last.name if last else 'none'}; make room and go on with --resume"
         ) from error
-
-
-@contextlib.contextmanager
-def _one_run_at_a_time(folder: RunFolder) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when the process ends, however it ends."""
-    import fcntl
-
-    with (folder.path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SecateurError(f"{folder.path}: another process is running in this folder") from error
-        yield

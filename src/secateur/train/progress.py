@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+from transformers.utils import logging as transformers_logging
 
 LINES_PER_RUN = 12
+
+
+@contextlib.contextmanager
+def only_our_messages() -> Iterator[None]:
+    """Keep transformers' own progress bars and warnings off the terminal; errors still come."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class RunProgress:
     """A progress bar with loss, tokens/s, phase and load; `quiet` shows nothing at all."""
 
-    def __init__(self, description: str, total: int, *, quiet: bool = False) -> None:
+    def __init__(self, description: str, total: int, *, done: int = 0, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._live = self._console.is_terminal and not quiet
         self._total = total
         self._description = description
-        self._next_line = 0
+        self._next_line = done
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -31,13 +48,15 @@ class RunProgress:
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(description, total=total, numbers="")
+        self._task = self._progress.add_task(description, total=total, completed=done, numbers="")
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def step(self, done: int) -> None:
@@ -76,7 +95,9 @@ class StageProgress:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def __call__(self, description: str, done: int, total: int | None) -> None:

@@ -48,6 +48,26 @@ class RunFolder:
             raise SecateurError(f"--out {self.path}: expected a new or empty folder, found files in it{hint}")
 
     @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        """Make the folder; if what follows fails and leaves it empty, take it away again.
+
+        Raises:
+            SecateurError: it cannot be made.
+        """
+        is_new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SecateurError(f"--out {self.path}: cannot be made ({error.strerror})") from error
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    self.path.rmdir()
+            raise
+
+    @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out; the system frees the lock when the process ends, however it ends.
 
@@ -61,7 +81,7 @@ class RunFolder:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.sameopenfile(file.fileno(), file.fileno()) or not self.lock.exists():
+                if not os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):  # its owner has just left
                     raise BlockingIOError
             except OSError as error:
                 raise SecateurError(f"{self.path}: another process is running in this folder") from error
@@ -86,6 +106,13 @@ class RunFolder:
 
     def write_events(self, events: Iterable[PruneEvent]) -> None:
         write_json(self.events, [event.to_json() for event in events])
+
+    def flush_logs(self) -> None:
+        """Put the lines of the logs on the disk."""
+        for path in (self.metrics, self.loads):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def eval_at(self, step: int) -> dict[str, Any] | None:
         """The validation after `step`: "validation_loss" and "validation_loss_by_domain"; None if there was none."""
@@ -122,7 +149,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:  # a kill may cut the last line short; what follows a cut line is after the checkpoint

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,7 +19,7 @@ from secateur.train.run_folder import RunFolder, append_line
 logger = logging.getLogger(__name__)
 
 
-class RunLog(TrainerCallback):  # type: ignore[misc]
+class RunLog(TrainerCallback):
     """Must come after `laep` in the Trainer's list of callbacks. `trainer` is set once the Trainer exists.
 
     Seconds are training seconds: evaluation, saving and surgery are not counted.
@@ -32,6 +31,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         laep: LAEPCallback,
         progress: RunProgress,
         *,
+        run: str,
         tokens_per_step: int,
         domain_sizes: Mapping[str, int],
         seconds: float = 0.0,
@@ -39,6 +39,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         self._folder = folder
         self._laep = laep
         self._progress = progress
+        self._run = run
         self._tokens_per_step = tokens_per_step
         self._domain_sizes = domain_sizes
         self._seconds = seconds
@@ -47,7 +48,6 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         self._domain_losses: dict[str, float] = {}
         self._num_events = 0
         self.trainer: Trainer | None = None
-        self.last_eval: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,9 +61,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
         if self._marked_step is None:
             self._mark, self._marked_step = time.perf_counter(), state.global_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pruner = self._laep.pruner
         assert pruner is not None
         step = state.global_step
@@ -78,6 +76,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             self._folder.write_events(pruner.events)
             self._progress.say(f"pruned at {event.describe()}")
             assert self.trainer is not None
+            log_is_due = control.should_log  # which any log takes back
             self.trainer.log(
                 {
                     "laep/experts": event.experts_after,
@@ -85,6 +84,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
                     "laep/rerouted_share": event.rerouted_share,
                 }
             )
+            control.should_log = log_is_due
 
     def on_log(
         self,
@@ -98,11 +98,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             return
         step, pruner = state.global_step, self._laep.pruner
         assert pruner is not None
-        if not math.isfinite(logs["loss"]):
-            raise SecateurError(
-                f"the training loss is {logs['loss']} at step {step}: the run has diverged (try a lower "
-                "--learning-rate); checkpoints from before are untouched"
-            )
+        _check_finite("training", logs["loss"], step)
         elapsed = time.perf_counter() - self._mark
         tokens_per_second = (step - self._marked_step) * self._tokens_per_step / elapsed
         self._seconds += elapsed
@@ -117,7 +113,7 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
                 "seconds": self._seconds,
                 "loss": logs["loss"],
                 "learning_rate": logs.get("learning_rate"),
-                "grad_norm": logs.get("grad_norm"),
+                "grad_norm": _finite(logs.get("grad_norm")),
                 "tokens_per_second": tokens_per_second,
                 "phase": pruner.phase,
                 "load_max_over_mean": spread,
@@ -142,12 +138,27 @@ class RunLog(TrainerCallback):  # type: ignore[misc]
             return
         total = sum(self._domain_sizes.values())
         mean = sum(self._domain_losses[domain] * size for domain, size in self._domain_sizes.items()) / total
-        self.last_eval = {"validation_loss": mean, "validation_loss_by_domain": dict(self._domain_losses)}
-        self._domain_losses = {}
+        losses, self._domain_losses = self._domain_losses, {}
         step = state.global_step
+        _check_finite("validation", mean, step)
         line = {"kind": "eval", "step": step, "tokens": step * self._tokens_per_step, "seconds": self._seconds}
-        append_line(self._folder.metrics, {**line, **self.last_eval})
+        line |= {"validation_loss": mean, "validation_loss_by_domain": losses}
+        append_line(self._folder.metrics, line)
         self._progress.say(f"step {step}: validation loss {mean:.4f}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._folder.flush_logs()  # a whole checkpoint never has fewer lines than its step
+        seal(self._folder.checkpoints / f"checkpoint-{state.global_step}", self._run)
+
+
+def _check_finite(which: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise SecateurError(
+            f"the {which} loss is {loss} at step {step}: the run has diverged (try a lower --learning-rate); "
+            "checkpoints from before are untouched"
+        )
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity; with fp16 the first gradient norms are often infinite."""
+    return value if value is not None and math.isfinite(value) else None

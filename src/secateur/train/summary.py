@@ -1,0 +1,38 @@
+"""summary.json: what a finished run came to."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from secateur.train.arguments import tokens_per_step
+from secateur.train.environment import peak_memory_bytes
+from secateur.train.options import PretrainOptions
+from secateur.train.run_folder import RunFolder
+
+
+def run_summary(options: PretrainOptions, folder: RunFolder, parameters: int) -> dict[str, Any]:
+    """Content of summary.json, from the logs of a run that trained all its steps to a model of `parameters`."""
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    events = json.loads(folder.events.read_text(encoding="utf-8"))
+    first, last = (events[0]["step"], events[-1]["step"]) if events else (options.steps, options.steps)
+    # The first interval has warm-up in it, and the one that holds a pruning is of both models.
+    before = [line["tokens_per_second"] for line in train[1:] if line["step"] < first]
+    after = [line["tokens_per_second"] for line in train if line["step"] >= last + options.log_steps]
+    last_eval = folder.eval_at(options.steps)
+    assert last_eval is not None
+    return {
+        "finished": True,
+        **last_eval,
+        "tokens_per_second": {
+            "before": statistics.median(before) if before else None,
+            "after": statistics.median(after) if after and events else None,
+        },
+        "steps": options.steps,
+        "tokens": options.steps * tokens_per_step(options),
+        "seconds": train[-1]["seconds"] if train else 0.0,
+        "parameters": parameters,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
