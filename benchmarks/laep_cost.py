@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 import torch
-from record import show, store
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from record import show, store
 from secateur import LAEP
 from secateur.families import describe_moe
 from secateur.train.presets import COMMON, PRESETS
@@ -38,7 +38,8 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         results[name] = measure(model, optimizer, arguments.blocks, arguments.steps)
         print(name, results[name], flush=True)
-    columns = ["model", "parameters", "tracking", "removed", "tokens/s before", "after", "ratio", "optimizer MiB", "surgery"]
+    columns = ["model", "parameters", "tracking", "removed", "tokens/s before", "after", "ratio"]
+    columns += ["optimizer MiB", "surgery"]
     rows = [
         [
             name,

@@ -92,6 +92,7 @@ def main() -> None:
     for (name, _), result in zip(jobs, runs, strict=True):
         results[name].append(result)
     base = {one["seed"]: one["validation_loss"] for one in results["base"]}
+    domains = sorted(results["base"][0]["by_domain"])
     rows = []
     for name, ones in results.items():
         losses = [one["validation_loss"] for one in ones]
@@ -103,13 +104,13 @@ def main() -> None:
                 f"{statistics.mean(losses):.4f} ± {_spread(losses):.4f}",
                 f"{statistics.mean(differences):+.4f} ± {_spread(differences):.4f}",
             ]
-            + [f"{statistics.mean(one['by_domain'][domain] for one in ones):.4f}" for domain in sorted(ones[0]["by_domain"])]
+            + [f"{statistics.mean(one['by_domain'][domain] for one in ones):.4f}" for domain in domains]
         )
-    domains = sorted(results["base"][0]["by_domain"])
     columns = ["run", "parameters removed", "validation loss", "minus base, same seed", *domains]
     show(f"{arguments.seeds} seeds, {arguments.steps} steps of 2,048 tokens; mean ± standard deviation", columns, rows)
     sources = json.loads((arguments.text / "sources.json").read_text())
-    print(store("laep_quality", {"steps": arguments.steps, "sources": sources, "settings": SETTINGS, "runs": results, "table": [columns, *rows]}))
+    record = {"steps": arguments.steps, "sources": sources, "settings": SETTINGS, "runs": results}
+    print(store("laep_quality", {**record, "table": [columns, *rows]}))
 
 
 def _spread(values: list[float]) -> float:

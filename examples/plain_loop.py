@@ -1,6 +1,6 @@
 """LAEP in a plain PyTorch loop: `pruner.step()` after `optimizer.step()`.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LAEP in your own Trainer: `callbacks=[LAEPCallback(...)]` is all that a usual Trainer script gets.
 
-    python examples/trainer.py
+python examples/trainer.py
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
             callbacks=[laep],
         )
         trainer.train()
-        trainer.save_model(f"{folder}/pruned")  # layers that differ load with trust_remote_code=True or `import secateur`
-        AutoModelForCausalLM.from_pretrained(f"{folder}/pruned")
+        trainer.save_model(f"{folder}/pruned")
+        AutoModelForCausalLM.from_pretrained(f"{folder}/pruned")  # elsewhere: with trust_remote_code=True
     for event in laep.events:
         print(event.describe())
 

@@ -17,9 +17,8 @@ from secateur.families import MoEModel, describe_moe
 from secateur.observe import LoadCounter
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, random_tokens, tiny_model
+from tiny_models import NUM_EXPERTS, TOP_K, every_family, random_plan, random_tokens, tiny_model
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
 Ids = dict[int, list[list[list[int]]]]  # layer -> calls -> tokens -> experts
 
 

@@ -17,9 +17,7 @@ from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import logits_of
 from test_verify import everything
-from tiny_models import FAMILIES, NUM_EXPERTS, random_plan, random_tokens, tiny_config, tiny_model
-
-every_family = pytest.mark.parametrize("name", FAMILIES)
+from tiny_models import FAMILIES, NUM_EXPERTS, every_family, random_plan, random_tokens, tiny_config, tiny_model
 
 
 def keep(*kept: int, layer: int = 0, experts_before: int = NUM_EXPERTS) -> Plan:

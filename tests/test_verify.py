@@ -15,9 +15,8 @@ from secateur.families import MoEModel, describe_moe
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts, logits_of
-from tiny_models import FAMILIES, random_plan, random_tokens, tiny_model
+from tiny_models import FAMILIES, every_family, random_plan, random_tokens, tiny_model
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
 ROUNDING = 1e-5
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -338,6 +339,17 @@ FAMILIES: dict[str, Family] = {
         trailing={"gate.weight": 2},
     ),
 }
+
+
+# Rows whose routing and layout another row has as well; the longer tests leave them to the slow suite.
+LIKE_ANOTHER = {
+    "qwen3_5_moe_text", "olmoe", "flex_olmo", "deepseek_v2 greedy", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "dots1",
+    "granitemoeshared", "granitemoehybrid", "exaone_moe", "aria_text", "axk1", "bailing_hybrid", "cohere2_moe", "hy_v3",
+    "laguna", "mellum", "mimo_v2_flash", "solar_open",
+}  # fmt: skip
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_ANOTHER else name for name in FAMILIES]
+)
 
 
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:

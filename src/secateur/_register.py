@@ -26,7 +26,7 @@ def _register() -> None:
     # transformers is half imported at this moment: its config base class is there, its model classes are not.
     from transformers.configuration_utils import PreTrainedConfig
 
-    class PrunedMoeConfig(PreTrainedConfig):  # type: ignore[misc]
+    class PrunedMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Entry for `AutoConfig`: gives the pruned config class of the family that config.json names."""
 
         model_type = MODEL_TYPE

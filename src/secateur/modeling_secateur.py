@@ -150,7 +150,7 @@ def set_attributes_(model: nn.Module, layout: ExpertLayout, counts: Mapping[int,
     modules = dict(model.named_modules())
     for (name, key), value in layout.attributes.items():
         layer = layer_of(name)
-        if layer in counts:
+        if layer is not None and layer in counts:
             setattr(modules[name], key, value.at(counts[layer]))
 
 
@@ -181,15 +181,15 @@ def replace_tensor_(owner: nn.Module, key: str, value: torch.Tensor) -> None:
 
 
 @functools.cache
-def pruned_config_class(native: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The config class of pruned models of a native family."""
+def pruned_config_class(native: Any) -> type[PreTrainedConfig]:
+    """The config class of pruned models of a native family, from its native config class."""
     name = PREFIX + native.__name__
     members = {"model_type": MODEL_TYPE, "_auto_class": "AutoConfig", "__module__": __name__, "native_class": native}
     return type(name, (native,), members)
 
 
 @functools.cache
-def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def pruned_model_class(native: Any) -> type[PreTrainedModel]:
     """The class of pruned models of a native class; registers its weight conversions and its config with AutoModel."""
     config_class = pruned_config_class(native.config_class)
     name = PREFIX + native.__name__
@@ -217,9 +217,8 @@ def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if stock_loss is not None:
         members["forward"] = _forward_with_layerwise_loss(native, stock_loss)
     pruned = type(name, (native,), members)
-    conversions = get_checkpoint_conversion_mapping(native.__name__) or get_checkpoint_conversion_mapping(
-        native.config_class.model_type
-    )
+    find: Callable[[str], Any] = get_checkpoint_conversion_mapping
+    conversions = find(native.__name__) or find(native.config_class.model_type)
     if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     AutoModelForCausalLM.register(config_class, pruned, exist_ok=True)
@@ -241,7 +240,7 @@ def read_pruned_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
     Raises:
         ValueError: `base_model_type` or `architectures` name nothing in this transformers release.
     """
-    base = config_dict.get("base_model_type")
+    base = str(config_dict.get("base_model_type"))
     if base not in CONFIG_MAPPING:
         raise ValueError(f"config.json: base_model_type {base!r} is not a model type of this transformers release")
     architecture = (config_dict.get("architectures") or [None])[0]
@@ -249,16 +248,18 @@ def read_pruned_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
         __getattr__(str(architecture))  # makes the model class and registers it with AutoModelForCausalLM
     except AttributeError as error:
         raise ValueError(f"config.json: architectures: {error}") from error
-    return pruned_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+    native: Any = CONFIG_MAPPING[base]
+    return pruned_config_class(native).from_dict(config_dict, **kwargs)
 
 
 def __getattr__(name: str) -> type:
     """`PrunedX...` -> the pruned class of `transformers.X...`, for the names in a checkpoint's `auto_map`."""
-    native = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if isinstance(native, type) and issubclass(native, PreTrainedModel):
-        return pruned_model_class(native)
-    if isinstance(native, type) and issubclass(native, PreTrainedConfig):
-        return pruned_config_class(native)
+    native: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    makers = ((PreTrainedModel, pruned_model_class), (PreTrainedConfig, pruned_config_class))
+    for base, make in makers if isinstance(native, type) else ():
+        if issubclass(native, base):
+            pruned: type = make(native)
+            return pruned
     raise AttributeError(f"{__name__} has no class {name!r}: expected {PREFIX} + the name of a transformers class")
 
 

@@ -79,7 +79,7 @@ def expert_checksums(moe: MoEModel) -> dict[str, int]:
 
 
 def _swap(owner: nn.Module, key: str, order: tuple[int, ...], num_experts: int, spec: Any) -> Callable[[], Any]:
-    store = owner._parameters if key in owner._parameters else owner._buffers
+    store: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
     old = store[key]
     assert old is not None
     index = row_index(order, num_experts, spec, device=old.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,13 +122,14 @@ def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
             setattr(modules[name], key, value.at(largest))
     *parents, key = moe.count_key.split(".")
     setattr(functools.reduce(getattr, parents, config), key, largest)
-    native_model = getattr(type(model), "native_class", type(model))
+    native_class: Any = type(native)
+    native_model: Any = getattr(type(model), "native_class", type(model))
     if len(set(counts.values())) == 1:
-        config.__class__, model.__class__ = type(native), native_model
+        config.__class__, model.__class__ = native_class, native_model
         for name in ("moe_config", "base_model_type", "auto_map"):
             config.__dict__.pop(name, None)
         return
-    config.__class__, model.__class__ = pruned_config_class(type(native)), pruned_model_class(native_model)
+    config.__class__, model.__class__ = pruned_config_class(native_class), pruned_model_class(native_model)
     config.base_model_type = native.model_type
     config.moe_config = {
         "per_layer_experts_blocks": [counts.get(layer, 0) for layer in range(config.num_hidden_layers)]

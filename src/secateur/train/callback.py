@@ -15,7 +15,7 @@ from secateur.train.events import PruneEvent
 from secateur.train.laep import LAEP, as_prunings
 
 
-class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class LAEPCallback(TrainerCallback, ExportableState):
     """Prunes the experts of the Trainer's model while it trains; takes the keyword arguments of `LAEP`.
 
     The state travels in `trainer_state.json`, so `trainer.train(resume_from_checkpoint=folder)` goes on exactly where
@@ -58,7 +58,8 @@ class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         refuse_arguments(args)
         if self.pruner is not None:
             self.pruner.detach()
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        stored: Any = state.stateful_callbacks
+        saved = stored.get(type(self).__name__)
         if state.global_step and not saved:
             raise SecateurError(
                 f"resumed at step {state.global_step} from a checkpoint that was written without {type(self).__name__}:"
@@ -78,7 +79,8 @@ class LAEPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         assert self.pruner is not None
         event = self.pruner.step()
         if event is not None:
-            state.log_history.append({"step": state.global_step, "prune_event": event.to_json()})
+            history: list[Any] = state.log_history
+            history.append({"step": state.global_step, "prune_event": event.to_json()})
             if self._on_event is not None:
                 self._on_event(event)
 
