@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ from test_verify import everything
 from tiny_models import tiny_model
 
 STEPS, BATCH, LENGTH = 10, 4, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_collections() -> Iterator[None]:
+    """A Trainer collects garbage at every start; leave out the many objects of imported modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 PHASE = PhaseConstants(windows=2, min_rank_correlation=0.5, max_total_variation=0.3)
 
 

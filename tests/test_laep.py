@@ -368,7 +368,7 @@ def test_mixed_precision_and_a_gradient_scaler_go_on_after_a_pruning() -> None:
 
 @pytest.mark.parametrize(
     ("stop", "moment"),
-    [(3, "in a window"), (4, "just before"), (5, "just after"), (6, "after"), (8, "between"), (10, "after the second")],
+    [(3, "in a window"), (4, "just before"), (5, "just after"), (8, "between"), (9, "just after the second")],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stop: int, moment: str, tmp_path: Path) -> None:
     schedule = [Pruning(rule=Rule(target_params=0.85), at_step=5), Pruning(rule=Rule(alpha=1.0), at_step=9)]
@@ -400,7 +400,7 @@ def without_clock_in(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"events": [event | {"surgery_seconds": None} for event in state["events"]]}
 
 
-@pytest.mark.parametrize("stop", [7, 8, 9, 10, 11])
+@pytest.mark.parametrize("stop", [8, 9, 10])
 def test_the_stable_phase_is_found_at_the_same_step_after_a_resume(stop: int) -> None:
     whole = Run(target_params=0.8)
     steps = list(whole.go(0, 14))
@@ -415,6 +415,20 @@ def test_the_stable_phase_is_found_at_the_same_step_after_a_resume(stop: int) ->
 
 
 GATE = "model.layers.0.mlp.gate.weight"
+
+
+def test_weights_that_lie_unaligned_in_a_mapped_file_are_moved_and_keep_their_bits(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(parameter.data_ptr() % 64 for parameter in model.parameters()), "so this test could not fail"
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = [id(parameter) for parameter in model.parameters()]
+    LAEP(model, adamw(model))
+    assert not any(parameter.data_ptr() % 64 for parameter in model.parameters())
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 WRONG_STATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "version 7, expected": ({}, {"version": 7}),
     "of a model with experts .*0: 4.*load the model from the checkpoint": ({}, {"counts": {"0": 4, "1": 8, "2": 8}}),

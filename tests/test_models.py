@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import TINY
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from secateur.data.tokenizer import train_tokenizer
@@ -17,6 +16,7 @@ from secateur.families import describe_moe
 from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
 from secateur.train.options import PretrainOptions
 from secateur.train.presets import PRESETS
+from small_runs import TINY
 
 CONFIG: dict[str, Any] = {"model_type": "qwen3_moe", "vocab_size": 300, **TINY["qwen3_moe"]}
 

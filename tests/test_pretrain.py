@@ -290,12 +290,14 @@ def test_the_detector_prunes_after_the_windows_that_agree(start: Any) -> None:
     assert (event.step, event.reason) == (12, "stable")
 
 
+@pytest.mark.slow
 def test_loads_that_keep_moving_are_never_pruned(start: Any) -> None:
     run = start(min_rank_correlation=1.0, max_total_variation=0.0)
     assert strict(run / "events.json") == []
     assert {line["phase"] for line in of_kind(run, "train")} == {"transition"}
 
 
+@pytest.mark.slow
 def test_tokens_prune_at_the_end_of_the_window_that_reaches_them(start: Any) -> None:
     (event,) = events(start(prune_at_tokens=10 * STEP_TOKENS))
     assert (event.step, event.reason) == (12, "tokens")
@@ -329,6 +331,7 @@ def test_uniform_keeps_one_count_and_the_native_class(start: Any) -> None:
     assert not (run / "model" / "modeling_secateur.py").exists()
 
 
+@pytest.mark.slow
 def test_kept_counts_are_multiples_and_within_the_limits(start: Any) -> None:
     (event,) = events(start(multiple_of=3, min_experts=4, target_params=None, alpha=float("inf"), beta=0.9))
     assert {one.experts_after for one in event.layers.values()} <= {6, 8}
@@ -336,6 +339,7 @@ def test_kept_counts_are_multiples_and_within_the_limits(start: Any) -> None:
     assert {one.experts_after for one in event.layers.values()} <= {4, 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "check"),
     [
@@ -353,7 +357,12 @@ def test_every_rule_decides(start: Any, rule: Json, check: Any) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "balance"),
-    [("mixtral", "mixtral"), ("qwen3_moe", "mixtral"), ("deepseek_v3", "deepseek_v3"), ("deepseek_v3", "bias")],
+    [
+        pytest.param("mixtral", "mixtral", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "mixtral", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "deepseek_v3", marks=pytest.mark.slow),
+        ("deepseek_v3", "bias"),
+    ],
 )
 def test_every_balance_changes_the_run_and_lasts_through_the_pruning(start: Any, preset: str, balance: str) -> None:
     runs = [
@@ -373,6 +382,7 @@ def test_bf16_trains_and_keeps_float32_weights(start: Any) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_neither_the_losses_nor_the_loads(start: Any) -> None:
     plain, checkpointed = start(), start(gradient_checkpointing=True)
     for name in ("metrics.jsonl", "loads.jsonl"):
@@ -392,6 +402,7 @@ def test_accumulation_counts_every_token_also_where_an_epoch_ends(start: Any) ->
     assert event.tokens == 23 * 3 * STEP_TOKENS
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_the_same_step_as_one_batch(start: Any) -> None:
     whole, parts = (
         start(steps=10, eval_steps=10, no_prune=True),
@@ -401,12 +412,14 @@ def test_accumulated_micro_batches_are_the_same_step_as_one_batch(start: Any) ->
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adafactor", "adamw_torch_fused"])
 def test_every_optimizer_with_a_rule_goes_through_the_pruning(start: Any, optimizer: str) -> None:
     run = start(optimizer=optimizer, learning_rate=1e-3, steps=30, eval_steps=10)
     assert len(events(run)) == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_of_the_learning_rate_is_untouched_by_the_pruning(start: Any) -> None:
     rates = [[line["learning_rate"] for line in of_kind(run, "train")] for run in (start(), start(no_prune=True))]
     assert rates[0] == rates[1]
@@ -417,6 +430,7 @@ def test_a_last_step_that_is_no_eval_step_is_validated_once(start: Any) -> None:
     assert [line["step"] for line in of_kind(run, "eval")] == [12, 24, 33]
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_a_log_step_has_a_result(start: Any) -> None:
     run = start(steps=3, no_prune=True)
     assert of_kind(run, "train") == []
@@ -470,6 +484,7 @@ def test_the_config_of_a_pruned_model_makes_another_one_with_its_counts(run: Pat
     }
 
 
+@pytest.mark.slow
 def test_a_given_tokenizer_is_the_one_that_is_used_and_kept(run: Path, start: Any) -> None:
     further = start(tokenizer=str(run / "data" / "tokenizer"), vocab_size=4096, steps=10, no_prune=True)
     kept, given = (one / "data" / "tokenizer" / "tokenizer.json" for one in (further, run))
@@ -551,3 +566,18 @@ def test_a_gradient_norm_that_is_infinite_is_null_in_the_log(start: Any, monkeyp
 
     monkeypatch.setattr(Trainer, "_get_grad_norm", lambda *args, **kwargs: float("inf"))
     assert {line["grad_norm"] for line in of_kind(start(steps=10, no_prune=True), "train")} == {None}
+
+
+def test_a_domain_smaller_than_a_batch_is_validated_too(start: Any) -> None:
+    run = start(batch_size=48, steps=10, eval_steps=10, no_prune=True)
+    tokens = strict(run / "run.json")["data"]["domains"]["code"]["validation_tokens"]
+    assert tokens < 48 * 32
+    assert set(of_kind(run, "eval")[0]["validation_loss_by_domain"]) == {"code", "prose"}
+
+
+@pytest.mark.slow
+def test_the_validation_loss_does_not_depend_on_the_batch(run: Path, start: Any) -> None:
+    frozen = {"model": str(run / "model"), "learning_rate": 1e-12, "weight_decay": 0.0, "steps": 5, "no_prune": True}
+    runs = [start(**frozen, batch_size=size) for size in (3, 4, 48)]
+    losses = [strict(one / "summary.json")["validation_loss"] for one in runs]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

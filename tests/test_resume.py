@@ -183,7 +183,7 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
     "after two prunings": ("all", Kill(STEP_END, 38)),
     "after a last validation that no interval asked for": ("odd steps", Kill("secateur.train.pretrain:run_summary")),
 }
-QUICK = ("before the pruning", "after the first checkpoint of the pruned model")
+QUICK = ("in the middle of the pruning, optimizer done and model not", "after the first checkpoint of the pruned model")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,7 @@ def test_a_checkpoint_that_lost_a_part_is_passed_over(
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path: Path, corpus: Path) -> None:
     for name, changes in (("one", {}), ("other", {"learning_rate": 1e-3})):
         settings = options(corpus, **RUNS["plain"], **changes)
@@ -236,6 +237,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path: Path, c
     assert ours.with_name("checkpoint-20").is_dir()
 
 
+@pytest.mark.slow
 def test_data_that_changed_after_it_was_prepared_is_not_read_again(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
@@ -249,6 +251,7 @@ def test_data_that_changed_after_it_was_prepared_is_not_read_again(
     assert (out / "model" / "model.safetensors").read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.slow
 def test_going_on_does_not_need_the_folder_of_a_model_once_there_is_a_checkpoint(
     tmp_path: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -367,8 +370,11 @@ class LimitFileSize:
 
 @pytest.mark.parametrize(
     ("size", "nth", "last"),
-    [(20_000, 2, "checkpoint-10"), (150_000, 3, "checkpoint-20"), (20_000, 1, "none")],
-    ids=["no room for the model", "no room for the optimizer", "no checkpoint yet"],
+    [
+        pytest.param(20_000, 2, "checkpoint-10", id="no room for the model"),
+        pytest.param(150_000, 3, "checkpoint-20", id="no room for the optimizer", marks=pytest.mark.slow),
+        pytest.param(20_000, 1, "none", id="no checkpoint yet", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_names_the_checkpoint_and_the_last_whole_one_and_loses_nothing(
     size: int, nth: int, last: str, tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]

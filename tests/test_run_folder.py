@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from small_runs import in_child, lines
 
 from secateur.errors import SecateurError
 from secateur.train.run_folder import RunFolder, append_line, write_json
+from small_runs import in_child, lines
 
 
 def test_a_new_folder_and_an_empty_one_are_new(tmp_path: Path) -> None:
@@ -52,9 +52,8 @@ def test_a_start_that_fails_takes_its_new_folder_away_but_no_old_one(tmp_path: P
 
 
 def test_a_start_that_fails_late_keeps_what_is_in_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), RunFolder(tmp_path / "new").made():
-        (tmp_path / "new" / "run.json").touch()
-        raise KeyError
+    with pytest.raises(FileExistsError), RunFolder(tmp_path / "new").made():
+        (tmp_path / "new" / "run.json").mkdir(parents=True)
     assert (tmp_path / "new" / "run.json").exists()
 
 

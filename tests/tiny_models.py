@@ -334,18 +334,18 @@ FAMILIES: dict[str, Family] = {
         _ROUTED,
         NARROW,
         HEADS,
-        {"n_shared_experts": 2},
+        {"n_shared_experts": 2, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
         tensors=_BIASED,
         trailing={"gate.weight": 2},
     ),
 }
 
 
-# Rows whose routing and layout another row has as well; the longer tests leave them to the slow suite.
+# Rows with the routing and layout of another row; the longer tests leave them to the slow suite.
 LIKE_ANOTHER = {
-    "qwen3_5_moe_text", "olmoe", "flex_olmo", "deepseek_v2 greedy", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "dots1",
-    "granitemoeshared", "granitemoehybrid", "exaone_moe", "aria_text", "axk1", "bailing_hybrid", "cohere2_moe", "hy_v3",
-    "laguna", "mellum", "mimo_v2_flash", "solar_open",
+    "qwen3_5_moe_text", "olmoe", "flex_olmo", "deepseek_v2 greedy", "deepseek_v32", "glm4_moe", "glm4_moe_lite",
+    "dots1", "granitemoeshared", "granitemoehybrid", "exaone_moe", "aria_text", "axk1", "bailing_hybrid",
+    "cohere2_moe", "hy_v3", "laguna", "mellum", "mimo_v2_flash", "solar_open",
 }  # fmt: skip
 every_family = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_ANOTHER else name for name in FAMILIES]

@@ -171,7 +171,7 @@ def report(
 def main() -> None:
     """Run the command line; bad input ends with one message and status 2, a refused write with status 1."""
     try:
-        app()
+        app(prog_name="secateur")
     except SecateurError as error:
         _fail(str(error), 2)
     except OSError as error:
@@ -245,7 +245,7 @@ def _print_result(out: Path, report: dict[str, Any]) -> None:
         print("no pruning took place")
     print(f"validation loss {report['validation_loss']:.4f}")
     speed = report["tokens_per_second"]
-    if speed["after"]:
+    if speed["before"] and speed["after"]:
         print(
             f"tokens/s {speed['before']:,.0f} before, {speed['after']:,.0f} after ({speed['after'] / speed['before']:.2f}x)"
         )

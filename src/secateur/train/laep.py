@@ -115,6 +115,7 @@ class LAEP:
         self._steps_in_window = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
+        _align_(model)
         self.last_window: RouterStats | None = None
         self._stable = False  # as of the last full window
 
@@ -385,6 +386,16 @@ def as_prunings(
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SecateurError(f"{name} is {value!r}, expected a whole number of at least 1")
+
+
+def _align_(model: nn.Module) -> None:
+    """Move tensors that lie anywhere in a mapped file, as `from_pretrained` leaves them, to memory of their own.
+
+    Matrix products round by the alignment of their operands, so a resumed run would differ from an uninterrupted one.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _tokens(stats: RouterStats) -> int:

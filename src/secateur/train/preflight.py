@@ -24,11 +24,10 @@ from secateur.train.laep import Pruning
 from secateur.train.models import given_tokenizer, model_config, model_facts
 from secateur.train.options import PretrainOptions
 from secateur.train.processes import refuse_several_processes
+from secateur.train.progress import only_our_messages
 
-METRIC_SCHEDULES = (
-    "reduce_lr_on_plateau",
-    "greedy",
-)  # they wait for one validation loss, and here each domain has its own
+# they wait for one validation loss, and here each domain has its own
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 FP32_BYTES = 4  # parameters, gradients and optimizer state are float32 whatever --precision is
 
 
@@ -88,10 +87,12 @@ def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
     Raises:
         SecateurError: see `check_before_data`.
     """
-    moe = check_before_data(options)
+    with only_our_messages():
+        moe = check_before_data(options)
+        optimizer_bytes = _try_optimizer(options, moe)
     size = FP32_BYTES * moe.num_parameters
     experts = sum(block.num_experts * block.params_per_expert for block in moe.blocks.values())
-    state = round(size * _try_optimizer(options, moe))
+    state = round(size * optimizer_bytes)
     return {
         "model": {**model_facts(options, moe), "expert_parameters": experts},
         "data": {"sources": list(options.data or embedded_specs())},

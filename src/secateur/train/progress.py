@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 LINES_PER_RUN = 12
+WIDE = 105
 
 
 @contextlib.contextmanager
@@ -38,12 +39,12 @@ class RunProgress:
         self._total = total
         self._description = description
         self._next_line = done
+        core = (MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+        wide = (TextColumn("{task.description}"), BarColumn(bar_width=24), *core, TimeElapsedColumn())
+        # a narrow terminal would cut off the numbers and the time left
+        columns = wide if self._console.width >= WIDE else core
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
+            *columns,
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._live,
