@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from secateur.errors import SecateurError
-from secateur.families import REFUSED, describe_moe
+from secateur.families import REFUSED, describe_moe, router_needs
 from secateur.modeling_secateur import expert_count_key, find_expert_layout
 from secateur.surgery.module import check_model, prune_model_
 from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
@@ -54,6 +54,22 @@ def test_parameters_per_expert_are_what_a_model_with_one_expert_less_lacks(name:
         smaller = AutoModelForCausalLM.from_config(tiny_config(name, **fields))
     lacking = moe.num_parameters - sum(parameter.numel() for parameter in smaller.parameters())
     assert sum(moe.params_per_expert.values()) * step == lacking
+
+
+@pytest.mark.parametrize(
+    ("n_group", "topk_group", "top_k", "expected"),
+    [
+        (1, 1, 3, (1, 3)),
+        (4, 2, 2, (4, 8)),  # one expert a group would do for top-k, but a group is scored by its two best
+        (4, 2, 6, (4, 12)),  # two groups hold six experts between them
+        (4, 3, 7, (4, 12)),
+    ],
+)
+def test_a_grouped_router_needs_two_experts_a_group_and_top_k_in_the_chosen_groups(
+    n_group: int, topk_group: int, top_k: int, expected: tuple[int, int]
+) -> None:
+    config = tiny_config("deepseek_v3", n_group=n_group, topk_group=topk_group)
+    assert router_needs(config, top_k) == expected
 
 
 def test_layers_without_experts_and_shared_experts_are_left_out() -> None:

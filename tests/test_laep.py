@@ -148,6 +148,15 @@ def test_a_schedule_prunes_at_each_of_its_times_by_its_own_rule() -> None:
     assert composed == {layer: one.order for layer, one in plans[0].compose(plans[1]).compose(plans[2]).layers.items()}
 
 
+def test_a_pruning_right_after_another_is_decided_on_the_tokens_between_them() -> None:
+    schedule = [Pruning(rule=Rule(target_params=0.9), at_step=step) for step in (4, 5)]
+    first, second = Run(prunings=schedule).go(0, 6).values()
+    assert (first.step, second.step) == (4, 5)
+    assert {sum(loads) for loads in second.loads.values()} == {TOKENS_PER_STEP * 2}
+    assert second.tokens == 5 * TOKENS_PER_STEP
+    assert second.parameters_before == first.parameters_after
+
+
 def test_an_empty_schedule_only_watches() -> None:
     model = tiny_model("mixtral")
     run = Run(model=model, prunings=[], optimizer=lambda model: torch.optim.NAdam(model.parameters()))

@@ -52,8 +52,12 @@ def test_a_start_that_fails_takes_its_new_folder_away_but_no_old_one(tmp_path: P
 
 
 def test_a_start_that_fails_late_keeps_what_is_in_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError), RunFolder(tmp_path / "new").made():
-        (tmp_path / "new" / "run.json").mkdir(parents=True)
+    def begin_and_fail() -> None:
+        (tmp_path / "new" / "run.json").touch()
+        raise KeyError
+
+    with pytest.raises(KeyError), RunFolder(tmp_path / "new").made():
+        begin_and_fail()
     assert (tmp_path / "new" / "run.json").exists()
 
 
