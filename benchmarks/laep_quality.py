@@ -36,7 +36,6 @@ STUDIES: dict[str, dict[str, list[str]]] = {
     "laep_quality_32_experts": {
         "base, 32 experts": ["--no-prune", *WIDE[:2]],
         "LAEP target 0.75, 32 experts": ["--target-params", "0.75", *WIDE],
-        "LAEP target 0.6, 32 experts": ["--target-params", "0.6", *WIDE],
     },
 }
 

@@ -21,8 +21,9 @@ from secateur.families import describe_moe
 from secateur.stats import RouterStats
 from secateur.train import laep as laep_module
 from secateur.train.events import PruneEvent
-from secateur.train.laep import LAEP, Pruning
+from secateur.train.laep import LAEP
 from secateur.train.phases import PhaseConstants, StablePhaseDetector
+from secateur.train.schedule import Pruning
 from test_verify import everything
 from tiny_models import random_tokens, tiny_model
 

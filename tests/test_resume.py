@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,12 +23,15 @@ from secateur.errors import SecateurError
 from secateur.train import checkpoints
 from secateur.train import pretrain as program
 from secateur.train.options import PretrainOptions
+from secateur.train.presets import PRESETS
 from secateur.train.pretrain import pretrain, resume
 from small_runs import (
     LOOSE,
+    SMALL,
     arguments,
     assert_same_run,
     corpus_in,
+    data_in,
     in_child,
     light_report,
     lines,
@@ -37,12 +41,15 @@ from small_runs import (
     without_timings,
 )
 
-# {name: settings}. Windows of 4 steps end neither at a checkpoint (every 10) nor at the pruning (23).
+# {name: settings}. Windows of 4 steps end neither at a checkpoint (every 10) nor at the pruning (23). The learning rate
+# does not end at 0, which would hide a step too many.
+STEADY: dict[str, Any] = {"schedule": "constant_with_warmup", "save_steps": 10}
 RUNS: dict[str, dict[str, Any]] = {
-    "plain": {"save_steps": 10},
-    "control": {"save_steps": 10, "control": True},
-    "detector": {"save_steps": 10, **LOOSE, "stable_windows": 4, "uniform": True},
-    # everything that has a state of its own: biases, dropout's random numbers, accumulation, two prunings, bf16
+    "plain": STEADY,
+    "control": {**STEADY, "control": True},
+    "detector": {**STEADY, **LOOSE, "stable_windows": 4, "uniform": True},
+    # everything that has a state of its own: biases, dropout's random numbers, accumulation, two prunings, bf16;
+    # a checkpoint at the end of an epoch (20) and others within one
     "all": {
         "save_steps": 10,
         "preset": "deepseek_v3",
@@ -54,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "prune": ("step=13 target_params=0.8", "step=26 target_params=0.85"),
         "precision": "bf16",
     },
-    "odd steps": {"steps": 33, "log_steps": 3, "eval_steps": 12, "save_steps": 6},
+    "odd steps": {**STEADY, "steps": 33, "log_steps": 3, "eval_steps": 12, "save_steps": 6},
 }
 
 
@@ -198,6 +205,21 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert not (out / "report.json").exists()
     assert in_child(go_on, out) == 0
     assert_same_run(out, uninterrupted(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_goes_on_from_a_checkpoint_of_its_pruned_model(preset: str, tmp_path: Path, corpus: Path) -> None:
+    times = {"steps": 12, "log_steps": 3, "eval_steps": 6, "save_steps": 3, "prune_at_step": 5, "batch_size": 2}
+    settings = PretrainOptions(data=data_in(corpus), preset=preset, **{**SMALL, **times})
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert in_child(run, whole, settings) == 0
+    assert in_child(run, out, settings, Kill(STEP_END, 8)) == -signal.SIGKILL
+    assert in_child(go_on, out) == 0
+    assert_same_run(out, whole)
+    (event,) = strict(out / "events.json")
+    assert event["oracle_max_abs_difference"] == 0.0
+    assert event["parameters_after"] <= 0.67 * event["parameters_before"]
 
 
 @pytest.mark.slow
@@ -392,22 +414,19 @@ def test_a_full_disk_names_the_checkpoint_and_the_last_whole_one_and_loses_nothi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "named"),
+    ("target", "nth", "size", "named"),
     [
-        ("secateur.train.pretrain:_save_model", r"model could not be written"),
-        ("secateur.train.run_log:append_line", r"metrics\.jsonl|loads\.jsonl"),
-        ("secateur.train.run_folder:RunFolder.write_events", "File too large"),
-        ("secateur.train.pretrain:write_json", "File too large"),
+        ("secateur.train.pretrain:_save_model", 1, 1000, r"model could not be written: .*Make room"),
+        ("secateur.train.run_log:append_line", 5, 500, r"(metrics|loads)\.jsonl"),
+        ("secateur.train.run_folder:RunFolder.write_events", 2, 1000, "File too large"),
+        ("secateur.train.pretrain:write_json", 2, 1000, "File too large"),
     ],
 )
 def test_a_disk_that_is_full_elsewhere_is_named_too_and_loses_nothing(
-    target: str, named: str, tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
+    target: str, nth: int, size: int, named: str, tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    import re
-
     out, said = tmp_path / "run", tmp_path / "stderr"
-    nth = 2 if "save_model" not in target else 1
-    limit = LimitFileSize(target, nth, 1000)
+    limit = LimitFileSize(target, nth, size)
     assert in_child(command, out, options(corpus, **RUNS["plain"]), limit, stderr=said) == 1
     assert re.search(named, said.read_text())
     assert len(said.read_text().splitlines()) == 1

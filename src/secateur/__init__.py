@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from secateur.stats import RouterStats
     from secateur.train.callback import LAEPCallback
     from secateur.train.events import PruneEvent
-    from secateur.train.laep import LAEP, Pruning
+    from secateur.train.laep import LAEP
     from secateur.train.phases import PhaseConstants
+    from secateur.train.schedule import Pruning
 
 __all__ = [
     "LAEP",
@@ -41,7 +42,7 @@ _HOMES = {
     "PhaseConstants": "secateur.train.phases",
     "Plan": "secateur.plan",
     "PruneEvent": "secateur.train.events",
-    "Pruning": "secateur.train.laep",
+    "Pruning": "secateur.train.schedule",
     "RouterStats": "secateur.stats",
     "Rule": "secateur.decide",
 }

@@ -12,7 +12,8 @@ from transformers.trainer_callback import ExportableState
 
 from secateur.errors import SecateurError
 from secateur.train.events import PruneEvent
-from secateur.train.laep import LAEP, as_prunings
+from secateur.train.laep import LAEP
+from secateur.train.schedule import as_prunings
 
 
 class LAEPCallback(TrainerCallback, ExportableState):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.plan import Plan
+from secateur.stats import RouterStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +113,18 @@ class PruneEvent:
                 "memory_after": Memory(**data["memory_after"]),
             }
         )
+
+
+def layer_events(plan: Plan, stats: RouterStats) -> dict[int, LayerEvent]:
+    """What `plan` does to each layer, with the share of the loads in `stats` that it re-routes."""
+    events = {}
+    for layer, one in plan.layers.items():
+        loads = stats.layers[layer].token_count
+        dropped = list(one.dropped)
+        events[layer] = LayerEvent(
+            experts_before=one.experts_before,
+            experts_after=one.experts_after,
+            dropped=tuple(dropped),
+            rerouted_share=float(loads[dropped].sum() / loads.sum()),
+        )
+    return events

@@ -15,13 +15,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.decide import Rule, decide
+from secateur.decide import decide
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.observe import LoadCounter
@@ -29,36 +28,13 @@ from secateur.plan import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import check_model, prune_model_, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
-from secateur.train.events import LayerEvent, Memory, PruneEvent
+from secateur.train.events import Memory, PruneEvent, layer_events
 from secateur.train.phases import PhaseConstants, StablePhaseDetector
 from secateur.train.processes import refuse_several_processes
+from secateur.train.schedule import Pruning, as_prunings, check_count
 from secateur.verify import barred_experts, expert_checksums, logits_of
 
 STATE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruning:
-    """One pruning of a schedule: what to drop, and when.
-
-    rule: thresholds or a goal. at_step, at_tokens: a fixed time, in optimizer steps or in tokens seen; with neither,
-    the first time the loads are stable (counted anew after the pruning before it). at_tokens is looked at when a
-    statistics window ends. multiple_of: every kept count is a multiple of it, e.g. the expert-parallel size.
-    """
-
-    rule: Rule
-    at_step: int | None = None
-    at_tokens: int | None = None
-    multiple_of: int = 1
-    min_experts: int = 1
-    max_experts: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.at_step is not None and self.at_tokens is not None:
-            raise SecateurError("a pruning takes at_step or at_tokens, not both")
-        for name in ("at_step", "at_tokens"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
 
 
 class LAEP:
@@ -93,7 +69,7 @@ class LAEP:
         **rule_and_limits: Any,
     ) -> None:
         refuse_several_processes()
-        _check_count("window_steps", window_steps)
+        check_count("window_steps", window_steps)
         self.prunings = as_prunings(prunings, at_step=at_step, at_tokens=at_tokens, **rule_and_limits)
         self.window_steps = window_steps
         self.self_check = self_check
@@ -293,7 +269,7 @@ class LAEP:
             reason=reason,
             plan=plan,
             loads=stats.loads(),
-            layers=_layer_events(plan, stats),
+            layers=layer_events(plan, stats),
             parameters_before=parameters_before,
             parameters_after=self.moe.num_parameters,
             memory_before=before,
@@ -351,43 +327,6 @@ class LAEP:
             self._sample = tokens[:1].detach()
 
 
-def as_prunings(
-    prunings: Sequence[Pruning] | None,
-    *,
-    at_step: int | None = None,
-    at_tokens: int | None = None,
-    multiple_of: int = 1,
-    min_experts: int = 1,
-    max_experts: int | None = None,
-    **rule: Any,
-) -> tuple[Pruning, ...]:
-    """A schedule from either form; see `LAEP`.
-
-    Raises:
-        SecateurError: both forms at once, or fixed times that do not increase.
-    """
-    limits: dict[str, Any] = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
-    if prunings is None:
-        goal = any(rule.get(name) is not None for name in ("alpha", "beta", "target_params", "max_rerouted"))
-        rule = rule if goal else {**rule, "target_params": 0.67}
-        return (Pruning(rule=Rule(**rule), at_step=at_step, at_tokens=at_tokens, **limits),)
-    fields = {**rule, "at_step": at_step, "at_tokens": at_tokens}
-    given = [name for name, value in fields.items() if value not in (None, False)]
-    given += [name for name, value in limits.items() if value not in (None, 1)]
-    if given:
-        raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {given}")
-    for name in ("at_step", "at_tokens"):
-        times = [getattr(one, name) for one in prunings if getattr(one, name) is not None]
-        if times != sorted(set(times)):
-            raise SecateurError(f"the prunings' {name} must increase, found {times}")
-    return tuple(prunings)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SecateurError(f"{name} is {value!r}, expected a whole number of at least 1")
-
-
 def _align_(model: nn.Module) -> None:
     """Move tensors that lie anywhere in a mapped file, as `from_pretrained` leaves them, to memory of their own.
 
@@ -400,17 +339,3 @@ def _align_(model: nn.Module) -> None:
 
 def _tokens(stats: RouterStats) -> int:
     return next(iter(stats.layers.values())).num_tokens
-
-
-def _layer_events(plan: Plan, stats: RouterStats) -> dict[int, LayerEvent]:
-    events = {}
-    for layer, one in plan.layers.items():
-        loads = stats.layers[layer].token_count
-        dropped = list(one.dropped)
-        events[layer] = LayerEvent(
-            experts_before=one.experts_before,
-            experts_after=one.experts_after,
-            dropped=tuple(dropped),
-            rerouted_share=float(loads[dropped].sum() / loads.sum()),
-        )
-    return events

@@ -9,8 +9,8 @@ from typing import Any
 
 from secateur.decide import Rule
 from secateur.errors import SecateurError
-from secateur.train.laep import Pruning, as_prunings
 from secateur.train.phases import PhaseConstants
+from secateur.train.schedule import Pruning, as_prunings
 
 RULE_FIELDS = ("alpha", "beta", "target_params", "max_rerouted")
 TIMES = ("stable", "step", "tokens")

@@ -20,11 +20,11 @@ from secateur.surgery.optimizer import optimizer_state_bytes
 from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import attach_balance
 from secateur.train.callback import LAEPCallback
-from secateur.train.laep import Pruning
 from secateur.train.models import given_tokenizer, model_config, model_facts
 from secateur.train.options import PretrainOptions
 from secateur.train.processes import refuse_several_processes
 from secateur.train.progress import only_our_messages
+from secateur.train.schedule import Pruning
 
 # they wait for one validation loss, and here each domain has its own
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")

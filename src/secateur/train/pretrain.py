@@ -131,17 +131,35 @@ def _train(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, q
     checkpoints.remove_unfinished(folder.checkpoints)
     run = _identity(options, data)
     checkpoint = checkpoints.last_whole(folder.checkpoints, run)
-    done = checkpoints.step_of(checkpoint) if checkpoint else 0
     set_seed(options.seed)
     model = load_model(checkpoint) if checkpoint else make_model(options, model_config(options, data.tokenizer))
-    moe = describe_moe(model)
     if not checkpoint:
         command = folder.read_run()["command"] if folder.run.exists() else _command()
-        facts = {"model": model_facts(options, moe), "data": data.report}
+        facts = {"model": model_facts(options, describe_moe(model)), "data": data.report}
         write_json(folder.run, {"config": options.to_json(), "command": command, **_environment(), **facts})
-    seconds = folder.rewind(done)
+    # asked to resume after its last step, the Trainer would make one more
+    if not checkpoint or checkpoints.step_of(checkpoint) < options.steps:
+        _train_steps(options, folder, data, model, checkpoint, run=run, quiet=quiet)
+    folder.whole_plan().save(folder.plan)
+    _save_model(folder, model, data.tokenizer)
+    write_json(folder.summary, run_summary(options, folder, sum(one.numel() for one in model.parameters())))
 
+
+def _train_steps(
+    options: PretrainOptions,
+    folder: RunFolder,
+    data: PreparedData,
+    model: PreTrainedModel,
+    checkpoint: Path | None,
+    *,
+    run: str,
+    quiet: bool,
+) -> None:
+    """From `checkpoint`, whose weights `model` has, or from the start to the last step; prunes the model in place."""
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    seconds = folder.rewind(done)
     laep = LAEPCallback(prunings=options.prunings(), window_steps=options.window_steps, phase=options.phase())
+    moe = describe_moe(model)
     balance = attach_balance(
         model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **options.balance_arguments()
     )
@@ -169,13 +187,7 @@ def _train(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, q
         log.trainer = trainer
         with _naming_a_failed_checkpoint(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if folder.eval_at(options.steps) is None:
-            trainer.evaluate()
     balance.detach()
-    assert laep.pruner is not None
-    laep.pruner.plan.save(folder.plan)
-    _save_model(folder, model, data.tokenizer)
-    write_json(folder.summary, run_summary(options, folder, laep.pruner.moe.num_parameters))
 
 
 def _keep_tensorboard(trainer: Trainer, folder: RunFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
+from secateur.plan import Plan
 from secateur.train.events import PruneEvent
 
 
@@ -106,6 +108,12 @@ class RunFolder:
 
     def write_events(self, events: Iterable[PruneEvent]) -> None:
         write_json(self.events, [event.to_json() for event in events])
+
+    def whole_plan(self) -> Plan:
+        """All prunings so far as one plan, from the experts the run began with."""
+        before = {int(layer): count for layer, count in self.read_run()["model"]["experts"].items()}
+        events = [PruneEvent.from_json(event) for event in json.loads(self.events.read_text(encoding="utf-8"))]
+        return functools.reduce(Plan.compose, (event.plan for event in events), Plan.identity(before))
 
     def flush_logs(self) -> None:
         """Put the lines of the logs on the disk."""

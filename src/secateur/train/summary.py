@@ -6,6 +6,7 @@ import json
 import statistics
 from typing import Any
 
+from secateur.errors import SecateurError
 from secateur.train.arguments import tokens_per_step
 from secateur.train.environment import peak_memory_bytes
 from secateur.train.options import PretrainOptions
@@ -13,7 +14,11 @@ from secateur.train.run_folder import RunFolder
 
 
 def run_summary(options: PretrainOptions, folder: RunFolder, parameters: int) -> dict[str, Any]:
-    """Content of summary.json, from the logs of a run that trained all its steps to a model of `parameters`."""
+    """Content of summary.json, from the logs of a run that trained all its steps to a model of `parameters`.
+
+    Raises:
+        SecateurError: the logs do not have the end of the run.
+    """
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     events = json.loads(folder.events.read_text(encoding="utf-8"))
@@ -22,7 +27,8 @@ def run_summary(options: PretrainOptions, folder: RunFolder, parameters: int) ->
     before = [line["tokens_per_second"] for line in train[1:] if line["step"] < first]
     after = [line["tokens_per_second"] for line in train if line["step"] >= last + options.log_steps]
     last_eval = folder.eval_at(options.steps)
-    assert last_eval is not None
+    if last_eval is None:
+        raise SecateurError(f"{folder.metrics}: found no validation after step {options.steps}, the last of the run")
     return {
         "finished": True,
         **last_eval,

@@ -1,0 +1,72 @@
+"""A schedule of prunings: what to drop, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.decide import Rule
+from secateur.errors import SecateurError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """One pruning of a schedule: what to drop, and when.
+
+    rule: thresholds or a goal. at_step, at_tokens: a fixed time, in optimizer steps or in tokens seen; with neither,
+    the first time the loads are stable (counted anew after the pruning before it). at_tokens is looked at when a
+    statistics window ends. multiple_of: every kept count is a multiple of it, e.g. the expert-parallel size.
+    """
+
+    rule: Rule
+    at_step: int | None = None
+    at_tokens: int | None = None
+    multiple_of: int = 1
+    min_experts: int = 1
+    max_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.at_step is not None and self.at_tokens is not None:
+            raise SecateurError("a pruning takes at_step or at_tokens, not both")
+        for name in ("at_step", "at_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
+
+def as_prunings(
+    prunings: Sequence[Pruning] | None,
+    *,
+    at_step: int | None = None,
+    at_tokens: int | None = None,
+    multiple_of: int = 1,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    **rule: Any,
+) -> tuple[Pruning, ...]:
+    """A schedule from either form; see `LAEP`.
+
+    Raises:
+        SecateurError: both forms at once, or fixed times that do not increase.
+    """
+    limits: dict[str, Any] = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
+    if prunings is None:
+        goal = any(rule.get(name) is not None for name in ("alpha", "beta", "target_params", "max_rerouted"))
+        rule = rule if goal else {**rule, "target_params": 0.67}
+        return (Pruning(rule=Rule(**rule), at_step=at_step, at_tokens=at_tokens, **limits),)
+    fields = {**rule, "at_step": at_step, "at_tokens": at_tokens}
+    given = [name for name, value in fields.items() if value not in (None, False)]
+    given += [name for name, value in limits.items() if value not in (None, 1)]
+    if given:
+        raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {given}")
+    for name in ("at_step", "at_tokens"):
+        times = [getattr(one, name) for one in prunings if getattr(one, name) is not None]
+        if times != sorted(set(times)):
+            raise SecateurError(f"the prunings' {name} must increase, found {times}")
+    return tuple(prunings)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise SecateurError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SecateurError(f"{name} is {value!r}, expected a whole number of at least 1")
