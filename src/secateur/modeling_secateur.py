@@ -231,6 +231,7 @@ def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
     native = getattr(type(config), "native_class", None)
     if native is not None:
         plain.__class__ = native
+        plain.__dict__.pop("model_type", None)  # a config read from a file holds the pruned one, over the class's own
     return plain
 
 

@@ -37,7 +37,6 @@ def training_arguments(options: PretrainOptions, folder: Path) -> TrainingArgume
             activation_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             data_seed=options.seed,
-            dataloader_drop_last=True,
             dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
             prediction_loss_only=True,

@@ -198,14 +198,22 @@ def _keep_tensorboard(trainer: Trainer, folder: RunFolder) -> None:
 
 
 def _whole_steps(options: PretrainOptions, data: PreparedData) -> Dataset[Any]:
-    """The training blocks without the last micro-batches that would make a step of fewer than the others.
+    """The training blocks without the last ones that would make a step of fewer than the others.
 
     At the end of an epoch the Trainer makes a step of what is left; tokens a step, and so all counts of tokens, would
-    not be constant.
+    not be constant. (Its own option to drop what is left would drop validation blocks too.)
+
+    Raises:
+        SecateurError: not one step's worth.
     """
     blocks = BlockDataset(data.train)
-    left_over = len(blocks) // options.batch_size % options.accumulation
-    return Subset(blocks, range(len(blocks) - left_over * options.batch_size))
+    a_step = options.batch_size * options.accumulation
+    if len(blocks) < a_step:
+        raise SecateurError(
+            f"the training data has {len(blocks)} sequences of {options.sequence_length} tokens, expected at least "
+            f"{a_step} for one step (--batch-size x --accumulation)"
+        )
+    return Subset(blocks, range(len(blocks) - len(blocks) % a_step))
 
 
 def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
