@@ -3,7 +3,7 @@
     python benchmarks/fetch_text.py TEXT && python benchmarks/laep_quality.py TEXT --work WORK
 
 All runs of one seed see the same tokens in the same order. Runs are `secateur pretrain` in processes of one thread,
-two at a time; a finished run in WORK is not repeated. Stores results/STUDY.json, with per-domain losses.
+two at a time; a finished run in WORK is not repeated. Stores results/laep_quality.json, with per-domain losses.
 """
 
 from __future__ import annotations
@@ -21,22 +21,13 @@ from typing import Any
 
 from record import show, store
 
-WIDE = ["--set", "num_experts=32", "--prune-at-step", "500"]  # so many experts settle too late for 1,000 steps
-
-# study -> run -> options; the first run of a study is what the others are compared with
-STUDIES: dict[str, dict[str, list[str]]] = {
-    "laep_quality": {
-        "base": ["--no-prune"],
-        "LAEP target 0.75": ["--target-params", "0.75"],
-        "LAEP alpha 0.2": ["--alpha", "0.2"],
-        "Mixtral auxiliary loss": ["--no-prune", "--balance", "mixtral"],
-        "DeepSeek-V3 auxiliary loss": ["--no-prune", "--balance", "deepseek_v3"],
-        "LAEP beta 0.1": ["--beta", "0.1"],  # half of the parameters go at this size: where it does not help
-    },
-    "laep_quality_32_experts": {
-        "base, 32 experts": ["--no-prune", *WIDE[:2]],
-        "LAEP target 0.75, 32 experts": ["--target-params", "0.75", *WIDE],
-    },
+SETTINGS: dict[str, list[str]] = {
+    "base": ["--no-prune"],
+    "LAEP target 0.75": ["--target-params", "0.75"],
+    "LAEP alpha 0.2": ["--alpha", "0.2"],
+    "Mixtral auxiliary loss": ["--no-prune", "--balance", "mixtral"],
+    "DeepSeek-V3 auxiliary loss": ["--no-prune", "--balance", "deepseek_v3"],
+    "LAEP beta 0.1": ["--beta", "0.1"],  # half of the parameters go at this size: where it does not help
 }
 
 
@@ -64,12 +55,12 @@ def write_code(text: Path) -> None:
     (text / "code.jsonl").write_text("".join(lines))
 
 
-def run(work: Path, text: Path, name: str, options: list[str], seed: int, steps: int) -> dict[str, Any]:
-    out = work / f"{name.replace(',', '').replace(' ', '-').lower()}-seed{seed}"
+def run(work: Path, text: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
+    out = work / f"{name.replace(' ', '-').lower()}-seed{seed}"
     if not (out / "report.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        arguments = [*command(text, seed, steps, options), "--out", str(out), "--quiet"]
+        arguments = [*command(text, seed, steps, SETTINGS[name]), "--out", str(out), "--quiet"]
         subprocess.run(arguments, check=True, env=environment, stdout=subprocess.DEVNULL)
         print(f"{name}, seed {seed}: done", flush=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
@@ -89,18 +80,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--study", choices=STUDIES, default="laep_quality")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_code(arguments.text)
-    settings = STUDIES[arguments.study]
-    jobs = [(name, settings[name], seed) for seed in range(arguments.seeds) for name in settings]
+    jobs = [(name, seed) for seed in range(arguments.seeds) for name in SETTINGS]
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda job: run(arguments.work, arguments.text, *job, arguments.steps), jobs))
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
-    for (name, _, _), result in zip(jobs, runs, strict=True):
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
+    for (name, _), result in zip(jobs, runs, strict=True):
         results[name].append(result)
     first = next(iter(results.values()))
     base = {one["seed"]: one["validation_loss"] for one in first}
@@ -121,8 +110,8 @@ def main() -> None:
     columns = ["run", "parameters removed", "validation loss", "minus base, same seed", *domains]
     show(f"{arguments.seeds} seeds, {arguments.steps} steps of 2,048 tokens; mean ± standard deviation", columns, rows)
     sources = json.loads((arguments.text / "sources.json").read_text())
-    record = {"steps": arguments.steps, "sources": sources, "settings": settings, "runs": results}
-    print(store(arguments.study, {**record, "table": [columns, *rows]}))
+    record = {"steps": arguments.steps, "sources": sources, "settings": SETTINGS, "runs": results}
+    print(store("laep_quality", {**record, "table": [columns, *rows]}))
 
 
 def _spread(values: list[float]) -> float:

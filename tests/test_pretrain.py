@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
@@ -279,11 +280,9 @@ def test_a_plain_terminal_gets_only_our_lines(
 
 
 def test_the_logging_of_transformers_is_as_before_afterwards(start: Any) -> None:
-    from transformers.utils import logging
-
-    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    before = (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled())
     start(steps=10, eval_steps=10, no_prune=True)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
 
 
 def test_the_detector_prunes_after_the_windows_that_agree(start: Any) -> None:

@@ -201,19 +201,11 @@ def _whole_steps(options: PretrainOptions, data: PreparedData) -> Dataset[Any]:
     """The training blocks without the last ones that would make a step of fewer than the others.
 
     At the end of an epoch the Trainer makes a step of what is left; tokens a step, and so all counts of tokens, would
-    not be constant. (Its own option to drop what is left would drop validation blocks too.)
-
-    Raises:
-        SecateurError: not one step's worth.
+    not be constant. (Its own option to drop what is left would drop validation blocks too.) `check_data` has seen to
+    it that there is one step's worth.
     """
     blocks = BlockDataset(data.train)
-    a_step = options.batch_size * options.accumulation
-    if len(blocks) < a_step:
-        raise SecateurError(
-            f"the training data has {len(blocks)} sequences of {options.sequence_length} tokens, expected at least "
-            f"{a_step} for one step (--batch-size x --accumulation)"
-        )
-    return Subset(blocks, range(len(blocks) - len(blocks) % a_step))
+    return Subset(blocks, range(len(blocks) - len(blocks) % (options.batch_size * options.accumulation)))
 
 
 def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
