@@ -18,7 +18,10 @@ def refuse_several_processes() -> None:
     Raises:
         SecateurError: WORLD_SIZE or the initialised process group says there are several.
     """
-    size = int(os.environ.get("WORLD_SIZE") or 1)
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdigit():
+        raise SecateurError(f"WORLD_SIZE is {given!r}, expected a number of processes")
+    size = int(given)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         size = max(size, torch.distributed.get_world_size())
     if size > 1:
