@@ -23,12 +23,17 @@ def store(name: str, result: dict[str, Any]) -> Path:
     about = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]],
+        "command": ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])],
         "versions": versions(),
         "hardware": hardware(),
     }
     path.write_text(json.dumps(about | result, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _without_folders(argument: str) -> str:
+    """Where somebody keeps files says nothing about the result."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -46,7 +46,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "Trainer": Trainer,
         "model": model,
-        "args": TrainingArguments(str(tmp_path / "out"), max_steps=6, report_to="none", save_strategy="no"),
+        "args": TrainingArguments(
+            str(tmp_path / "out"), max_steps=6, report_to="none", save_strategy="no", dataloader_pin_memory=False
+        ),
         "dataset": BlockDataset(packed),
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": [batch] * 3,
