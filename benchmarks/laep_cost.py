@@ -11,6 +11,7 @@ same model and optimizer, same batches. Stores results/laep_cost.json.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -56,7 +57,10 @@ def main() -> None:
         for name, one in results.items()
     ]
     show("Tracking: time of a step with the counting hooks over one without", columns, rows)
-    print(store("laep_cost", {"batch": BATCH, "sequence_length": LENGTH, "models": results, "table": [columns, *rows]}))
+    together = pooled([ratio for one in results.values() for ratio in one["tracking_ratios"]])
+    print("tracking, all models:", together)
+    record = {"batch": BATCH, "sequence_length": LENGTH, "models": results, "tracking_all_models": together}
+    print(store("laep_cost", {**record, "table": [columns, *rows]}))
 
 
 def build(preset: str) -> PreTrainedModel:
@@ -122,6 +126,17 @@ def measure(model: PreTrainedModel, optimizer: torch.optim.Optimizer, blocks: in
         "parameters_bytes_after": event.memory_after.parameters_bytes,
         "surgery_seconds": event.surgery_seconds,
         "oracle_max_abs_difference": event.oracle_max_abs_difference,
+    }
+
+
+def pooled(ratios: list[float]) -> dict[str, Any]:
+    """Median of all pairs of all models, with its 95 % bootstrap range."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(4000))
+    return {
+        "pairs": len(ratios),
+        "median_ratio": statistics.median(ratios),
+        "bootstrap_95": [medians[100], medians[3899]],
     }
 
 
