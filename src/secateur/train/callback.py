@@ -23,6 +23,10 @@ class LAEPCallback(TrainerCallback, ExportableState):
     it was, with a model that was loaded from that folder. Any other is refused: a Trainer does not load experts that a
     checkpoint stores one by one (it warns of missing keys), nor a pruned checkpoint into an unpruned model.
 
+    Args:
+        on_event: called with the PruneEvent at the moment of a pruning, e.g. to send it to a logger of your own.
+        laep: the keyword arguments of `LAEP`.
+
     Attributes:
         pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
 
