@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -15,8 +14,6 @@ from secateur.train.callback import LAEPCallback
 from secateur.train.checkpoints import seal
 from secateur.train.progress import RunProgress
 from secateur.train.run_folder import RunFolder, append_line
-
-logger = logging.getLogger(__name__)
 
 
 class RunLog(TrainerCallback):
