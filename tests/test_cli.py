@@ -23,6 +23,7 @@ from typer.main import get_command
 
 import secateur
 from secateur import cli
+from secateur.commands.pretrain import NOT_SETTINGS, _field
 from secateur.train import pretrain as program
 from secateur.train.options import PretrainOptions, option
 from small_runs import arguments, corpus_in, in_child, light_report, options, run_in, strict
@@ -49,8 +50,8 @@ def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_every_setting_is_an_option_and_every_option_a_setting() -> None:
-    assert set(OPTIONS) - set(cli.NOT_SETTINGS) - {"help"} == set(SETTINGS) - {"overrides"}
-    assert set(cli.NOT_SETTINGS) <= set(OPTIONS)
+    assert set(OPTIONS) - set(NOT_SETTINGS) - {"help"} == set(SETTINGS) - {"overrides"}
+    assert set(NOT_SETTINGS) <= set(OPTIONS)
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "overrides"])
@@ -132,7 +133,7 @@ REPORT = {"events": [], "validation_loss": 1.0, "tokens_per_second": {"before": 
     ],
 )
 def test_a_field_is_json_where_it_can_be(text: str, expected: tuple[str, Any]) -> None:
-    assert cli._field(text) == expected
+    assert _field(text) == expected
 
 
 def test_help_has_an_example_and_the_default_of_everything(

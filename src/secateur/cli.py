@@ -1,19 +1,17 @@
-"""The `secateur` command. Heavy imports happen inside the commands, so `--help` answers at once."""
-
-# ruff: noqa: E501 - one option a line reads as a table
+"""The `secateur` command: its parts are in `secateur.commands`."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from secateur.commands.ends import fail
+from secateur.commands.pretrain import pretrain
+from secateur.commands.report import report
 from secateur.errors import SecateurError
+
+COMMANDS = (pretrain, report)
 
 app = typer.Typer(
     name="secateur",
@@ -23,22 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-# options of the command line that are not settings of a run
-NOT_SETTINGS = ("out", "resume", "dry_run", "json_output", "quiet", "overrides")
-
-MODEL, DATA, TRAINING, BALANCE, PRUNING, RECORD = (
-    "Model",
-    "Data",
-    "Training",
-    "Balance",
-    "Pruning (LAEP)",
-    "Record",
-)
-
-
-def _option(help: str, panel: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
+for command in COMMANDS:
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,195 +42,11 @@ def _root(
     pass
 
 
-@app.command()
-def pretrain(
-    context: typer.Context,
-    out: Annotated[Path, _option("Folder of the run: new or empty, or with --resume an earlier run.", RECORD)],
-    preset: Annotated[str | None, _option("A small model: qwen3_moe (default), olmoe, mixtral, deepseek_v3, gpt_oss, qwen3_next.", MODEL)] = None,
-    config: Annotated[str | None, _option("A transformers config.json of any MoE causal LM; random weights.", MODEL)] = None,
-    model: Annotated[str | None, _option("A folder with a model whose pre-training goes on.", MODEL)] = None,
-    overrides: Annotated[list[str] | None, _option("Change a config field, e.g. --set num_hidden_layers=8. Repeatable.", MODEL, "--set")] = None,
-    data: Annotated[list[str] | None, _option("File, folder or glob of .txt .md .py .jsonl .parquet, or hf:NAME for a datasets name; NAME=... names the domain. Repeatable. Default: this Python's standard library and reference prose.", DATA)] = None,
-    text_key: Annotated[str, _option("Key or column of the text in .jsonl, .parquet and datasets.", DATA)] = "text",
-    tokenizer: Annotated[str | None, _option("Folder of a tokenizer. Default: a byte-level BPE trained on the data.", DATA)] = None,
-    vocab_size: Annotated[int, _option("Size of the tokenizer that is trained.", DATA)] = 4096,
-    sequence_length: Annotated[int, _option("Tokens a sequence.", DATA)] = 256,
-    validation_share: Annotated[float, _option("Share of the documents kept for validation.", DATA)] = 0.02,
-    max_data_bytes: Annotated[int | None, _option("Use at most this much training text.", DATA)] = None,
-    steps: Annotated[int, _option("Optimizer steps.", TRAINING)] = 600,
-    batch_size: Annotated[int, _option("Sequences a micro-batch.", TRAINING)] = 8,
-    accumulation: Annotated[int, _option("Micro-batches a step.", TRAINING)] = 1,
-    learning_rate: Annotated[float, _option("Peak learning rate.", TRAINING)] = 2e-3,
-    warmup_steps: Annotated[int, _option("Steps of linear warm-up.", TRAINING)] = 20,
-    schedule: Annotated[str, _option("Learning-rate schedule, a name of transformers.", TRAINING)] = "cosine",
-    weight_decay: Annotated[float, _option("Weight decay.", TRAINING)] = 0.1,
-    optimizer: Annotated[str, _option("Optimizer, a name of transformers' `optim`.", TRAINING)] = "adamw_torch",
-    max_grad_norm: Annotated[float, _option("Gradient clipping; 0 is off.", TRAINING)] = 1.0,
-    precision: Annotated[str, _option("fp32, bf16 or fp16.", TRAINING)] = "fp32",
-    gradient_checkpointing: Annotated[bool, _option("Recompute activations in the backward pass.", TRAINING)] = False,
-    seed: Annotated[int, _option("Seed of weights, data order and split.", TRAINING)] = 0,
-    threads: Annotated[int | None, _option("CPU threads. Default: torch's.", TRAINING)] = None,
-    balance: Annotated[str, _option("none, mixtral or deepseek_v3 (auxiliary losses), bias (no loss; routers with a selection bias).", BALANCE)] = "none",
-    balance_strength: Annotated[float | None, _option("Coefficient of the loss, or update rate of the bias. Default: the method's.", BALANCE)] = None,
-    no_prune: Annotated[bool, _option("Watch the loads, prune nothing.", PRUNING)] = False,
-    prune: Annotated[list[str] | None, _option("One pruning of a schedule, e.g. --prune 'stable alpha=0.2' --prune 'step=400 alpha=0.4'. Repeatable.", PRUNING)] = None,
-    alpha: Annotated[float | None, _option("An expert may go if its load is at most alpha times the mean.", PRUNING)] = None,
-    beta: Annotated[float | None, _option("Experts may go while together they have less than this share of the load.", PRUNING)] = None,
-    target_params: Annotated[float | None, _option("Goal: keep this share of the parameters. 0.67 when nothing else is given.", PRUNING)] = None,
-    max_rerouted: Annotated[float | None, _option("Goal: re-route at most this share of the routed tokens.", PRUNING)] = None,
-    uniform: Annotated[bool, _option("Keep one expert count for all layers.", PRUNING)] = False,
-    prune_at_step: Annotated[int | None, _option("Prune after this step, stable or not.", PRUNING)] = None,
-    prune_at_tokens: Annotated[int | None, _option("Prune at the end of the window in which this many tokens are reached.", PRUNING)] = None,
-    multiple_of: Annotated[int, _option("Kept counts are multiples of it, e.g. the expert-parallel size.", PRUNING)] = 1,
-    min_experts: Annotated[int, _option("Keep at least this many a layer.", PRUNING)] = 1,
-    max_experts: Annotated[int | None, _option("Keep at most this many a layer.", PRUNING)] = None,
-    window_steps: Annotated[int, _option("Steps a statistics window.", PRUNING)] = 20,
-    stable_windows: Annotated[int, _option("Windows that must agree before loads are stable.", PRUNING)] = 3,
-    min_rank_correlation: Annotated[float, _option("Spearman correlation of consecutive windows, at least.", PRUNING)] = 0.97,
-    max_total_variation: Annotated[float, _option("Total variation distance of consecutive load shares, at most.", PRUNING)] = 0.05,
-    min_stable_layers: Annotated[float, _option("Share of the MoE layers that must be stable.", PRUNING)] = 0.95,
-    log_steps: Annotated[int, _option("Steps between log lines.", RECORD)] = 10,
-    eval_steps: Annotated[int, _option("Steps between validations.", RECORD)] = 100,
-    save_steps: Annotated[int, _option("Steps between checkpoints.", RECORD)] = 200,
-    report_to: Annotated[str, _option("Loggers of transformers: tensorboard, wandb, trackio, ... or none.", RECORD)] = "none",
-    control: Annotated[bool, _option("Also train without pruning, for the report to compare with.", RECORD)] = False,
-    resume: Annotated[bool, _option("Go on with the run in --out, with its own settings.", RECORD)] = False,
-    dry_run: Annotated[bool, _option("Print the plan of the run and its memory, and leave.", RECORD)] = False,
-    json_output: Annotated[bool, _option("Print the result as JSON on standard output.", RECORD, "--json")] = False,
-    quiet: Annotated[bool, _option("No progress.", RECORD)] = False,
-) -> None:  # fmt: skip
-    """Pre-train a Mixture-of-Experts language model that prunes its own experts (LAEP, arXiv 2601.14327).
-
-    Example: `secateur pretrain --out run --preset olmoe --data code=src/ --data books/*.txt --target-params 0.67`
-    """
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
-    }
-    given |= {name: tuple(given[name]) for name in ("data", "prune") if name in given}
-    if overrides:
-        given["overrides"] = dict(_field(text) for text in overrides)
-
-    if dry_run and resume:
-        raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
-
-    from secateur.train.options import PretrainOptions
-
-    if dry_run:
-        from secateur.train.preflight import plan_of_run
-
-        _print_plan(plan_of_run(PretrainOptions(**given)), json_output)
-        return
-
-    from secateur.train import pretrain as run
-
-    try:
-        if resume:
-            _check_same(out, given)
-            report = run.resume(out, quiet=quiet)
-        else:
-            report = run.pretrain(PretrainOptions(**given), out, quiet=quiet)
-    except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
-        _fail("interrupted; go on with --resume" if (out / "run.json").exists() else "interrupted", 130)
-    if json_output:
-        print(json.dumps(report, indent=1))
-    else:
-        _print_result(out, report)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
-) -> None:
-    """Write report.html, report.json and the figures of a run again.
-
-    Example: `secateur report run`
-    """
-    from secateur.report.write import write_report
-
-    print(write_report(run))
-
-
 def main() -> None:
     """Run the command line; bad input ends with one message and status 2, a refused write with status 1."""
     try:
         app(prog_name="secateur")
     except SecateurError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except OSError as error:
-        _fail(str(error), 1)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    message = " ".join(message.split())  # one line, also where other packages write several
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    sys.exit(status)
-
-
-def _field(text: str) -> tuple[str, Any]:
-    """A --set argument: the value is JSON where it can be read as JSON, else the text itself."""
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise SecateurError(f"--set {text!r}: expected field=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
-def _check_same(out: Path, given: dict[str, Any]) -> None:
-    from secateur.train.options import PretrainOptions, option
-    from secateur.train.run_folder import RunFolder
-
-    saved = PretrainOptions.from_json(RunFolder(out).read_run()["config"])
-    for name, value in given.items():
-        if getattr(saved, name) != value:
-            raise SecateurError(
-                f"--resume: {option(name)} is {value!r}, but the run in {out} was started with "
-                f"{getattr(saved, name)!r}; leave it out, or start a new run"
-            )
-
-
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(plan, indent=1))
-        return
-    model, training, memory = plan["model"], plan["training"], plan["memory_bytes"]
-    counts = sorted(set(model["experts"].values()))
-    lines = [
-        f"model      {model['model_type']}, {model['attention']} attention, {model['layers']} layers, "
-        f"{'/'.join(map(str, counts))} experts in {len(model['experts'])} of them, top-{model['top_k']}",
-        f"parameters {model['parameters']:,}, of them {model['expert_parameters']:,} in experts and their router rows",
-        f"data       {', '.join(plan['data']['sources'])}",
-        f"training   {training['steps']:,} steps x {training['tokens_per_step']:,} tokens = {training['tokens']:,} "
-        f"tokens on {training['device']}, {training['checkpoints']} checkpoints"
-        + (", then a control run without pruning" if training["control_run"] else ""),
-        "memory     "
-        + ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in memory.items())
-        + " (activations not included)",
-    ]
-    for pruning in plan["prunings"]:
-        rule = ", ".join(f"{key} {value}" for key, value in pruning["rule"].items() if value is not False)
-        lines.append(f"pruning    at {pruning['when']}: {rule}")
-    if not plan["prunings"]:
-        lines.append("pruning    none")
-    print("\n".join(lines))
-
-
-def _print_result(out: Path, report: dict[str, Any]) -> None:
-    for event in report["events"]:
-        saved = 1 - event["parameters_after"] / event["parameters_before"]
-        print(
-            f"step {event['step']}: {event['experts_before']} -> {event['experts_after']} experts, "
-            f"{event['parameters_before']:,} -> {event['parameters_after']:,} parameters (-{saved:.1%})"
-        )
-    if not report["events"]:
-        print("no pruning took place")
-    print(f"validation loss {report['validation_loss']:.4f}")
-    speed = report["tokens_per_second"]
-    if speed["before"] and speed["after"]:
-        print(
-            f"tokens/s {speed['before']:,.0f} before, {speed['after']:,.0f} after ({speed['after'] / speed['before']:.2f}x)"
-        )
-    print(f"model  {out / 'model'}\nreport {out / 'report.html'}")
+        fail(str(error), 1)
