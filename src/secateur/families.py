@@ -120,7 +120,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None) -> MoEMod
         raise SecateurError(f"model type {model_type!r} cannot be pruned while it trains: {REFUSED[model_type]}")
     try:
         count_key = expert_count_key(config)
-        native = getattr(type(model), "native_class", type(model))
+        native = native_class(model)
         layout = layout or find_expert_layout(native, config, probe_counts(config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SecateurError(f"model type {model_type!r}: cannot find its experts: {error}") from error
@@ -234,11 +234,33 @@ def _check_attributes(model: nn.Module, layout: ExpertLayout, counts: Mapping[in
     modules = dict(model.named_modules())
     for (name, key), value in layout.attributes.items():
         layer = layer_of(name)
-        if layer is not None and getattr(modules[name], key) != value.at(counts[layer]):
+        if layer is None:
+            continue
+        expected = value.at(local_experts(modules[name], counts[layer]))
+        if getattr(modules[name], key) != expected:
             raise SecateurError(
-                f"{name}.{key} is {getattr(modules[name], key)!r}, expected {value.at(counts[layer])} "
-                f"for {counts[layer]} experts"
+                f"{name}.{key} is {getattr(modules[name], key)!r}, expected {expected} for {counts[layer]} experts"
             )
+
+
+def local_experts(module: nn.Module, num_experts: int) -> int:
+    """How many of a layer's experts this rank's `module` holds: all, or its share under expert parallelism."""
+    for parameter in module.parameters(recurse=False) if getattr(module, "_is_expert_parallel", False) else ():
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        if mesh is not None and "ep" in mesh.mesh_dim_names:
+            return num_experts // int(mesh.size(mesh.mesh_dim_names.index("ep")))
+    return num_experts
+
+
+def native_class(model: PreTrainedModel) -> Any:
+    """The transformers class a model was built from, below a `Pruned...` class and what FSDP2 made of it."""
+    return getattr(type(model), "native_class", plain_class(model))
+
+
+def plain_class(model: nn.Module) -> Any:
+    """The class of a model before `fully_shard` put FSDPModule in front of it."""
+    bases = type(model).__mro__
+    return bases[2] if bases[1].__name__ == "FSDPModule" else bases[0]
 
 
 def _first_int(config: PreTrainedConfig, keys: tuple[str, ...]) -> int | None:

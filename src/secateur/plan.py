@@ -85,6 +85,11 @@ class Plan:
         object.__setattr__(self, "details", _as_json(self.details, "details"))
         self.validate()
 
+    @property
+    def is_identity(self) -> bool:
+        """True when every expert stays where it is."""
+        return all(one.order == tuple(range(one.experts_before)) for one in self.layers.values())
+
     def validate(self) -> None:
         """Check every layer; see the class for what is an error."""
         if not self.layers:

@@ -109,6 +109,18 @@ class RouterStats:
                 raise SecateurError(f"layer {layer}: {error}") from None
         return RouterStats(layers=layers)
 
+    def reordered(self, orders: Mapping[int, Sequence[int]]) -> RouterStats:
+        """The same statistics under other expert ids, {layer: order[new] = old}; other layers stay."""
+        layers = dict(self.layers)
+        for layer, order in orders.items():
+            stats = layers[layer]
+            layers[layer] = LayerStats(num_tokens=stats.num_tokens, token_count=stats.token_count[list(order)])
+        return RouterStats(layers=layers)
+
+    def emptied(self) -> RouterStats:
+        """Statistics of the same layers and experts in which nothing was counted."""
+        return RouterStats.from_loads({layer: [0] * one.num_experts for layer, one in self.layers.items()}, 0)
+
     @classmethod
     def from_loads(cls, loads: Mapping[int, Sequence[int]], num_tokens: int) -> RouterStats:
         """`loads` is layer -> tokens of each expert; every layer saw `num_tokens` tokens."""

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.families import MoEBlock, MoEModel
+from secateur.families import MoEBlock, MoEModel, plain_class
 from secateur.modeling_secateur import layer_of
 from secateur.observe import INDEX_NAMES, routed_index
-from secateur.plan import Plan
+from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import check_plan, router_tensors
-from secateur.surgery.tensors import row_index
+from secateur.surgery.tensors import ExpertTensor, row_index
 
 # bytes of an entry -> a type that holds its bits
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,8 +41,7 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
         for layer, one in plan.layers.items():
             block = moe.blocks[layer]
             for spec in router_tensors(block):
-                path, _, key = spec.name.rpartition(".")
-                undo.append(_swap(modules[path], key, one.order, one.experts_before, spec))
+                undo += _bar(modules, block, spec, one)
             for (name, key), value in moe.layout.attributes.items():
                 if layer_of(name) == layer and not f"{name}.".startswith(f"{block.name}.experts."):
                     undo.append(functools.partial(setattr, modules[name], key, getattr(modules[name], key)))
@@ -68,24 +67,43 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     return logits
 
 
-def expert_checksums(moe: MoEModel) -> dict[str, int]:
-    """{name of a tensor with an expert axis: sum of its entries' bits as whole numbers}, the same on every device."""
-    sums = {}
-    for block in moe.blocks.values():
-        for spec in block.tensors:
-            tensor = moe.model.get_parameter_or_buffer(spec.name).detach().flatten()
-            sums[spec.name] = int(tensor.view(BITS[tensor.element_size()]).sum(dtype=torch.int64))
-    return sums
+def bits_sum(tensor: Tensor) -> int:
+    """The sum of the entries' bits, each taken as a whole number of its size; one plain tensor."""
+    flat = tensor.detach().flatten()
+    return int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
 
 
-def _swap(owner: nn.Module, key: str, order: tuple[int, ...], num_experts: int, spec: Any) -> Callable[[], Any]:
+def _bar(modules: dict[str, nn.Module], block: MoEBlock, spec: ExpertTensor, one: LayerPlan) -> list[Callable[[], Any]]:
+    """Swap the rows of one router tensor while the block runs: FSDP2 has it whole on the module then, and only then."""
+    path, _, key = spec.name.rpartition(".")
+    owner = modules[path]
     store: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-    old = store[key]
-    assert old is not None
-    index = row_index(order, num_experts, spec, device=old.device)
-    rows = old.detach().index_select(spec.dim, index)
-    store[key] = nn.Parameter(rows, requires_grad=False) if key in owner._parameters else rows
-    return lambda: store.__setitem__(key, old)
+    whole: list[Tensor] = []
+
+    def bar(module: nn.Module, args: Any) -> None:
+        index = row_index(one.order, one.experts_before, spec, device=store[key].device)
+        rows = store[key].detach().index_select(spec.dim, index)
+        whole.append(store[key])
+        store[key] = nn.Parameter(rows, requires_grad=False) if key in owner._parameters else rows
+
+    def restore(module: nn.Module, args: Any, output: Any) -> None:
+        if whole:
+            store[key] = whole.pop()
+
+    runs = _gathered_in(modules, block, path)
+    before = runs.register_forward_pre_hook(bar)
+    after = runs.register_forward_hook(restore, prepend=True, always_call=True)  # before FSDP2 takes the whole away
+    return [before.remove, after.remove]
+
+
+def _gathered_in(modules: dict[str, nn.Module], block: MoEBlock, path: str) -> nn.Module:
+    """The module in whose forward a parameter of module `path` is whole: the innermost FSDP2 unit, else the block."""
+    parts = path.split(".")
+    for length in range(len(parts), block.name.count(".") + 1, -1):
+        module = modules[".".join(parts[:length])]
+        if plain_class(module) is not type(module):
+            return module
+    return block.block
 
 
 def _old_ids(block: MoEBlock, order: tuple[int, ...]) -> Callable[..., Any]:

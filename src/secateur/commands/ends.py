@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
+# Seconds a rank other than 0 waits before it speaks. Where all ranks fail alike, torchrun has ended it by then.
+GRACE = 5.0
+
 
 def fail(message: str, status: int) -> NoReturn:
-    """Print one line on standard error and leave with this exit status."""
+    """Print one line on standard error and leave with this exit status; a job of several processes prints one line."""
     message = " ".join(message.split())  # one line, also where other packages write several
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(GRACE)
+        message = f"rank {rank}: {message}"
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(status)

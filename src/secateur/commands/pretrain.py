@@ -16,12 +16,14 @@ from secateur.errors import SecateurError
 # options of the command line that are not settings of a run
 NOT_SETTINGS = ("out", "resume", "dry_run", "json_output", "quiet", "overrides")
 
-MODEL, DATA, TRAINING, BALANCE, PRUNING, RECORD = (
+MODEL, DATA, TRAINING, DEVICE, BALANCE, PRUNING, PLACEMENT, RECORD = (
     "Model",
     "Data",
     "Training",
+    "Devices (torchrun)",
     "Balance",
     "Pruning (LAEP)",
+    "Rearrangement over expert-parallel ranks",
     "Record",
 )
 
@@ -45,7 +47,7 @@ def pretrain(
     validation_share: Annotated[float, _option("Share of the documents kept for validation.", DATA)] = 0.02,
     max_data_bytes: Annotated[int | None, _option("Use at most this much training text.", DATA)] = None,
     steps: Annotated[int, _option("Optimizer steps.", TRAINING)] = 600,
-    batch_size: Annotated[int, _option("Sequences a micro-batch.", TRAINING)] = 8,
+    batch_size: Annotated[int, _option("Sequences a micro-batch, over all processes.", TRAINING)] = 8,
     accumulation: Annotated[int, _option("Micro-batches a step.", TRAINING)] = 1,
     learning_rate: Annotated[float, _option("Peak learning rate.", TRAINING)] = 2e-3,
     warmup_steps: Annotated[int, _option("Steps of linear warm-up.", TRAINING)] = 20,
@@ -57,6 +59,9 @@ def pretrain(
     gradient_checkpointing: Annotated[bool, _option("Recompute activations in the backward pass.", TRAINING)] = False,
     seed: Annotated[int, _option("Seed of weights, data order and split.", TRAINING)] = 0,
     threads: Annotated[int | None, _option("CPU threads. Default: torch's.", TRAINING)] = None,
+    fsdp: Annotated[int | None, _option("Processes that see different tokens and share the parameters (FSDP2). Default: all that --tp leaves.", DEVICE)] = None,
+    ep: Annotated[int, _option("Processes that share the experts of a layer (expert parallelism).", DEVICE)] = 1,
+    tp: Annotated[int, _option("Processes that share the matrices (tensor parallelism); on GPUs.", DEVICE)] = 1,
     balance: Annotated[str, _option("none, mixtral or deepseek_v3 (auxiliary losses), bias (no loss; routers with a selection bias).", BALANCE)] = "none",
     balance_strength: Annotated[float | None, _option("Coefficient of the loss, or update rate of the bias. Default: the method's.", BALANCE)] = None,
     no_prune: Annotated[bool, _option("Watch the loads, prune nothing.", PRUNING)] = False,
@@ -71,6 +76,12 @@ def pretrain(
     multiple_of: Annotated[int, _option("Kept counts are multiples of it, e.g. the expert-parallel size.", PRUNING)] = 1,
     min_experts: Annotated[int, _option("Keep at least this many a layer.", PRUNING)] = 1,
     max_experts: Annotated[int | None, _option("Keep at most this many a layer.", PRUNING)] = None,
+    no_rearrange: Annotated[bool, _option("Keep the experts in their order. Default: level them over the --ep ranks at every pruning.", PLACEMENT)] = False,
+    rearrange_ranks: Annotated[int | None, _option("Level the experts over this many ranks. Default: --ep.", PLACEMENT)] = None,
+    rearrange_every: Annotated[int | None, _option("Also between prunings, about every this many steps, as loads drift.", PLACEMENT)] = None,
+    rearrange_method: Annotated[str, _option("How to place: swaps, greedy (LAEP's) or exact (small cases).", PLACEMENT)] = "swaps",
+    rearrange_nodes: Annotated[int, _option("Nodes whose ranks are filled together.", PLACEMENT)] = 1,
+    rearrange_tolerance: Annotated[float | None, _option("Between prunings, move as few experts as keep the balance within this share of the best found.", PLACEMENT)] = None,
     window_steps: Annotated[int, _option("Steps a statistics window.", PRUNING)] = 20,
     stable_windows: Annotated[int, _option("Windows that must agree before loads are stable.", PRUNING)] = 3,
     min_rank_correlation: Annotated[float, _option("Spearman correlation of consecutive windows, at least.", PRUNING)] = 0.97,
@@ -88,6 +99,8 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Pre-train a Mixture-of-Experts language model that prunes its own experts (LAEP, arXiv 2601.14327).
 
+    On several devices: `torchrun --nproc-per-node 4 -m secateur pretrain --out run --ep 4`
+
     Example: `secateur pretrain --out run --preset olmoe --data code=src/ --data books/*.txt --target-params 0.67`
     """
     given = {
@@ -102,7 +115,7 @@ def pretrain(
     if dry_run and resume:
         raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
 
-    from secateur.train.options import PretrainOptions
+    from secateur.train.options import DEVICES, PretrainOptions
 
     if dry_run:
         from secateur.train.preflight import plan_of_run
@@ -111,15 +124,20 @@ def pretrain(
         return
 
     from secateur.train import pretrain as run
+    from secateur.train.distributed.launch import is_main, leave
 
     try:
         if resume:
             _check_same(out, given)
-            report = run.resume(out, quiet=quiet)
+            report = run.resume(out, devices={name: given[name] for name in DEVICES if name in given}, quiet=quiet)
         else:
             report = run.pretrain(PretrainOptions(**given), out, quiet=quiet)
     except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
         fail("interrupted; go on with --resume" if (out / "run.json").exists() else "interrupted", 130)
+    must_speak = is_main()
+    leave()
+    if not must_speak:
+        return
     if json_output:
         print(json.dumps(report, indent=1))
     else:
@@ -138,12 +156,12 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _check_same(out: Path, given: dict[str, Any]) -> None:
-    from secateur.train.options import PretrainOptions, option
+    from secateur.train.options import DEVICES, PretrainOptions, option
     from secateur.train.run_folder import RunFolder
 
     saved = PretrainOptions.from_json(RunFolder(out).read_run()["config"])
     for name, value in given.items():
-        if getattr(saved, name) != value:
+        if name not in DEVICES and getattr(saved, name) != value:
             raise SecateurError(
                 f"--resume: {option(name)} is {value!r}, but the run in {out} was started with "
                 f"{getattr(saved, name)!r}; leave it out, or start a new run"

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.families import MoEBlock, MoEModel, describe_moe
+from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
 from secateur.modeling_secateur import (
     layer_of,
     native_config,
     pruned_config_class,
     pruned_model_class,
     replace_tensor_,
-    set_attributes_,
 )
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.optimizer import Replacement, replace_parameters_
@@ -47,8 +46,8 @@ def check_model(moe: MoEModel) -> None:
         if id(parameter) in owners:
             raise SecateurError(f"{name} and {owners[id(parameter)]} are one shared parameter")
         owners[id(parameter)] = name
-        if type(parameter.data) is not torch.Tensor:
-            raise SecateurError(f"{name} is a {type(parameter.data).__name__}, expected a plain tensor (not sharded)")
+        if type(parameter.data) is not torch.Tensor and not is_sharded(parameter):
+            raise SecateurError(f"{name} is a {type(parameter.data).__name__}, expected a plain tensor or a DTensor")
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise SecateurError(f"{name} has gradient hooks, which would stay on the old parameter")
 
@@ -91,8 +90,10 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | N
     new_tensors: list[tuple[nn.Module, str, torch.Tensor]] = []
     for layer, one in changed.items():
         for spec in moe.blocks[layer].tensors:
-            owner, key = _locate(moe.model, spec)
+            owner, key = locate(moe.model, spec)
             old = getattr(owner, key)
+            if is_sharded(old):
+                raise SecateurError(f"{spec.name} is sharded over ranks; prune it with LAEP or prune_sharded_model_")
             value = gather(old.detach(), spec, one.order, one.experts_before)
             if isinstance(old, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=old.requires_grad)
@@ -114,29 +115,46 @@ def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
     """Write expert counts into the config, the class and every module attribute that holds one, in place."""
     model, config = moe.model, moe.model.config
     native = native_config(config)
-    set_attributes_(model, moe.layout, counts)
     largest = max(counts.values())
     modules = dict(model.named_modules())
     for (name, key), value in moe.layout.attributes.items():
-        if layer_of(name) is None:
-            setattr(modules[name], key, value.at(largest))
+        layer = layer_of(name)
+        setattr(modules[name], key, value.at(local_experts(modules[name], largest if layer is None else counts[layer])))
     *parents, key = moe.count_key.split(".")
     setattr(functools.reduce(getattr, parents, config), key, largest)
-    native_class: Any = type(native)
-    native_model: Any = getattr(type(model), "native_class", type(model))
+    native_config_class: Any = type(native)
+    native_model = native_class(model)
     if len(set(counts.values())) == 1:
-        config.__class__, model.__class__ = native_class, native_model
+        config.__class__, model.__class__ = native_config_class, _as_sharded_as(model, native_model)
         for name in ("moe_config", "base_model_type", "auto_map"):
             config.__dict__.pop(name, None)
         return
-    config.__class__, model.__class__ = pruned_config_class(native_class), pruned_model_class(native_model)
+    config.__class__ = pruned_config_class(native_config_class)
+    model.__class__ = _as_sharded_as(model, pruned_model_class(native_model))
     config.base_model_type = native.model_type
     config.moe_config = {
         "per_layer_experts_blocks": [counts.get(layer, 0) for layer in range(config.num_hidden_layers)]
     }
 
 
-def _locate(model: nn.Module, spec: ExpertTensor) -> tuple[nn.Module, str]:
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, told without loading torch.distributed."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _as_sharded_as(model: nn.Module, plain: type) -> Any:
+    """`plain` with FSDPModule in front, if the model's own class has it there.
+
+    It keeps the name of `plain`: transformers writes the name into a checkpoint as the class to load.
+    """
+    if plain_class(model) is type(model):
+        return plain
+    members = {"__deepcopy__": type(model).__dict__["__deepcopy__"], "__module__": plain.__module__}
+    return type(plain.__name__, (type(model).__mro__[1], plain), members)
+
+
+def locate(model: nn.Module, spec: ExpertTensor) -> tuple[nn.Module, str]:
+    """The module that owns a tensor, and its name there."""
     path, _, key = spec.name.rpartition(".")
     return model.get_submodule(path), key
 

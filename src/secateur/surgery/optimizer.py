@@ -134,6 +134,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
 # Set when copies of the parameters are kept elsewhere: by apex FusedAdam, by older ones, by what apex.amp patched.
 _HIDDEN_COPIES = ("master_weights", "use_master", "_amp_stash")
 _WRAPPER = "accelerate.optimizer.AcceleratedOptimizer"
+_DTENSOR = "torch.distributed.tensor.DTensor"  # a sharded parameter; its state is sharded alike
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,6 +143,7 @@ class Replacement:
 
     old: has num_experts experts laid out as `spec` says.
     new: a Parameter of its own with the experts of order (order[new] = old); same dtype, device and requires_grad.
+    gather_state: how the state follows where plain indexing cannot: (state tensor, its ExpertTensor) -> its successor.
     """
 
     old: nn.Parameter
@@ -149,6 +151,7 @@ class Replacement:
     spec: ExpertTensor
     order: Sequence[int]
     num_experts: int
+    gather_state: Callable[[Tensor, ExpertTensor], Tensor] | None = None
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -174,7 +177,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
             raise SecateurError(f"optimizer {name}: {setting} is set, it keeps copies of the parameters; expected none")
     for index, group in enumerate(inner.param_groups):
         for parameter in group["params"]:
-            if type(parameter) not in (nn.Parameter, Tensor):
+            if type(parameter) not in (nn.Parameter, Tensor) and _class_name(parameter) != _DTENSOR:
                 raise SecateurError(
                     f"optimizer {name}: param group {index} holds a {_class_name(parameter)} of shape"
                     f" {tuple(parameter.shape)}, expected plain parameters"
@@ -265,7 +268,7 @@ def _check_replacement(r: Replacement) -> None:
     row_index(r.order, r.num_experts, r.spec)
     kept = list(r.old.shape)
     kept[r.spec.dim] = r.spec.axis_size(len(r.order))
-    expected = (nn.Parameter, tuple(kept), r.old.dtype, r.old.device, r.old.requires_grad)
+    expected = (type(r.old), tuple(kept), r.old.dtype, r.old.device, r.old.requires_grad)
     found = (type(r.new), tuple(r.new.shape), r.new.dtype, r.new.device, r.new.requires_grad)
     for what, is_, should in zip(("class", "shape", "dtype", "device", "requires_grad"), found, expected, strict=True):
         if is_ != should:
@@ -287,13 +290,16 @@ def _state_axes(name: str, r: Replacement, state: Mapping[str, Any]) -> Iterator
             yield key, None
             continue
         expected, axis = rule.layout(shape, r.spec.dim) if rule.layout else ((), None)
-        if type(value) is not Tensor or tuple(value.shape) != expected:
-            found = f"shape {tuple(value.shape)}" if type(value) is Tensor else f"a {_class_name(value)}"
+        # a scalar is a plain tensor, all else is sharded exactly where the parameter is
+        kind = type(r.old.data) if rule.layout else Tensor
+        if type(value) is not kind or tuple(value.shape) != expected:
+            found = f"shape {tuple(value.shape)}" if type(value) is kind else f"a {_class_name(value)}"
             raise SecateurError(f"{where}: found {found}, expected a tensor of shape {expected}")
         yield key, axis
 
 
 def _follow(value: Any, axis: int | None, r: Replacement, key: str) -> Any:
     if axis is not None:
-        return gather(value, replace(r.spec, name=f"{r.spec.name}.{key}", dim=axis), r.order, r.num_experts)
+        spec = replace(r.spec, name=f"{r.spec.name}.{key}", dim=axis)
+        return r.gather_state(value, spec) if r.gather_state else gather(value, spec, r.order, r.num_experts)
     return value.detach().clone() if isinstance(value, Tensor) else value

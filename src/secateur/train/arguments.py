@@ -8,11 +8,12 @@ import torch
 from transformers import TrainingArguments
 
 from secateur.errors import SecateurError
+from secateur.train.distributed.launch import world_size
 from secateur.train.options import PretrainOptions
 
 
-def training_arguments(options: PretrainOptions, folder: Path) -> TrainingArguments:
-    """Arguments of a Trainer whose checkpoints go to `folder`.
+def training_arguments(options: PretrainOptions, folder: Path, *, data_ranks: int = 1) -> TrainingArguments:
+    """Arguments of a Trainer whose checkpoints go to `folder`; `data_ranks` of its processes share each micro-batch.
 
     Raises:
         SecateurError: a name that transformers does not know, or a combination that it does not take.
@@ -21,8 +22,8 @@ def training_arguments(options: PretrainOptions, folder: Path) -> TrainingArgume
         return TrainingArguments(
             output_dir=str(folder),
             max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
+            per_device_train_batch_size=options.batch_size // data_ranks,
+            per_device_eval_batch_size=options.batch_size // data_ranks,
             gradient_accumulation_steps=options.accumulation,
             learning_rate=options.learning_rate,
             warmup_steps=options.warmup_steps,
@@ -33,7 +34,9 @@ def training_arguments(options: PretrainOptions, folder: Path) -> TrainingArgume
             max_grad_norm=options.max_grad_norm,
             bf16=options.precision == "bf16",
             fp16=options.precision == "fp16",
-            use_cpu=options.precision == "bf16" and not torch.accelerator.is_available(),  # bf16 asks for it in words
+            # bf16 and a job of several processes ask for it in words
+            use_cpu=not torch.accelerator.is_available() and (options.precision == "bf16" or world_size() > 1),
+            ddp_backend="gloo" if world_size() > 1 and not torch.accelerator.is_available() else None,
             activation_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             data_seed=options.seed,

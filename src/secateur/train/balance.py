@@ -60,12 +60,14 @@ class BalanceHandle:
         model_type: str,
         affinity: Affinity,
         strength: float,
+        sum_counts: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.kind = kind
         self.model_type = model_type
         self.last_value: Tensor | None = None
         self._model, self._blocks, self._affinity, self._strength = model, dict(blocks), affinity, strength
         self._loss = BALANCE[kind].loss
+        self._sum_counts = sum_counts
         self._capturing = False
         self._logits: dict[int, Tensor] = {}
         self._index: dict[int, Tensor] = {}
@@ -107,6 +109,8 @@ class BalanceHandle:
             expected = f"at least one training forward {withheld if self._loss else ''}since the last optimizer step"
             raise self._error(None, "training", "none", expected)
         for layer, counts in self._counts.items():
+            if self._sum_counts is not None:
+                counts = self._sum_counts(counts)
             block = self._blocks[layer]
             bias = _selection_bias(block, self.model_type)
             if bias.numel() != counts.numel():
@@ -222,6 +226,7 @@ def attach_balance(
     coefficient: float | None = None,
     update_rate: float | None = None,
     model_type: str | None = None,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> BalanceHandle:
     """Balance the experts of ``model`` (a transformers MoE causal LM) in one of the ways of `BALANCE`.
 
@@ -233,6 +238,8 @@ def attach_balance(
         blocks: the MoE layers of ``model`` by layer number.
         coefficient, update_rate: weight of the loss, step of the bias; None = the default of the kind.
         model_type: family to look up where ``model.config.model_type`` is a derived one.
+        sum_counts: in a job of several processes, adds up counts over those with other tokens (for kind "bias"; the
+            losses are of each process's own tokens, as is usual).
 
     Raises:
         SecateurError: unknown kind; a strength that the kind does not use or that is not above 0; no MoE layers; a
@@ -256,12 +263,14 @@ def attach_balance(
     if entry.scoring is not None and model_type not in entry.scoring:
         raise SecateurError(f"{where}: scoring is known for {sorted(entry.scoring)}; found {model_type}")
     if entry.update_rate:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise SecateurError(f"{where}: found several processes, each with its own counts; expected one")
+        if sum_counts is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise SecateurError(f"{where}: found several processes, each with its own counts; give sum_counts")
         for block in blocks.values():
             _selection_bias(block, model_type)
     affinity = (entry.scoring or {}).get(model_type, losses.softmax_affinity)
-    return BalanceHandle(model, kind, blocks, model_type=model_type, affinity=affinity, strength=strength)
+    return BalanceHandle(
+        model, kind, blocks, model_type=model_type, affinity=affinity, strength=strength, sum_counts=sum_counts
+    )
 
 
 class BalanceCallback(TrainerCallback):

@@ -36,10 +36,11 @@ class LAEPCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, *, on_event: Callable[[PruneEvent], None] | None = None, **laep: Any) -> None:
-        settings = ("prunings", "window_steps", "phase", "self_check")
+        settings = ("prunings", "window_steps", "phase", "self_check", "rearrange")
         as_prunings(laep.get("prunings"), **{key: value for key, value in laep.items() if key not in settings})
         self._laep = laep
         self._on_event = on_event
+        self._saved: dict[str, Any] | None = None
         self.pruner: LAEP | None = None
 
     @property
@@ -88,6 +89,12 @@ class LAEPCallback(TrainerCallback, ExportableState):
             history.append({"step": state.global_step, "prune_event": event.to_json()})
             if self._on_event is not None:
                 self._on_event(event)
+        self._collect(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._collect(control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,9 +103,28 @@ class LAEPCallback(TrainerCallback, ExportableState):
             self.pruner.detach()
 
     def state(self) -> dict[str, Any]:
-        """For `trainer_state.json` (transformers' ExportableState)."""
-        pruner_state = None if self.pruner is None else self.pruner.state_dict()
-        return {"args": {}, "attributes": {"pruner_state": pruner_state}}
+        """For `trainer_state.json` (transformers' ExportableState), on the rank that writes it.
+
+        Raises:
+            SecateurError: in a job of several processes, a checkpoint that was not asked for by the Trainer's own
+                save strategy: the ranks' counts were not collected.
+        """
+        if self.pruner is None:
+            return {"args": {}, "attributes": {"pruner_state": None}}
+        if self.pruner.num_processes == 1:
+            self._saved = self.pruner.state_dict()
+        if self._saved is None or self._saved["num_steps"] != self.pruner.num_steps:
+            raise SecateurError(
+                f"a checkpoint at step {self.pruner.num_steps} in a job of {self.pruner.num_processes} processes that "
+                "no other rank knows of: let the Trainer's save_strategy ask for it"
+            )
+        return {"args": {}, "attributes": {"pruner_state": self._saved}}
+
+    def _collect(self, control: TrainerControl) -> None:
+        """Take the state now if a checkpoint follows: all ranks are here, and only one is asked for it later."""
+        assert self.pruner is not None
+        if control.should_save and self.pruner.num_processes > 1:
+            self._saved = self.pruner.state_dict()
 
 
 # training argument -> why it is refused when it is on
@@ -121,8 +147,8 @@ def refuse_arguments(args: TrainingArguments) -> None:
     for name, why in REFUSED_ARGUMENTS.items():
         if getattr(args, name, None):
             raise SecateurError(f"TrainingArguments.{name} cannot be used with expert pruning: {why}")
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise SecateurError(
-            f"Trainer runs on {args.world_size} processes and {args.n_gpu} GPUs a process: expected one of each. "
-            "For one GPU of several, set CUDA_VISIBLE_DEVICES"
+            f"Trainer would run the model on {args.n_gpu} GPUs of one process (DataParallel): start one process a GPU "
+            "by torchrun, or choose one by CUDA_VISIBLE_DEVICES"
         )

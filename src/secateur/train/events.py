@@ -9,6 +9,9 @@ from typing import Any
 from secateur.plan import Plan
 from secateur.stats import RouterStats
 
+REARRANGE = "rearrange"  # the reason of an event that drops nothing
+BALANCES = ("balance_before", "balance_after")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -29,14 +32,29 @@ class LayerEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneEvent:
-    """One pruning of a run.
+class LayerPlacement:
+    """How the kept experts of one layer lie on the expert-parallel ranks, for the loads the decision was made on.
 
-    step, tokens: optimizer steps and tokens done. reason: stable, step or tokens. loads: {layer: tokens per expert}
-    that the decision was made on, in the numbering before it. alpha, beta: thresholds, None where one is off (also
-    when given as inf) or a goal was given (the plan's details hold what it comes to). oracle_max_abs_difference:
-    largest difference of a logit from the barred-experts oracle on one training sequence, None when the self-check
-    was off.
+    balance_before: busiest rank over the mean with the experts in ascending order; balance_after: as placed.
+    over_bound: busiest rank over its lower bound. moved: experts that changed their rank.
+    """
+
+    num_ranks: int
+    balance_before: float
+    balance_after: float
+    over_bound: float
+    moved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneEvent:
+    """One pruning of a run, or one rearrangement of its experts, which drops none.
+
+    step, tokens: optimizer steps and tokens done. reason: stable, step, tokens or rearrange. loads: {layer: tokens per
+    expert} that the decision was made on, in the numbering before it. alpha, beta: thresholds, None where one is off
+    (also when given as inf) or a goal was given (the plan's details hold what it comes to). oracle_max_abs_difference:
+    largest difference of a logit from the barred-experts oracle on one training sequence (of every rank), None when
+    the self-check was off. placement: of each layer; None where experts were not placed on ranks.
     """
 
     step: int
@@ -53,6 +71,7 @@ class PruneEvent:
     beta: float | None
     surgery_seconds: float
     oracle_max_abs_difference: float | None
+    placement: Mapping[int, LayerPlacement] | None = None
 
     def __post_init__(self) -> None:
         if self.alpha == float("inf"):
@@ -75,18 +94,29 @@ class PruneEvent:
 
     def describe(self) -> str:
         """One line for a log."""
+        placed = ""
+        if self.placement:
+            layers = self.placement.values()
+            before, after = (sum(getattr(one, name) for one in layers) / len(layers) for name in BALANCES)
+            moved = sum(one.moved for one in layers)
+            placed = f", busiest rank over mean {before:.3f} -> {after:.3f} ({moved} experts moved)"
+        if self.reason == REARRANGE:
+            return f"step {self.step} (rearranged): {placed.removeprefix(', ')}, {self.surgery_seconds:.2f} s"
         saved = 1 - self.parameters_after / self.parameters_before
         return (
             f"step {self.step} ({self.reason}): experts {self.experts_before} -> {self.experts_after}, parameters "
             f"{self.parameters_before:,} -> {self.parameters_after:,} (-{saved:.1%}), re-routed "
-            f"{self.rerouted_share:.2%} of tokens, {self.surgery_seconds:.2f} s"
+            f"{self.rerouted_share:.2%} of tokens{placed}, {self.surgery_seconds:.2f} s"
         )
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        placed = self.placement
+        placement = None if placed is None else {str(layer): asdict(one) for layer, one in placed.items()}
         return fields | {
             "plan": self.plan.to_json(),
+            "placement": placement,
             "loads": {str(layer): list(loads) for layer, loads in self.loads.items()},
             "layers": {str(layer): asdict(one) | {"dropped": list(one.dropped)} for layer, one in self.layers.items()},
             "memory_before": asdict(self.memory_before),
@@ -100,10 +130,12 @@ class PruneEvent:
     def from_json(cls, data: Mapping[str, Any]) -> PruneEvent:
         """The inverse of `to_json`."""
         fields = {name: data[name] for name in cls.__dataclass_fields__}
+        placement = fields["placement"]
         return cls(
             **fields
             | {
                 "plan": Plan.from_json(data["plan"]),
+                "placement": placement and {int(layer): LayerPlacement(**one) for layer, one in placement.items()},
                 "loads": {int(layer): loads for layer, loads in data["loads"].items()},
                 "layers": {
                     int(layer): LayerEvent(**{**one, "dropped": tuple(one["dropped"])})

@@ -8,13 +8,17 @@ In a plain loop:
         optimizer.step()
         event = pruner.step()   # a PruneEvent at the step that prunes, else None
         optimizer.zero_grad()
+
+The same under torchrun, on every rank, with a model that transformers sharded (`distributed_config`: FSDP2, EP, TP),
+that `fully_shard` sharded, or that DistributedDataParallel wraps (give LAEP the model inside).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,18 +27,19 @@ from torch import Tensor, nn
 from secateur.decide import decide
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.observe import LoadCounter
 from secateur.plan import Plan
 from secateur.stats import RouterStats
-from secateur.surgery.module import check_model, prune_model_, router_tensors
+from secateur.surgery.module import check_model, is_sharded, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
-from secateur.train.events import Memory, PruneEvent, layer_events
-from secateur.train.phases import PhaseConstants, StablePhaseDetector
-from secateur.train.processes import refuse_several_processes
+from secateur.train.distributed.job import Job
+from secateur.train.events import REARRANGE, Memory, PruneEvent, layer_events
+from secateur.train.phases import PhaseConstants
+from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning, as_prunings, check_count
-from secateur.verify import barred_experts, expert_checksums, logits_of
+from secateur.train.watch import LoadWatch
+from secateur.verify import barred_experts, logits_of
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class LAEP:
@@ -48,7 +53,9 @@ class LAEP:
         window_steps: optimizer steps a statistics window.
         phase: constants of the stable-phase detector.
         self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training
-            sequence (two forward passes).
+            sequence of every rank (two forward passes).
+        rearrange: how the kept experts are placed on the expert-parallel ranks. Default: level them over the ranks of
+            the job, if it has expert parallelism; False keeps their order.
 
     Raises:
         SecateurError: the model, the optimizer, the schedule or the way the job was started is not supported. Nothing
@@ -66,34 +73,29 @@ class LAEP:
         window_steps: int = 20,
         phase: PhaseConstants | None = None,
         self_check: bool = True,
+        rearrange: Rearrangement | bool | None = None,
         **rule_and_limits: Any,
     ) -> None:
-        refuse_several_processes()
         check_count("window_steps", window_steps)
         self.prunings = as_prunings(prunings, at_step=at_step, at_tokens=at_tokens, **rule_and_limits)
         self.window_steps = window_steps
         self.self_check = self_check
         self.moe: MoEModel = describe_moe(model)
         check_model(self.moe)
+        self._job = Job(model)
+        self._rearrange = _placement_rule(rearrange, self._job.ranks.ep_size, self.moe)
         self._optimizer = unwrap(optimizer)
-        if self.prunings:
+        if self.prunings or self._rearrange:
             check_optimizer(self._optimizer)
         for pruning in self.prunings:  # an impossible floor shows before training, not at the pruning step
             self._limits(pruning)
-        self._counter = LoadCounter(self.moe)
         self._sample: Tensor | None = None
         self._sample_hook = model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
-        phase = phase or PhaseConstants()
-        self._detector = StablePhaseDetector(phase)
-        self._windows: deque[RouterStats] = deque(maxlen=phase.windows)
+        self._watch = LoadWatch(self.moe, self._job, window_steps, phase or PhaseConstants())
         self.num_steps = 0
-        self.num_tokens = 0
-        self._steps_in_window = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
         _align_(model)
-        self.last_window: RouterStats | None = None
-        self._stable = False  # as of the last full window
 
     def step(self) -> PruneEvent | None:
         """Call after every `optimizer.step()`. Prunes when it is time.
@@ -108,14 +110,11 @@ class LAEP:
         if self.num_steps == 0:
             self.check_goal()
         self.num_steps += 1
-        self._steps_in_window += 1
-        self.last_window = None
-        if self._steps_in_window == self.window_steps:
-            self._end_window()
+        self._watch.step()
         reason = self._due()
-        if reason is None:
-            return None
-        return self._prune(self.prunings[len(self.events)], reason)
+        if reason == REARRANGE:
+            return self._change(None, reason)
+        return None if reason is None else self._change(self.prunings[self._num_prunings], reason)
 
     def check_goal(self) -> None:
         """Refuse a `target_params` of the next pruning that no loads could meet; the first `step` calls it.
@@ -123,47 +122,55 @@ class LAEP:
         Raises:
             SecateurError: floors make it impossible; the message has the smallest share that can be reached.
         """
-        due = self.prunings[len(self.events) :]
+        due = self.prunings[self._num_prunings :]
         if due and due[0].rule.target_params is not None:
             even = {layer: [1] * count for layer, count in self.moe.counts.items()}
             self._decide(RouterStats.from_loads(even, num_tokens=1), due[0])
 
     @property
+    def num_processes(self) -> int:
+        """Of the job."""
+        return self._job.ranks.size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens counted so far, in full windows and up to the last pruning."""
+        return self._watch.num_tokens
+
+    @property
+    def last_window(self) -> RouterStats | None:
+        """The loads of the window that the last `step` ended; None when it ended none."""
+        return self._watch.last_window
+
+    @property
     def load_max_over_mean(self) -> float | None:
-        """Load of the busiest expert over the mean, averaged over layers, in the last full window; None before one."""
-        if not self._windows:
-            return None
-        loads = self._windows[-1].loads().values()
-        return sum(max(one) * len(one) / sum(one) for one in loads) / len(loads)
+        """See `LoadWatch`."""
+        return self._watch.load_max_over_mean
 
     @property
     def phase(self) -> str:
         """transition, stable, or pruned (all prunings of the schedule are done)."""
-        if self.prunings and len(self.events) == len(self.prunings):
+        if self.prunings and self._num_prunings == len(self.prunings):
             return "pruned"
-        return "stable" if self._stable else "transition"
+        return "stable" if self._watch.is_stable else "transition"
 
     def detach(self) -> None:
         """Remove all hooks from the model."""
-        self._counter.detach()
+        self._watch.detach()
         self._sample_hook.remove()
+        self._job.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on after a restart, as JSON-able values."""
+        """Everything needed to go on after a restart, as JSON-able values; all ranks must call, and get the same."""
         return {
             "version": STATE_VERSION,
             "num_steps": self.num_steps,
-            "num_tokens": self.num_tokens,
-            "steps_in_window": self._steps_in_window,
             "settings": self._settings(),
-            "open_window": None if self._counter.is_empty else self._counter.read().to_json(),
-            "windows": [window.to_json() for window in self._windows],
-            "detector": self._detector.state(),
-            "stable": self._stable,
+            "watch": self._watch.state_dict(),
             "events": [event.to_json() for event in self.events],
             "plan": self.plan.to_json(),
             "counts": {str(layer): count for layer, count in self.moe.counts.items()},
-            "checksums": expert_checksums(self.moe),
+            "checksums": self._job.checksums(self.moe),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -185,7 +192,7 @@ class LAEP:
             raise SecateurError(
                 f"LAEP state is of a run with other settings: {state['settings']}, this run has {self._settings()}"
             )
-        checksums = expert_checksums(self.moe)
+        checksums = self._job.checksums(self.moe)
         wrong = [name for name, value in state["checksums"].items() if checksums.get(name) != value]
         if wrong:
             raise SecateurError(
@@ -193,15 +200,8 @@ class LAEP:
                 "Trainer does not load experts that a checkpoint stores one by one: load the model from the checkpoint "
                 "itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
             )
-        self._detector.restore(state["detector"])  # the last check
-        self.num_steps, self.num_tokens = state["num_steps"], state["num_tokens"]
-        self._steps_in_window = state["steps_in_window"]
-        self._counter.reset(self.moe)
-        if state["open_window"] is not None:
-            self._counter.load(RouterStats.from_json(state["open_window"]))
-        self._windows.clear()
-        self._windows.extend(RouterStats.from_json(window) for window in state["windows"])
-        self._stable = state["stable"]
+        self._watch.load_state_dict(state["watch"])  # the last check
+        self.num_steps = state["num_steps"]
         self.events = [PruneEvent.from_json(event) for event in state["events"]]
         self.plan = Plan.from_json(state["plan"])
 
@@ -209,59 +209,48 @@ class LAEP:
         """What a state must agree with; the detector checks its own constants."""
         return {"window_steps": self.window_steps, "prunings": [repr(pruning) for pruning in self.prunings]}
 
-    def _end_window(self) -> None:
-        window = self._counter.read()
-        self._counter.reset(self.moe)
-        self._steps_in_window = 0
-        self.num_tokens += _tokens(window)
-        self._windows.append(window)
-        self.last_window = window
-        self._stable = self._detector.update(window.loads()).stable
+    @property
+    def _num_prunings(self) -> int:
+        return sum(event.reason != REARRANGE for event in self.events)
 
     def _due(self) -> str | None:
-        if len(self.events) == len(self.prunings):
-            return None
-        pruning = self.prunings[len(self.events)]
-        if pruning.at_step is not None:
-            return "step" if self.num_steps >= pruning.at_step else None
-        if self.last_window is None:  # the other two are decided when a window ends
-            return None
-        if pruning.at_tokens is not None:
-            return "tokens" if self.num_tokens >= pruning.at_tokens else None
-        return "stable" if self._stable else None
+        if self._num_prunings < len(self.prunings):
+            pruning = self.prunings[self._num_prunings]
+            if pruning.at_step is not None:
+                if self.num_steps >= pruning.at_step:
+                    return "step"
+            elif self.last_window is not None:  # the other two are decided when a window ends
+                if pruning.at_tokens is not None:
+                    if self.num_tokens >= pruning.at_tokens:
+                        return "tokens"
+                elif self._watch.is_stable:
+                    return "stable"
+        every = self._rearrange and self._rearrange.every
+        if every and self.last_window is not None:
+            last = self.events[-1].step if self.events else 0
+            return REARRANGE if self.num_steps - last >= every else None
+        return None
 
-    def _prune(self, pruning: Pruning, reason: str) -> PruneEvent:
+    def _change(self, pruning: Pruning | None, reason: str) -> PruneEvent | None:
+        """Prune, or without a pruning only rearrange; None when the experts lie best as they are."""
         started = time.perf_counter()
-        stats = self._statistics()
+        stats = self._watch.statistics()
         self._check_finite()
-        moe = self.moe
-        plan = self._decide(stats, pruning)
-        sample = self._sample if self.self_check else None
-        expected = None
-        if sample is not None:
-            with barred_experts(moe, plan):
-                expected = logits_of(moe.model, sample)
-            if not bool(torch.isfinite(expected).all()):
-                raise SecateurError(
-                    f"the logits are NaN or infinite at step {self.num_steps}: the run has diverged, nothing is pruned"
-                )
-        before, parameters_before = self._memory(), moe.num_parameters
-        self.moe = prune_model_(moe, plan, self._optimizer)
-        difference = None
-        if sample is not None and expected is not None:
-            difference = float((logits_of(self.moe.model, sample) - expected).abs().max())
-            if not difference <= 1e-3 * float(expected.abs().max()):
-                raise RuntimeError(
-                    f"the pruned model differs from the barred-experts oracle by {difference}: this is a fault of "
-                    "Secateur's, the model in memory must not be used; go back to the last checkpoint"
-                )
-        if not self._counter.is_empty:  # a fixed step may fall inside a window
-            self.num_tokens += _tokens(self._counter.read())
-        self._counter.reset(self.moe)
-        self._steps_in_window = 0
-        self._windows.clear()
-        self._detector.reset()
-        self._stable = False
+        plan = self._decide(stats, pruning) if pruning else _no_change(self.moe.counts, stats)
+        placement = None
+        if self._rearrange:
+            ranks = self._rearrange.ranks
+            assert ranks is not None
+            plan, placement = rearranged(plan, stats.loads(), self._rearrange, ranks, self.moe.num_groups)
+        plan = self._job.agreed(plan)
+        if pruning is None and plan.is_identity:
+            return None
+        before, parameters_before = self._memory(), self.moe.num_parameters
+        difference = self._apply(plan)
+        if pruning is None:
+            self._watch.after_rearrangement(self.moe, {layer: one.order for layer, one in plan.layers.items()})
+        else:
+            self._watch.after_pruning(self.moe)
         self.plan = self.plan.compose(plan)
         event = PruneEvent(
             step=self.num_steps,
@@ -274,23 +263,37 @@ class LAEP:
             parameters_after=self.moe.num_parameters,
             memory_before=before,
             memory_after=self._memory(),
-            alpha=pruning.rule.alpha,
-            beta=pruning.rule.beta,
+            alpha=pruning.rule.alpha if pruning else None,
+            beta=pruning.rule.beta if pruning else None,
             surgery_seconds=time.perf_counter() - started,
             oracle_max_abs_difference=difference,
+            placement=placement,
         )
         self.events.append(event)
         return event
 
-    def _statistics(self) -> RouterStats:
-        """The last windows and the open one, added up."""
-        parts = list(self._windows)
-        if not self._counter.is_empty:
-            parts.append(self._counter.read())
-        total = parts[0] if parts else self._counter.read()  # which refuses: nothing was counted at all
-        for part in parts[1:]:
-            total = total + part
-        return total
+    def _apply(self, plan: Plan) -> float | None:
+        """Surgery with its self-check; the largest difference of a logit from the oracle on any rank."""
+        sample = self._sample if self.self_check else None
+        expected = None
+        if sample is not None:
+            with barred_experts(self.moe, plan):
+                expected = logits_of(self.moe.model, sample)
+            if not math.isfinite(self._job.largest(float(expected.abs().max()))):
+                raise SecateurError(
+                    f"the logits are NaN or infinite at step {self.num_steps}: the run has diverged, nothing is pruned"
+                )
+        self.moe = self._job.prune_(self.moe, plan, self._optimizer)
+        if sample is None or expected is None:
+            return None
+        difference = float((logits_of(self.moe.model, sample) - expected).abs().max())
+        scale = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
+        if not self._job.largest(difference / scale) <= 1e-3:
+            raise RuntimeError(
+                f"the pruned model differs from the barred-experts oracle by {difference}: this is a fault of "
+                "Secateur's, the model in memory must not be used; go back to the last checkpoint"
+            )
+        return self._job.largest(difference)
 
     def _decide(self, stats: RouterStats, pruning: Pruning) -> Plan:
         return decide(
@@ -302,14 +305,20 @@ class LAEP:
         )
 
     def _limits(self, pruning: Pruning) -> Any:
+        ranks = (self._rearrange and self._rearrange.ranks) or 1
         return self.moe.limits(
-            multiple_of=pruning.multiple_of, min_experts=pruning.min_experts, max_experts=pruning.max_experts
+            multiple_of=math.lcm(pruning.multiple_of, self._job.ranks.ep_size, ranks),
+            min_experts=pruning.min_experts,
+            max_experts=pruning.max_experts,
         )
 
     def _check_finite(self) -> None:
         for layer, block in self.moe.blocks.items():
             for spec in router_tensors(block):
-                if not bool(torch.isfinite(self.moe.model.get_parameter_or_buffer(spec.name)).all()):
+                tensor: Any = self.moe.model.get_parameter_or_buffer(spec.name)
+                local = tensor.to_local() if is_sharded(tensor) else tensor
+                largest = float(local.detach().abs().max()) if local.numel() else 0.0
+                if not math.isfinite(self._job.largest(largest)):
                     raise SecateurError(
                         f"layer {layer}: router tensor {spec.name} has NaN or infinite values at step "
                         f"{self.num_steps}; the run has diverged, so its loads mean nothing and nothing is pruned"
@@ -333,9 +342,30 @@ def _align_(model: nn.Module) -> None:
     Matrix products round by the alignment of their operands, so a resumed run would differ from an uninterrupted one.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % 64:
+        if not is_sharded(tensor) and tensor.data_ptr() % 64:  # FSDP gathers shards into memory of its own
             tensor.data = tensor.data.clone()
 
 
-def _tokens(stats: RouterStats) -> int:
-    return next(iter(stats.layers.values())).num_tokens
+def _placement_rule(given: Rearrangement | bool | None, ep_size: int, moe: MoEModel) -> Rearrangement | None:
+    """The rule with its number of ranks settled; None when experts keep their order.
+
+    Raises:
+        SecateurError: no number of ranks to place on, or experts that do not divide over them.
+    """
+    if given is False or (given is None and ep_size == 1):
+        return None
+    rule = given if isinstance(given, Rearrangement) else Rearrangement()
+    ranks = rule.ranks or ep_size
+    if ranks == 1:
+        raise SecateurError("rearrange: the job has no expert parallelism; give the number of ranks to place on")
+    if ep_size > 1 and ranks != ep_size:
+        raise SecateurError(f"rearrange: {ranks} ranks given, but the job's expert-parallel size is {ep_size}")
+    for layer, count in moe.counts.items():
+        if count % ranks:
+            raise SecateurError(f"rearrange: layer {layer} has {count} experts, expected a multiple of {ranks} ranks")
+    return replace(rule, ranks=ranks)
+
+
+def _no_change(counts: Mapping[int, int], stats: RouterStats) -> Plan:
+    kept = Plan.identity(counts)
+    return Plan(layers=kept.layers, criterion="placement", stats_digest=stats.digest())

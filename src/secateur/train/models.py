@@ -15,6 +15,8 @@ from secateur.data.tokenizer import check_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
 from secateur.families import MoEModel
 from secateur.modeling_secateur import MODEL_TYPE, read_pruned_config
+from secateur.train.distributed.fsdp import align_
+from secateur.train.distributed.load import ParallelSizes, check_sharded
 from secateur.train.options import PretrainOptions
 from secateur.train.presets import COMMON, PRESETS
 
@@ -75,17 +77,21 @@ def make_model(options: PretrainOptions, config: PreTrainedConfig) -> PreTrained
     return load_model(Path(options.model))
 
 
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path, sizes: ParallelSizes | None = None) -> PreTrainedModel:
     """A causal LM from a local folder in float32; every tensor must be there and fit.
 
+    Args:
+        sizes: how the ranks of this job split it; None for a whole model.
+
     Raises:
-        SecateurError: a tensor is missing, left over or of another shape.
+        SecateurError: a tensor is missing, left over or of another shape, or transformers cannot split it like that.
     """
+    split = {"distributed_config": sizes.config()} if sizes and sizes.is_sharded else {}
     model: PreTrainedModel
     report: Mapping[str, Any]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **split
         )
         model, report = loaded
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -93,6 +99,9 @@ def load_model(folder: Path) -> PreTrainedModel:
     wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if wrong:
         raise SecateurError(f"{folder}: its tensors do not fit its config: {wrong}")
+    if sizes and sizes.is_sharded:
+        check_sharded(model, sizes)
+        align_(model)
     return model
 
 

@@ -10,12 +10,16 @@ from typing import Any
 from secateur.decide import Rule
 from secateur.errors import SecateurError
 from secateur.train.phases import PhaseConstants
+from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import Pruning, as_prunings
 
 RULE_FIELDS = ("alpha", "beta", "target_params", "max_rerouted")
 TIMES = ("stable", "step", "tokens")
 PRUNE_WHAT_AND_WHEN = ("prune", *RULE_FIELDS, "prune_at_step", "prune_at_tokens")
 PRECISIONS = ("fp32", "bf16", "fp16")
+# how a run is spread over processes: a resumed run may have other values
+DEVICES = ("fsdp", "ep", "tp")
+REARRANGE = ("rearrange_ranks", "rearrange_every", "rearrange_method", "rearrange_nodes", "rearrange_tolerance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,10 @@ class PretrainOptions:
     gradient_checkpointing: bool = False
     seed: int = 0
     threads: int | None = None
+    # devices: fsdp None is all processes that tp leaves
+    fsdp: int | None = None
+    ep: int = 1
+    tp: int = 1
     # balance
     balance: str = "none"
     balance_strength: float | None = None
@@ -69,6 +77,12 @@ class PretrainOptions:
     multiple_of: int = 1
     min_experts: int = 1
     max_experts: int | None = None
+    no_rearrange: bool = False
+    rearrange_ranks: int | None = None
+    rearrange_every: int | None = None
+    rearrange_method: str = "swaps"
+    rearrange_nodes: int = 1
+    rearrange_tolerance: float | None = None
     window_steps: int = 20
     stable_windows: int = 3
     min_rank_correlation: float = 0.97
@@ -89,13 +103,23 @@ class PretrainOptions:
             object.__setattr__(self, "preset", "qwen3_moe")
         if self.model and self.overrides:
             raise SecateurError("--set changes a config before a model is made of it; --model is already made")
-        positive = ("steps", "batch_size", "accumulation", "log_steps", "eval_steps", "save_steps", "vocab_size")
+        positive = (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_steps",
+            "eval_steps",
+            "save_steps",
+            "vocab_size",
+            "ep",
+            "tp",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected at least 1")
         if self.sequence_length < 2:
             raise SecateurError(f"--sequence-length is {self.sequence_length}, expected at least 2")
-        for name in ("max_data_bytes", "threads"):
+        for name in ("max_data_bytes", "threads", "fsdp"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "validation_share"):
@@ -117,6 +141,7 @@ class PretrainOptions:
                 )
         self.prunings()
         self.phase()
+        self.rearrangement()
 
     def prunings(self) -> tuple[Pruning, ...]:
         """The schedule; empty with --no-prune."""
@@ -140,12 +165,23 @@ class PretrainOptions:
             **shared,
         )
 
+    def rearrangement(self) -> Rearrangement | bool | None:
+        """How LAEP places experts on ranks; None is its own default."""
+        given = {name: getattr(self, name) for name in REARRANGE if getattr(self, name) != _DEFAULTS[name]}
+        if self.no_rearrange:
+            if given:
+                raise SecateurError(f"--no-rearrange contradicts {', '.join(map(option, given))}")
+            return False
+        if not given:
+            return None
+        return Rearrangement(**{name.removeprefix("rearrange_"): value for name, value in given.items()})
+
     def without_pruning(self) -> PretrainOptions:
         """The settings of the control run."""
         nothing: dict[str, Any] = dict.fromkeys(PRUNE_WHAT_AND_WHEN) | {"prune": (), "no_prune": True, "control": False}
         return replace(self, **nothing)
 
-    def balance_arguments(self) -> dict[str, float]:
+    def balance_arguments(self) -> dict[str, Any]:
         """The strength for `attach_balance`, under the name that the kind has for it."""
         if self.balance_strength is None:
             return {}
@@ -180,6 +216,9 @@ class PretrainOptions:
             )
         alpha = None if data["alpha"] is None else float(data["alpha"])
         return cls(**{**data, "data": tuple(data["data"]), "prune": tuple(data["prune"]), "alpha": alpha})
+
+
+_DEFAULTS = {one.name: one.default for one in fields(PretrainOptions)}
 
 
 def option(name: str) -> str:

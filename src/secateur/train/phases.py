@@ -104,6 +104,12 @@ class StablePhaseDetector:
         self._previous: dict[int, list[int]] = {}
         self._streak: dict[int, int] = {}
 
+    def reorder(self, orders: Mapping[int, Sequence[int]]) -> None:
+        """Follow experts to their new places, {layer: order[new] = old}; nothing else about the loads has changed."""
+        for layer, order in orders.items():
+            if layer in self._previous:
+                self._previous[layer] = [self._previous[layer][old] for old in order]
+
     def update(self, loads: Mapping[int, Sequence[int]]) -> PhaseReport:
         """Add a window: {layer: tokens of each expert}.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,10 @@ from secateur.surgery.optimizer import optimizer_state_bytes
 from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import attach_balance
 from secateur.train.callback import LAEPCallback
+from secateur.train.distributed.launch import world_size
+from secateur.train.distributed.load import ParallelSizes, check_plan_exists
 from secateur.train.models import given_tokenizer, model_config, model_facts
 from secateur.train.options import PretrainOptions
-from secateur.train.processes import refuse_several_processes
 from secateur.train.progress import only_our_messages
 from secateur.train.schedule import Pruning
 
@@ -38,11 +40,10 @@ def check_before_data(options: PretrainOptions) -> MoEModel:
         The description of the model, on the meta device.
 
     Raises:
-        SecateurError: several processes, a data path that names nothing, a tokenizer that does not fit, an unknown
+        SecateurError: a data path that names nothing, a tokenizer that does not fit, an unknown
             family, a goal or floor that cannot be met, a pruning after the end, or an optimizer, schedule or balance
             option that is not known or that the model does not take.
     """
-    refuse_several_processes()
     read_documents(options.data, text_key=options.text_key)  # finds every path; reads no text
     config = model_config(options, given_tokenizer(options))
     try:
@@ -54,8 +55,13 @@ def check_before_data(options: PretrainOptions) -> MoEModel:
         raise SecateurError(f"{config.model_type}: transformers cannot build this model: {error}") from error
     moe = describe_moe(model)
     check_model(moe)
+    _check_devices(options, moe)
     attach_balance(
-        model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **options.balance_arguments()
+        model,
+        options.balance,
+        blocks=moe.blocks,
+        model_type=moe.model_type,
+        **options.balance_arguments(),
     ).detach()
     _check_times(options)
     for number, limits in enumerate(_limits(options, moe), start=1):
@@ -103,6 +109,8 @@ def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
             "checkpoints": -(-options.steps // options.save_steps),
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "control_run": options.control,
+            "processes": (options.fsdp or max(1, world_size() // options.tp)) * options.tp,
+            "expert_parallel": options.ep,
         },
         "memory_bytes": {"parameters": size, "gradients": size, "optimizer": state},
         "prunings": [
@@ -130,14 +138,18 @@ def _when(pruning: Pruning) -> str:
 def _limits(options: PretrainOptions, moe: MoEModel) -> list[dict[int, LayerLimits]]:
     """The admissible counts of every pruning, layer by layer."""
     try:
+        ranks = math.lcm(options.ep, options.rearrange_ranks or 1)
         return [
-            moe.limits(multiple_of=one.multiple_of, min_experts=one.min_experts, max_experts=one.max_experts)
+            moe.limits(
+                multiple_of=math.lcm(one.multiple_of, ranks), min_experts=one.min_experts, max_experts=one.max_experts
+            )
             for one in options.prunings()
         ]
     except SecateurError as error:
         raise SecateurError(
             f"--multiple-of {options.multiple_of}, --min-experts {options.min_experts}, --max-experts "
-            f"{options.max_experts}: {error}; the router itself needs {moe.min_experts} (top-{moe.top_k})"
+            f"{options.max_experts}, --ep {options.ep}: {error}; the router itself needs {moe.min_experts} "
+            f"(top-{moe.top_k})"
         ) from error
 
 
@@ -163,6 +175,21 @@ def _check_goal(prunings: tuple[Pruning, ...], limits: Mapping[int, LayerLimits]
         target=share,
         uniform=rule.uniform,
     )
+
+
+def _check_devices(options: PretrainOptions, moe: MoEModel) -> None:
+    """Refuse a split that the model or the batch does not allow; the start of the job checks the processes."""
+    sizes = ParallelSizes(fsdp=options.fsdp or max(1, world_size() // options.tp), ep=options.ep, tp=options.tp)
+    check_plan_exists(moe.model.config, sizes)
+    if options.batch_size % sizes.fsdp:
+        raise SecateurError(
+            f"--batch-size {options.batch_size} is for all processes together, expected a multiple of the {sizes.fsdp} "
+            "that see different tokens (--fsdp)"
+        )
+    for layer, count in moe.counts.items():
+        for flag, size in (("--ep", options.ep), ("--rearrange-ranks", options.rearrange_ranks or 1)):
+            if count % size:
+                raise SecateurError(f"{flag} {size}: layer {layer} has {count} experts, expected a multiple")
 
 
 def _check_times(options: PretrainOptions) -> None:

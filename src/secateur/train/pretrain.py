@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from secateur.data.packing import BlockDataset
@@ -31,11 +32,14 @@ from secateur.train import checkpoints
 from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.callback import LAEPCallback
+from secateur.train.distributed import launch
+from secateur.train.distributed.load import ParallelSizes, parallel_sizes
+from secateur.train.distributed.ranks import Ranks
+from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.environment import hardware, versions
 from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
-from secateur.train.options import PretrainOptions
+from secateur.train.options import DEVICES, PretrainOptions
 from secateur.train.preflight import check_before_data, check_data
-from secateur.train.processes import refuse_several_processes
 from secateur.train.progress import RunProgress, StageProgress, only_our_messages
 from secateur.train.run_folder import RunFolder, write_json
 from secateur.train.run_log import RunLog
@@ -43,7 +47,9 @@ from secateur.train.summary import run_summary
 
 
 def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Start a run in the new or empty folder `out` and finish it.
+    """Start a run in the new or empty folder `out` and finish it; under torchrun, on every rank.
+
+    A job that torchrun restarts after a failure (--max-restarts) goes on with the run it finds.
 
     Returns:
         The content of report.json.
@@ -53,26 +59,36 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
         OSError: the disk refused a write; what is on it stays whole and `resume` goes on from there.
     """
     folder = RunFolder(out)
-    folder.require_new()
+    if launch.was_restarted() and folder.run.exists():
+        return resume(out, devices={name: getattr(options, name) for name in DEVICES}, quiet=quiet)
+    if launch.is_main():
+        folder.require_new()
     with only_our_messages():
+        sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
+        launch.join()
         check_before_data(options)
         if options.model is not None:
             load_model(Path(options.model))
-        with folder.made(), folder.locked():
-            folder.require_new()
-            write_json(folder.run, {"config": options.to_json(), "command": _command(), **_environment()})
+        with folder.made() if launch.is_main() else contextlib.nullcontext(), _alone_in(folder):
+            if launch.is_main():
+                folder.require_new()
+                write_json(folder.run, {"config": options.to_json(), "command": _command(), **_environment()})
             try:
                 data = _data(options, folder, quiet=quiet)
             except Exception:
-                folder.run.unlink()  # nothing was begun, so nothing may block the next try
+                if launch.is_main():
+                    folder.run.unlink()  # nothing was begun, so nothing may block the next try
                 raise
-            return _finish(options, folder, data, quiet=quiet)
+            return _finish(options, folder, data, sizes, quiet=quiet)
 
 
-def resume(out: Path, *, quiet: bool = False) -> dict[str, Any]:
+def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool = False) -> dict[str, Any]:
     """Go on with the run in `out` from its last whole checkpoint, with the settings it was started with.
 
-    On the CPU the finished run is bit-identical to one that was never stopped.
+    On the CPU the finished run is bit-identical to one that was never stopped, on the same number of processes.
+
+    Args:
+        devices: other values for the settings in `DEVICES`: the run may go on with other numbers of processes.
 
     Raises:
         SecateurError: `out` holds no run, or its checkpoint does not fit its settings.
@@ -80,69 +96,118 @@ def resume(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     """
     folder = RunFolder(out)
     options = PretrainOptions.from_json(folder.read_run()["config"])
-    refuse_several_processes()
-    with only_our_messages(), folder.locked():
-        return _finish(options, folder, _data(options, folder, quiet=quiet), quiet=quiet)
+    # the number of data ranks is what the job has, unless it is given
+    options = replace(options, **{"fsdp": None, **(devices or {})})
+    sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
+    with only_our_messages():
+        launch.join()
+        with _alone_in(folder):
+            return _finish(options, folder, _data(options, folder, quiet=quiet), sizes, quiet=quiet)
 
 
-def _finish(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, quiet: bool) -> dict[str, Any]:
+def _alone_in(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """The lock of a run folder, held by rank 0 for the whole job."""
+    return folder.locked() if launch.is_main() else contextlib.nullcontext()
+
+
+def _finish(
+    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes, *, quiet: bool
+) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    _stage(options, folder, data, quiet=quiet)
+    _stage(options, folder, data, sizes, quiet=quiet)
     if options.control:
         folder.control.path.mkdir(exist_ok=True)
-        _stage(options.without_pruning(), folder.control, data, quiet=quiet)
-    write_report(folder.path)
-    for name in ("report.json", "plan.json"):
-        shutil.copyfile(folder.path / name, folder.model / name)
-    report: dict[str, Any] = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+        _stage(options.without_pruning(), folder.control, data, sizes, quiet=quiet)
+    report: dict[str, Any] = launch.once(lambda: _report(folder))
     return report
 
 
+def _report(folder: RunFolder) -> Any:
+    write_report(folder.path)
+    for name in ("report.json", "plan.json"):
+        shutil.copyfile(folder.path / name, folder.model / name)
+    return json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+
+
 def _data(options: PretrainOptions, folder: RunFolder, *, quiet: bool) -> PreparedData:
-    if folder.data.is_dir():
-        return load_prepared(folder.data)
-    with StageProgress(quiet=quiet) as progress:
-        data = prepare(
-            options.data,
-            tokenizer=given_tokenizer(options),
-            vocab_size=options.vocab_size,
-            sequence_length=options.sequence_length,
-            validation_share=options.validation_share,
-            seed=options.seed,
-            max_bytes=options.max_data_bytes,
-            text_key=options.text_key,
-            progress=progress,
-        )
-    check_data(options, data)
-    save_prepared(data, folder.data)
-    return data
+    """The tokens of the run; rank 0 prepares them for all."""
+    if launch.is_main() and not folder.data.is_dir():
+        with StageProgress(quiet=quiet) as progress:
+            data = prepare(
+                options.data,
+                tokenizer=given_tokenizer(options),
+                vocab_size=options.vocab_size,
+                sequence_length=options.sequence_length,
+                validation_share=options.validation_share,
+                seed=options.seed,
+                max_bytes=options.max_data_bytes,
+                text_key=options.text_key,
+                progress=progress,
+            )
+        check_data(options, data)
+        save_prepared(data, folder.data)
+        launch.barrier()
+        return data
+    launch.barrier()
+    return load_prepared(folder.data)
 
 
-def _stage(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, quiet: bool) -> None:
+def _stage(
+    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes, *, quiet: bool
+) -> None:
     """One training, of the run or of its control, unless its summary says that it is done."""
-    if not folder.summary.exists():
-        _train(options, folder, data, quiet=quiet)
-    # the model folder holds the result; a finished training has nothing to resume
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    if not launch.once(folder.summary.exists):
+        _train(options, folder, data, sizes, quiet=quiet)
+    if launch.is_main():  # the model folder holds the result; a finished training has nothing to resume
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def _train(options: PretrainOptions, folder: RunFolder, data: PreparedData, *, quiet: bool) -> None:
-    checkpoints.remove_unfinished(folder.checkpoints)
+def _train(
+    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes, *, quiet: bool
+) -> None:
     run = _identity(options, data)
-    checkpoint = checkpoints.last_whole(folder.checkpoints, run)
-    set_seed(options.seed)
-    model = load_model(checkpoint) if checkpoint else make_model(options, model_config(options, data.tokenizer))
-    if not checkpoint:
+    found = launch.once(lambda: _last_checkpoint(folder, run))
+    checkpoint = Path(found) if found else None
+    model = load_model(checkpoint, sizes) if checkpoint else _first_model(options, folder, data, sizes)
+    if launch.is_main() and not checkpoint:
         command = folder.read_run()["command"] if folder.run.exists() else _command()
         facts = {"model": model_facts(options, describe_moe(model)), "data": data.report}
         write_json(folder.run, {"config": options.to_json(), "command": command, **_environment(), **facts})
     # asked to resume after its last step, the Trainer would make one more
     if not checkpoint or checkpoints.step_of(checkpoint) < options.steps:
-        _train_steps(options, folder, data, model, checkpoint, run=run, quiet=quiet)
-    folder.whole_plan().save(folder.plan)
+        _train_steps(options, folder, data, model, checkpoint, sizes, run=run, quiet=quiet)
     _save_model(folder, model, data.tokenizer)
-    write_json(folder.summary, run_summary(options, folder, sum(one.numel() for one in model.parameters())))
+    if launch.is_main():
+        folder.whole_plan().save(folder.plan)
+        write_json(folder.summary, run_summary(options, folder, sum(one.numel() for one in model.parameters())))
+
+
+def _last_checkpoint(folder: RunFolder, run: str) -> str | None:
+    checkpoints.remove_unfinished(folder.checkpoints)
+    found = checkpoints.last_whole(folder.checkpoints, run)
+    return str(found) if found else None
+
+
+def _first_model(
+    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes
+) -> PreTrainedModel:
+    """The model of step 0, the same on any number of processes: rank 0 draws its weights and all load them."""
+    if options.model is not None:
+        return load_model(Path(options.model), sizes)
+    set_seed(options.seed)
+    if not sizes.is_sharded:
+        return make_model(options, model_config(options, data.tokenizer))
+    start = folder.checkpoints / "start"
+    if launch.is_main():
+        shutil.rmtree(start, ignore_errors=True)
+        make_model(options, model_config(options, data.tokenizer)).save_pretrained(start, save_original_format=False)
+    launch.barrier()
+    model = load_model(start, sizes)
+    launch.barrier()
+    if launch.is_main():
+        shutil.rmtree(start)
+    return model
 
 
 def _train_steps(
@@ -151,21 +216,32 @@ def _train_steps(
     data: PreparedData,
     model: PreTrainedModel,
     checkpoint: Path | None,
+    sizes: ParallelSizes,
     *,
     run: str,
     quiet: bool,
 ) -> None:
     """From `checkpoint`, whose weights `model` has, or from the start to the last step; prunes the model in place."""
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
-    seconds = folder.rewind(done)
-    laep = LAEPCallback(prunings=options.prunings(), window_steps=options.window_steps, phase=options.phase())
+    seconds = folder.rewind(done) if launch.is_main() else 0.0
+    laep = LAEPCallback(
+        prunings=options.prunings(),
+        window_steps=options.window_steps,
+        phase=options.phase(),
+        rearrange=options.rearrangement(),
+    )
     moe = describe_moe(model)
     balance = attach_balance(
-        model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **options.balance_arguments()
+        model,
+        options.balance,
+        blocks=moe.blocks,
+        model_type=moe.model_type,
+        sum_counts=Ranks(model).sum_counts,
+        **options.balance_arguments(),
     )
     validation = {domain: BlockDataset(blocks) for domain, blocks in data.validation.items()}
     name = "control" if folder.path.name == "control" and options.no_prune else "pretrain"
-    with RunProgress(name, options.steps, done=done, quiet=quiet) as progress:
+    with RunProgress(name, options.steps, done=done, quiet=quiet or not launch.is_main()) as progress:
         log = RunLog(
             folder,
             laep,
@@ -175,12 +251,13 @@ def _train_steps(
             domain_sizes={domain: len(blocks) for domain, blocks in validation.items()},
             seconds=seconds,
         )
-        trainer = Trainer(
+        callbacks: list[TrainerCallback] = [laep, BalanceCallback(balance)]
+        trainer = ResumableTrainer(
             model=model,
-            args=training_arguments(options, folder.checkpoints),
+            args=training_arguments(options, folder.checkpoints, data_ranks=sizes.fsdp),
             train_dataset=_whole_steps(options, data),
             eval_dataset=validation,
-            callbacks=[laep, BalanceCallback(balance), log],
+            callbacks=[*callbacks, log] if launch.is_main() else callbacks,
         )
         trainer.remove_callback(PrinterCallback)
         _keep_tensorboard(trainer, folder)
@@ -209,22 +286,27 @@ def _whole_steps(options: PretrainOptions, data: PreparedData) -> Dataset[Any]:
 
 
 def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write beside, then rename: a folder named `model` is whole."""
+    """Write beside, then rename: a folder named `model` is whole. Shards are gathered on rank 0, which writes."""
     beside = folder.path / ".model-unfinished"
-    for path in (beside, folder.model):
-        shutil.rmtree(path, ignore_errors=True)
+    if launch.is_main():
+        for path in (beside, folder.model):
+            shutil.rmtree(path, ignore_errors=True)
+    launch.barrier()
     try:
         model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        os.rename(beside, folder.model)
+        if launch.is_main():
+            tokenizer.save_pretrained(beside)
+            os.rename(beside, folder.model)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise OSError(f"{folder.model} could not be written: {error}. Make room and go on with --resume") from error
+    launch.barrier()
 
 
 def _identity(options: PretrainOptions, data: PreparedData) -> str:
     """What tells the checkpoints of this run from those of another: its settings and its tokens."""
-    content = json.dumps([options.to_json(), data.train.digest()], sort_keys=True)
+    settings = {name: value for name, value in options.to_json().items() if name not in DEVICES}
+    content = json.dumps([settings, data.train.digest()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

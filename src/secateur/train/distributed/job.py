@@ -1,0 +1,103 @@
+"""One training job, whatever its kind: a single process, copies under DDP, or shards under FSDP2 and EP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from secateur.families import MoEModel
+from secateur.plan import Plan
+from secateur.stats import RouterStats
+from secateur.surgery.module import is_sharded, prune_model_
+from secateur.train.distributed.ddp import DDPFinder, rebuild_ddp_
+from secateur.train.distributed.fsdp import refuse_fsdp1
+from secateur.train.distributed.ranks import Ranks
+from secateur.train.distributed.surgery import prune_sharded_model_
+from secateur.verify import bits_sum
+
+
+class Job:
+    """What LAEP needs from the processes that train one model together.
+
+    Attributes:
+        ranks: see `Ranks`.
+
+    Raises:
+        SecateurError: the model is wrapped or split in a way that pruning cannot follow.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_fsdp1(model)
+        self.ranks = Ranks(model)
+        self.device = next(model.parameters()).device
+        copies = self.ranks.size > 1 and not self.ranks.sharded
+        self._finder = DDPFinder(model) if copies else None
+
+    def detach(self) -> None:
+        """Remove all hooks from the model."""
+        if self._finder is not None:
+            self._finder.detach()
+
+    def sum(self, stats: RouterStats) -> RouterStats:
+        """The statistics of all ranks with other tokens; all ranks must call."""
+        return self.ranks.sum(stats, self.device)
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """The same for one tensor of counts, in place."""
+        return self.ranks.sum_counts(counts)
+
+    def agreed(self, plan: Plan) -> Plan:
+        """Rank 0's plan, which every rank must have made too.
+
+        Raises:
+            SecateurError: on all ranks, when one has another.
+        """
+        if self.ranks.size == 1:
+            return plan
+        return Plan.from_json(self.ranks.agree_json("plan", plan.to_json(), self.device))
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values; NaN if any is."""
+        return self.ranks.largest(value, self.device)
+
+    def prune_(self, moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer) -> MoEModel:
+        """Apply a plan on all ranks, in place; what wraps the model goes on working.
+
+        Raises:
+            SecateurError: see `prune_model_`, `prune_sharded_model_` and `DDPFinder.ready`.
+        """
+        if self.ranks.sharded:
+            return prune_sharded_model_(moe, plan, optimizer)
+        wrapper = self._finder.ready() if self._finder else None
+        pruned = prune_model_(moe, plan, optimizer)
+        if wrapper is not None:
+            rebuild_ddp_(wrapper)
+        return pruned
+
+    def checksums(self, moe: MoEModel) -> dict[str, int]:
+        """{tensor with an expert axis: the sum of its bits}, of the whole tensors on every kind of job."""
+        names = [spec.name for block in moe.blocks.values() for spec in block.tensors]
+        tensors = [moe.model.get_parameter_or_buffer(name) for name in names]
+        sums = [_own_bits(tensor) for tensor in tensors]
+        if any(map(is_sharded, tensors)):
+            total = torch.tensor(sums, dtype=torch.int64, device=self.device)
+            dist.all_reduce(total)
+            sums = [
+                int(part) if is_sharded(tensor) else own for own, part, tensor in zip(sums, total, tensors, strict=True)
+            ]
+        return dict(zip(names, sums, strict=True))
+
+
+def _own_bits(tensor: Any) -> int:
+    """The sum of the bits of this rank's part; of several copies of a part, only the first counts."""
+    if not is_sharded(tensor):
+        return bits_sum(tensor)
+    coordinate = tensor.device_mesh.get_coordinate()
+    is_first_copy = all(
+        place == 0 or not placement.is_replicate()
+        for place, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+    return bits_sum(tensor.to_local().contiguous()) if is_first_copy else 0

@@ -1,0 +1,80 @@
+"""A job of several processes, as torchrun starts it: joining it, and doing things once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from secateur.errors import SecateurError
+from secateur.train.distributed.ranks import broadcast_text
+
+
+def world_size() -> int:
+    """Processes of this job: 1 without torchrun.
+
+    Raises:
+        SecateurError: WORLD_SIZE is not a number.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdigit() or int(given) < 1:
+        raise SecateurError(f"WORLD_SIZE is {given!r}, expected a number of processes")
+    return max(int(given), dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+
+
+def rank() -> int:
+    """The number of this process in its job."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK") or 0)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return rank() == 0
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this job again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def join() -> None:
+    """Meet the other processes: NCCL where there are GPUs, else gloo. Does nothing in a job of one, or a second time.
+
+    Raises:
+        SecateurError: the other processes cannot be reached.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise SecateurError(f"cannot meet the other processes of the job (started by torchrun?): {error}") from error
+
+
+def leave() -> None:
+    """Take leave of the others, so that the process can end; after an error it must just end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def once(action: Callable[[], Any]) -> Any:
+    """Rank 0's result of `action` (JSON values), on every rank; the others wait for it."""
+    if world_size() == 1:
+        return action()
+    device = torch.device("cpu")  # gloo carries it on every machine
+    result = json.dumps(action()) if is_main() else ""
+    return json.loads(broadcast_text(result, device))

@@ -1,0 +1,89 @@
+"""Load a model as shards on the ranks of a job, by transformers' own distributed layer, and see that it is sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from secateur.errors import SecateurError
+from secateur.families import describe_moe
+from secateur.surgery.module import is_sharded
+from secateur.train.distributed.launch import world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSizes:
+    """How a job of W processes splits a model: W = fsdp * tp.
+
+    fsdp: ranks that see different tokens and share the parameters. ep: ranks that share the experts of a layer; a
+    multiple of tp and a divisor of W. tp: ranks that see the same tokens and share the matrices.
+    """
+
+    fsdp: int
+    ep: int
+    tp: int
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.fsdp * self.tp > 1
+
+    def config(self) -> Any:
+        """transformers' DistributedConfig."""
+        return DistributedConfig(fsdp_size=self.fsdp, ep_size=self.ep, tp_size=self.tp)
+
+
+def parallel_sizes(fsdp: int | None, ep: int, tp: int) -> ParallelSizes:
+    """The sizes for the processes there are; `fsdp` defaults to all of them that `tp` leaves.
+
+    Raises:
+        SecateurError: they do not multiply to the number of processes, or the expert-parallel size does not fit.
+    """
+    world = world_size()
+    if fsdp is None:
+        if world % tp:
+            raise SecateurError(f"--tp {tp}: does not divide the {world} processes of the job")
+        fsdp = world // tp
+    if fsdp * tp != world:
+        raise SecateurError(
+            f"--fsdp {fsdp} x --tp {tp} = {fsdp * tp} processes, found {world}; start the job by "
+            f"`torchrun --nproc-per-node {fsdp * tp} -m secateur ...`"
+        )
+    if world % ep or ep % tp:
+        raise SecateurError(f"--ep {ep}: expected a divisor of the {world} processes and a multiple of --tp {tp}")
+    return ParallelSizes(fsdp=fsdp, ep=ep, tp=tp)
+
+
+def check_plan_exists(config: PreTrainedConfig, sizes: ParallelSizes) -> None:
+    """
+    Raises:
+        SecateurError: transformers has no plan to split this family that way.
+    """
+    for flag, size in (("ep", sizes.ep), ("tp", sizes.tp), ("fsdp", sizes.fsdp)):
+        if size > 1 and not getattr(config, f"base_model_{flag}_plan", None):
+            raise SecateurError(
+                f"--{flag} {size}: transformers has no {flag} plan for model type {config.model_type!r}"
+            )
+
+
+def check_sharded(model: nn.Module, sizes: ParallelSizes) -> None:
+    """See by the shapes on this rank that the experts are really split, since a plan that matches nothing is silent.
+
+    Raises:
+        SecateurError: names the tensor, its whole shape and what this rank holds of it.
+    """
+    copies = sizes.fsdp * sizes.tp // sizes.ep if sizes.ep > 1 else sizes.fsdp  # FSDP's cut of what EP has cut
+    for block in describe_moe(model).blocks.values():
+        parameter: Any
+        for name, parameter in block.experts.named_parameters():
+            local = parameter.to_local() if is_sharded(parameter) else parameter
+            rows = parameter.shape[0]
+            most = -(-(rows // sizes.ep) // copies)
+            if local.numel() * rows > parameter.numel() * most:
+                raise SecateurError(
+                    f"{block.name}.experts.{name} of shape {tuple(parameter.shape)}: this rank holds "
+                    f"{tuple(local.shape)}, so it is not split over fsdp {sizes.fsdp}, ep {sizes.ep}, tp {sizes.tp}"
+                )

@@ -1,0 +1,50 @@
+"""Write a sharded model rank by rank, as transformers' `from_pretrained` loads it onto any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from secateur.families import plain_class
+from secateur.train.distributed.launch import barrier, is_main
+
+
+def save_sharded(model: Any, folder: Path) -> None:
+    """Safetensors of this rank's shards, and the config; all ranks must call.
+
+    The same files as `save_pretrained(folder, distributed_checkpoint=True)`, which cannot write tied weights again
+    once they were loaded from such files (their shards share memory, and safetensors refuses that).
+
+    Raises:
+        CheckpointException: a rank could not write; on every rank.
+    """
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.architectures = [plain_class(model).__name__]
+        model.config.save_pretrained(folder)
+    barrier()
+    writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True, enable_consolidation=False)
+    save(_writable(model), storage_writer=writer)
+
+
+def _writable(model: nn.Module) -> dict[str, Any]:
+    """The model's state with every tensor in memory of its own and in contiguous shards, which is all DCP can write."""
+    seen: set[int] = set()
+    state = {}
+    value: Any
+    for name, value in get_model_state_dict(model).items():
+        if isinstance(value, DTensor):
+            placements = [Shard(one.dim) if isinstance(one, _StridedShard) else one for one in value.placements]
+            value = value.redistribute(placements=placements)
+        place = (value.to_local() if isinstance(value, DTensor) else value).data_ptr()
+        state[name] = torch.clone(value) if place in seen else value
+        seen.add(place)
+    return state

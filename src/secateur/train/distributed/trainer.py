@@ -1,0 +1,131 @@
+"""transformers' Trainer with checkpoints that resume on any number of ranks.
+
+The stock Trainer refuses to resume a model that was sharded at load time. Here the weights of such a model are written
+by transformers' distributed save, rank by rank, and the optimizer's state by name, with torch.distributed.checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import Trainer
+from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer_utils import EvalLoopOutput
+
+from secateur.errors import SecateurError
+from secateur.surgery.optimizer import unwrap
+from secateur.train.distributed.launch import barrier, is_main, rank, world_size
+from secateur.train.distributed.save import save_sharded
+
+OPTIMIZER = "optimizer"  # a folder of torch.distributed.checkpoint
+SCHEDULER = "scheduler.pt"
+
+
+class ResumableTrainer(Trainer):
+    """Give it a model that was loaded from the checkpoint that `train(resume_from_checkpoint=...)` names.
+
+    Takes what Trainer takes, as keywords; `args.save_only_model` is respected.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        args = arguments["args"]
+        wanted, args.save_only_model = args.save_only_model, True  # Trainer refuses anything else for a sharded model
+        super().__init__(**arguments)
+        args.save_only_model = wanted
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except CheckpointException as error:  # not an Exception; on all ranks when one fails
+            raise OSError(f"checkpoint of step {self.state.global_step}: {_first_failure(error)}") from error
+        barrier()  # the files of every rank are there
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save(output_dir, state_dict)
+            return
+        save_sharded(self.model, Path(str(output_dir or self.args.output_dir)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer_distributed(self.model, self._inner_optimizer(), str(Path(output_dir) / OPTIMIZER))
+        schedule: Any = self.lr_scheduler
+        if is_main():
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing to do: the model has been loaded from there, onto its ranks."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        try:
+            load_optimizer_distributed(self.model, self._inner_optimizer(), str(Path(checkpoint) / OPTIMIZER))
+        except CheckpointException as error:
+            raise SecateurError(f"{checkpoint}: its optimizer state does not fit: {_first_failure(error)}") from error
+        schedule: Any = self.lr_scheduler
+        state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+        schedule.load_state_dict(_for_groups(state, len(schedule.optimizer.param_groups), checkpoint))
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over all sequences, each counted once.
+
+        On several ranks the stock loop fills the last batch up with sequences it has seen, and counts their losses.
+        """
+        if world_size() == 1:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        model: Any = self.model
+        model.eval()
+        dataset, size = dataloader.dataset, self.args.per_device_eval_batch_size
+        share = world_size() // self.get_tp_size()  # ranks that see different tokens
+        first = rank() // self.get_tp_size() * size
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(dataset), size * share):
+            mine = range(start + first, min(start + first + size, len(dataset)))
+            batch = [dataset[index] for index in mine or range(1)]  # every rank must run; some of them for nothing
+            inputs = self._prepare_inputs(self.data_collator(batch))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += model(**inputs).loss.double() * len(mine)
+        dist.all_reduce(total)
+        mean = float(total) / self.get_tp_size() / len(dataset)
+        metrics = {f"{metric_key_prefix}_loss": mean}
+        return EvalLoopOutput(np.empty(0), None, metrics, len(dataset))
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None
+        return unwrap(self.optimizer)
+
+
+def _for_groups(state: dict[str, Any], num_groups: int, checkpoint: str) -> dict[str, Any]:
+    """A schedule's state for another number of param groups: the Trainer makes some for each mesh of ranks.
+
+    Raises:
+        SecateurError: the groups have schedules of their own.
+    """
+    fitted = dict(state)
+    for key, values in state.items():
+        if isinstance(values, list) and len(values) != num_groups:
+            if any(value != values[0] for value in values):
+                raise SecateurError(
+                    f"{checkpoint}: its schedule has {key} {values}, which do not fit {num_groups} groups"
+                )
+            fitted[key] = values[:1] * num_groups
+    return fitted
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause}"

@@ -1,0 +1,87 @@
+"""When and how the kept experts are re-ordered over the expert-parallel ranks (LAEP, arXiv 2601.14327)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from secateur.errors import SecateurError
+from secateur.placement import METHODS, Placement, balance, place, rank_loads
+from secateur.plan import LayerPlan, Plan
+from secateur.train.events import LayerPlacement
+from secateur.train.schedule import check_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rearrangement:
+    """How experts are placed on ranks.
+
+    ranks: R, None for the job's own expert-parallel size. every: also between prunings, at the end of the window in
+    which this many steps have passed since the last change. method: a name of `placement.METHODS`. nodes: the ranks
+    of a node are filled together. tolerance: between prunings, move as few experts as keep the balance within this
+    share of what the method reaches.
+
+    Raises:
+        SecateurError: a number out of its range or an unknown method.
+    """
+
+    ranks: int | None = None
+    every: int | None = None
+    method: str = "swaps"
+    nodes: int = 1
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "every", "nodes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.method not in METHODS:
+            raise SecateurError(f"rearrangement method is {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
+            raise SecateurError(f"rearrangement tolerance is {self.tolerance}, expected 0 or more")
+        if self.ranks is not None and self.ranks % self.nodes:
+            raise SecateurError(f"{self.ranks} ranks do not divide over {self.nodes} nodes")
+
+
+def rearranged(
+    plan: Plan, loads: Mapping[int, Sequence[int]], rule: Rearrangement, num_ranks: int, num_groups: int
+) -> tuple[Plan, dict[int, LayerPlacement]]:
+    """The plan with the kept experts of every layer in the order that levels the ranks.
+
+    Args:
+        plan: keeps a multiple of `num_ranks` experts in every layer. loads: {layer: tokens of each expert before it}.
+
+    Raises:
+        SecateurError: see `placement.place`.
+    """
+    layers, placements = {}, {}
+    for layer, one in plan.layers.items():
+        kept = [loads[layer][old] for old in one.order]
+        only_moves = not one.dropped
+        found: Placement = place(
+            kept,
+            num_ranks,
+            method=rule.method,
+            num_groups=num_groups,
+            num_nodes=rule.nodes,
+            current=list(range(len(kept))) if only_moves else None,
+            tolerance=rule.tolerance if only_moves else None,
+        )
+        order = tuple(one.order[place] for place in found.order)
+        layers[layer] = LayerPlan(experts_before=one.experts_before, order=order)
+        placements[layer] = LayerPlacement(
+            num_ranks=num_ranks,
+            balance_before=balance(rank_loads(kept, range(len(kept)), num_ranks)),
+            balance_after=found.balance,
+            over_bound=found.over_bound,
+            moved=_moved(order, one.experts_before, num_ranks),
+        )
+    return Plan(
+        layers=layers, criterion=plan.criterion, details=plan.details, stats_digest=plan.stats_digest
+    ), placements
+
+
+def _moved(order: Sequence[int], experts_before: int, num_ranks: int) -> int:
+    """Experts that are on another rank than before."""
+    before, after = experts_before // num_ranks, len(order) // num_ranks
+    return sum(old // before != new // after for new, old in enumerate(order))

@@ -1,0 +1,129 @@
+"""The loads of a run so far: windows of token counts over all ranks, and whether they are stable."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from secateur.families import MoEModel
+from secateur.observe import LoadCounter
+from secateur.stats import RouterStats
+from secateur.train.distributed.job import Job
+from secateur.train.phases import PhaseConstants, StablePhaseDetector
+
+
+class LoadWatch:
+    """Counts tokens per expert in windows of `window_steps` optimizer steps; sums over the ranks once a window.
+
+    Attributes:
+        num_tokens: tokens seen in full windows, and in open ones that a pruning cut short. last_window: the window
+            that the last `step` ended, None when it ended none. is_stable: as of the last full window.
+    """
+
+    def __init__(self, moe: MoEModel, job: Job, window_steps: int, phase: PhaseConstants) -> None:
+        self._counter = LoadCounter(moe)
+        self._job = job
+        self._moe = moe
+        self._window_steps = window_steps
+        self._detector = StablePhaseDetector(phase)
+        self._windows: deque[RouterStats] = deque(maxlen=phase.windows)
+        self._steps_in_window = 0
+        self.num_tokens = 0
+        self.last_window: RouterStats | None = None
+        self.is_stable = False
+
+    def step(self) -> None:
+        """One more optimizer step is done."""
+        self._steps_in_window += 1
+        self.last_window = None
+        if self._steps_in_window == self._window_steps:
+            window = self._job.sum(self._counter.read())
+            self._open_window(self._moe)
+            self.num_tokens += _tokens(window)
+            self._windows.append(window)
+            self.last_window = window
+            self.is_stable = self._detector.update(window.loads()).stable
+
+    def statistics(self) -> RouterStats:
+        """The last windows and the open one, added up.
+
+        Raises:
+            SecateurError: nothing was counted at all.
+        """
+        parts = list(self._windows)
+        if not self._counter.is_empty or not parts:
+            parts.append(self._job.sum(self._counter.read()))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def after_pruning(self, moe: MoEModel) -> None:
+        """Forget what was counted for the experts of before."""
+        self._close_open_window()
+        self._windows.clear()
+        self._detector.reset()
+        self.is_stable = False
+        self._open_window(moe)
+
+    def after_rearrangement(self, moe: MoEModel, orders: Mapping[int, Sequence[int]]) -> None:
+        """Follow the experts to their new places, {layer: order[new] = old}."""
+        self._close_open_window()
+        self._windows = deque((window.reordered(orders) for window in self._windows), maxlen=self._windows.maxlen)
+        self._detector.reorder(orders)
+        self._open_window(moe)
+
+    @property
+    def load_max_over_mean(self) -> float | None:
+        """Load of the busiest expert over the mean, averaged over layers, in the last full window; None before one."""
+        if not self._windows:
+            return None
+        loads = self._windows[-1].loads().values()
+        return sum(max(one) * len(one) / sum(one) for one in loads) / len(loads)
+
+    def detach(self) -> None:
+        """Remove all hooks from the model."""
+        self._counter.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; the same on every rank, and all ranks must call."""
+        return {
+            "num_tokens": self.num_tokens,
+            "steps_in_window": self._steps_in_window,
+            "open_window": None if self._counter.is_empty else self._job.sum(self._counter.read()).to_json(),
+            "windows": [window.to_json() for window in self._windows],
+            "detector": self._detector.state(),
+            "stable": self.is_stable,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, on any number of ranks.
+
+        Raises:
+            SecateurError: the state is of a detector with other constants. Nothing was changed.
+        """
+        self._detector.restore(state["detector"])
+        self.num_tokens = state["num_tokens"]
+        self._open_window(self._moe)
+        self._steps_in_window = state["steps_in_window"]
+        if state["open_window"] is not None:
+            window = RouterStats.from_json(state["open_window"])
+            # the sum over the ranks is what was saved; one of them carries it on
+            self._counter.load(window if self._job.ranks.rank == 0 else window.emptied())
+        self._windows.clear()
+        self._windows.extend(RouterStats.from_json(window) for window in state["windows"])
+        self.is_stable = state["stable"]
+
+    def _open_window(self, moe: MoEModel) -> None:
+        self._moe = moe
+        self._counter.reset(moe)
+        self._steps_in_window = 0
+
+    def _close_open_window(self) -> None:
+        if not self._counter.is_empty:  # a fixed step may fall inside a window
+            self.num_tokens += _tokens(self._job.sum(self._counter.read()))
+
+
+def _tokens(stats: RouterStats) -> int:
+    return next(iter(stats.layers.values())).num_tokens
