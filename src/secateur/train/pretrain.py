@@ -35,6 +35,7 @@ from secateur.train.callback import LAEPCallback
 from secateur.train.distributed import launch
 from secateur.train.distributed.load import ParallelSizes, parallel_sizes
 from secateur.train.distributed.ranks import Ranks
+from secateur.train.distributed.save import save_for_ranks
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.environment import hardware, versions
 from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
@@ -201,7 +202,7 @@ def _first_model(
     start = folder.checkpoints / "start"
     if launch.is_main():
         shutil.rmtree(start, ignore_errors=True)
-        make_model(options, model_config(options, data.tokenizer)).save_pretrained(start, save_original_format=False)
+        save_for_ranks(make_model(options, model_config(options, data.tokenizer)), start)
     launch.barrier()
     model = load_model(start, sizes)
     launch.barrier()

@@ -27,12 +27,29 @@ def save_sharded(model: Any, folder: Path) -> None:
         CheckpointException: a rank could not write; on every rank.
     """
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        model.config.architectures = [plain_class(model).__name__]
-        model.config.save_pretrained(folder)
+        _write_config(model, folder)
     barrier()
-    writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True, enable_consolidation=False)
-    save(_writable(model), storage_writer=writer)
+    save(_writable(model), storage_writer=_writer(folder))
+
+
+def save_for_ranks(model: Any, folder: Path) -> None:
+    """The same files from a whole model, by one rank alone.
+
+    (An ordinary checkpoint would do, but transformers merges its per-expert tensors rank by rank and fails on a rank
+    that gets none.)
+    """
+    _write_config(model, folder)
+    save(_writable(model), storage_writer=_writer(folder), no_dist=True)
+
+
+def _write_config(model: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [plain_class(model).__name__]
+    model.config.save_pretrained(folder)
+
+
+def _writer(folder: Path) -> HuggingFaceStorageWriter:
+    return HuggingFaceStorageWriter(path=str(folder), save_distributed=True, enable_consolidation=False)
 
 
 def _writable(model: nn.Module) -> dict[str, Any]:
