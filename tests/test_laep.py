@@ -266,7 +266,7 @@ def test_an_event_is_the_same_after_json(rule: dict[str, float]) -> None:
     (event,) = Run(at_step=4, **rule).go(0, 4).values()
     text = json.dumps(event.to_json(), allow_nan=False)
     assert PruneEvent.from_json(json.loads(text)) == event
-    assert event.describe().startswith("step 4 (step): experts 24 -> ")
+    assert event.describe().startswith("pruned at step 4 (step): experts 24 -> ")
 
 
 # Training goes on

@@ -70,7 +70,7 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         token_axis(axes, run.windows[-1].tokens if run.windows else run.tokens)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        event_lines(axes, theme, [event.tokens for event in run.events], labels=False)
+        event_lines(axes, theme, [event.tokens for event in run.prunings], labels=False)
     for axes in panels[-1]:
         axes.set_xlabel("tokens", fontsize=TEXT, color=theme.muted)
     for axes in panels[:, 0]:

@@ -26,7 +26,7 @@ def loss_title(run: RunData) -> str:
     """What the loss figure shows, in one line."""
     versus, end = compare(run), last_eval(run)
     verb = "ends" if run.summary else "stands"
-    if versus and run.events:
+    if versus and run.prunings:
         difference = versus.difference
         if round(abs(difference), 3) == 0:
             return f"Validation loss with pruning {verb} where the control's does"
@@ -44,12 +44,12 @@ def loss_figure(run: RunData, theme: Theme) -> Figure:
     grid = figure.add_gridspec(2 if shared else 1, 1, height_ratios=[3, 1] if shared else [1])
     axes = figure.add_subplot(grid[0])
     style(axes, theme, y="loss (nats a token)", x="" if shared else "tokens")
-    sides = [(run, theme.run, "with pruning" if run.events else "this run", "o")]
+    sides = [(run, theme.run, "with pruning" if run.prunings else "this run", "o")]
     if run.control:
         sides.insert(0, (run.control, theme.control, "control", "s"))
     labels = [label for side in sides if (label := _loss_curves(axes, *side))]
     token_axis(axes, max(side[0].tokens for side in sides))
-    events = [event.tokens for event in run.events]
+    events = [event.tokens for event in run.prunings]
     event_lines(axes, theme, events)
     end_labels(axes, labels)
     if not labels:
@@ -106,16 +106,16 @@ def _differences(axes: Axes, theme: Theme, shared: list[Comparison]) -> None:
 def cost_title(run: RunData) -> str:
     """What the cost figure shows, in one line."""
     pace = speed(run)
-    if not run.events:
+    if not run.prunings:
         return f"Training runs at {count(pace.before)} tokens/s" if pace.before else "No speed has been logged yet"
-    size = change(run.events[0].parameters_before, run.events[-1].parameters_after)
+    size = change(run.prunings[0].parameters_before, run.prunings[-1].parameters_after)
     faster = f", tokens/s {change(pace.before, pace.after)}" if pace.before and pace.after else ""
     return f"Parameters {size}{faster}"
 
 
 def cost_figure(run: RunData, theme: Theme) -> Figure:
     """Tokens per second over the run; with prunings also speed, parameters and memory before and after."""
-    rows = _before_and_after(run, speed(run)) if run.events else []
+    rows = _before_and_after(run, speed(run)) if run.prunings else []
     figure = new_figure(theme, cost_title(run), height=2.7 + 0.72 * len(rows))
     grid = figure.add_gridspec(1 + len(rows), 1, height_ratios=[3, *[1] * len(rows)])
     axes = figure.add_subplot(grid[0])
@@ -129,14 +129,14 @@ def cost_figure(run: RunData, theme: Theme) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(count_formatter(max((pace for _, pace in known), default=1)))
     token_axis(axes, run.tokens)
-    event_lines(axes, theme, [event.tokens for event in run.events])
+    event_lines(axes, theme, [event.tokens for event in run.prunings])
     for index, (name, before, after, text) in enumerate(rows, start=1):
         _pair(figure.add_subplot(grid[index]), theme, f"{name}: {change(before, after)}", (before, after), text)
     return figure
 
 
 def _before_and_after(run: RunData, pace: Speed) -> list[tuple[str, float, float, tuple[str, str]]]:
-    first, last = run.events[0], run.events[-1]
+    first, last = run.prunings[0], run.prunings[-1]
     rows: list[tuple[str, float, float, tuple[str, str]]] = []
     if pace.before and pace.after:
         rows.append(("Tokens per second", pace.before, pace.after, (count(pace.before), count(pace.after))))

@@ -30,8 +30,8 @@ class Entry:
 def gallery(run: RunData) -> list[Entry]:
     """The figures of a run; those that need a pruning or loads are left out where there is none."""
     entries = [_loss(run), _load_over_time(run)]
-    entries += [_cut(event, number, len(run.events)) for number, event in enumerate(run.events, start=1)]
-    if run.events:
+    entries += [_cut(event, number, len(run.prunings)) for number, event in enumerate(run.prunings, start=1)]
+    if run.prunings:
         entries.append(_kept(run))
     entries.append(_cost(run))
     if rank_balance(run).ranks:
@@ -49,9 +49,9 @@ def _loss(run: RunData) -> Entry:
         name="loss",
         heading="Loss",
         caption="Thin line: training loss of each logged step; thick line: its running mean over about a fortieth of "
-        f"the run; dots: validation loss.{' Dashed: pruning.' if run.events else ''}{control}",
+        f"the run; dots: validation loss.{' Dashed: pruning.' if run.prunings else ''}{control}",
         alternative=f"{figures_run.loss_title(run)}. Training and validation loss against "
-        f"{count(run.tokens)} tokens, with {len(run.events)} prunings marked.",
+        f"{count(run.tokens)} tokens, with {len(run.prunings)} prunings marked.",
         draw=partial(figures_run.loss_figure, run),
     )
 
@@ -101,13 +101,13 @@ def _kept(run: RunData) -> Entry:
 
 
 def _cost(run: RunData) -> Entry:
-    bars = " Below: before the first pruning and after the last; all bars start at 0." if run.events else ""
+    bars = " Below: before the first pruning and after the last; all bars start at 0." if run.prunings else ""
     return Entry(
         name="cost",
         heading="Speed, parameters and memory",
         caption=f"Training tokens per second over the run.{bars}",
         alternative=f"{figures_run.cost_title(run)}. Tokens per second against tokens"
-        + (", and bars for speed, parameters and memory before and after pruning." if run.events else "."),
+        + (", and bars for speed, parameters and memory before and after pruning." if run.prunings else "."),
         draw=partial(figures_run.cost_figure, run),
     )
 
@@ -119,14 +119,16 @@ def _ranks(run: RunData) -> Entry:
         f"{max_over_mean(ranks.layers, 'after'):.2f} after"
         for ranks in balance.ranks
     )
-    source = "the loads the last pruning was decided on" if run.events else "the loads of the last window"
+    source = "the loads the last change was decided on" if run.events else "the loads of the last window"
+    ran = next((event.placement.num_ranks for event in reversed(run.events) if event.placement), None)
+    own = f"the run itself placed its experts on {ran} ranks" if ran else "the run itself did not place its experts"
     return Entry(
         name="rank_loads",
         heading="Load of each rank, old order and rearranged",
         caption="What expert parallelism would see: each rank holds the same number of experts, in the order of their "
         "first ids (left) or rearranged by LAEP's greedy rule (right). Dot: one layer; bar: all layers together; "
         "line: a fair share. max / mean is the busiest rank over the mean, summed over layers, because a step waits "
-        f"for the busiest rank in each layer. Computed from {source}; the run itself used one machine.",
+        f"for the busiest rank in each layer. Computed from {source}; {own}.",
         alternative=f"{figures_kept.ranks_title(run)}. Busiest rank over mean: {'; '.join(parts)}.",
         draw=partial(figures_kept.ranks_figure, run),
     )

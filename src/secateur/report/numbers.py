@@ -100,8 +100,8 @@ def speed(run: RunData) -> Speed:
     """
     if run.summary:
         return Speed(before=run.summary.before, after=run.summary.after, source="summary.json")
-    first = run.events[0].step if run.events else math.inf
-    last = run.events[-1].step if run.events else math.inf
+    first = run.prunings[0].step if run.prunings else math.inf
+    last = run.prunings[-1].step if run.prunings else math.inf
     before = [point.tokens_per_second for point in run.train if point.step < first][1:]
     after = [point.tokens_per_second for point in run.train if point.step > last][1:]
     return Speed(before=_median(before), after=_median(after), source="metrics.jsonl")

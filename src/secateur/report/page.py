@@ -31,6 +31,7 @@ def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, st
         _section("Validation loss", _loss_table(run)),
         _section("Prunings", _events(run)),
         *(_figure(entry, images) for entry in entries),
+        _section("Rearrangements", _rearrangements(run)),
         _section("Balance over ranks", _balance(run)),
         _section("How this was run", _provenance(run)),
     ]
@@ -82,10 +83,10 @@ def _png_size(content: bytes) -> tuple[int, int]:
 def _key_numbers(run: RunData) -> str:
     """What there was, what there is and the change; a run without pruning has one column."""
     pace, num_experts = speed(run), sum(run.experts.values())
-    if not run.events:
+    if not run.prunings:
         rows = [["experts in all layers", count(num_experts)], ["parameters", count(run.parameters)]]
         return _table(("", "now"), [*rows, ["tokens per second", count(pace.before) if pace.before else "unknown"]])
-    first, last = run.events[0], run.events[-1]
+    first, last = run.prunings[0], run.prunings[-1]
     rows = [
         _key_row("experts in all layers", num_experts, last.experts_after, count),
         _key_row("parameters", run.parameters, last.parameters_after, count),
@@ -145,11 +146,11 @@ def _difference(value: float | None, other: float | None) -> str:
 
 
 def _events(run: RunData) -> str:
-    if not run.events:
+    if not run.prunings:
         return "<p>No expert was dropped in this run.</p>" if run.summary else "<p>No expert has been dropped yet.</p>"
     head = ("step", "tokens", "reason", "rule", "experts", "parameters", "tokens re-routed", "time", "oracle")
-    table = _table(head, [_event_row(event) for event in run.events])
-    layers = "".join(_event_layers(event) for event in run.events)
+    table = _table(head, [_event_row(event) for event in run.prunings])
+    layers = "".join(_event_layers(event) for event in run.prunings)
     return (
         f"{table}\n<p>Oracle: the largest difference between the logits of the pruned model and those of the unpruned "
         f"one with the dropped experts barred, at the moment of pruning. 0 means bit for bit equal.</p>\n{layers}"
@@ -188,6 +189,25 @@ def _event_layers(event: Event) -> str:
     ]
     table = _table(("layer", "before", "after", "load re-routed", "dropped (numbering at that step)"), rows)
     return f"<details><summary>Step {event.step}, layer by layer</summary>\n{table}\n</details>"
+
+
+def _rearrangements(run: RunData) -> str:
+    placed = [(event, event.placement) for event in run.events if event.placement]
+    if not placed:
+        return ""
+    head = ("step", "at", "ranks", "old order", "rearranged", "over lower bound", "experts moved", "time")
+    rows = [
+        [
+            str(event.step),
+            "no pruning" if event.reason == "rearrange" else "the pruning",
+            str(one.num_ranks),
+            *(f"{value:.3f}" for value in (one.balance_before, one.balance_after, one.over_bound)),
+            str(one.moved),
+            "unknown" if event.surgery_seconds is None else f"{event.surgery_seconds:.2f}{NBSP}s",
+        ]
+        for event, one in placed
+    ]
+    return f"<p>Busiest rank over the mean, mean over the layers.</p>\n{_table(head, rows)}"
 
 
 def _balance(run: RunData) -> str:

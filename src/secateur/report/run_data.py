@@ -11,7 +11,9 @@ from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.report.fields import Fields, as_fields, read_json, read_lines, read_object
 
-REASONS = ("stable", "step", "tokens")
+PRUNING_REASONS = ("stable", "step", "tokens")
+REASONS = (*PRUNING_REASONS, "rearrange")
+BALANCES = ("balance_before", "balance_after", "over_bound")
 PHASES = ("transition", "stable", "pruned")
 
 
@@ -48,8 +50,23 @@ class LoadWindow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacedEvent:
+    """Experts on ranks, means over the layers: busiest rank over the mean in the old and new order, the new one over
+    its lower bound; and how many experts changed their rank."""
+
+    num_ranks: int
+    balance_before: float
+    balance_after: float
+    over_bound: float
+    moved: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
-    """One pruning: the decision, the loads it was made on (numbering before it) and what it changed."""
+    """One pruning or rearrangement: the decision, the loads it was made on (numbering before it), what it changed.
+
+    placement: of the kept experts on expert-parallel ranks, None where the run did not place them.
+    """
 
     step: int
     tokens: int
@@ -67,6 +84,7 @@ class Event:
     memory_after: dict[str, int]
     surgery_seconds: float | None
     oracle: float | None
+    placement: PlacedEvent | None
     record: dict[str, Any]
 
     @property
@@ -119,20 +137,25 @@ class RunData:
     control: RunData | None
 
     @property
+    def prunings(self) -> tuple[Event, ...]:
+        """The events that dropped experts."""
+        return tuple(event for event in self.events if event.reason in PRUNING_REASONS)
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on so far, as far as the files know."""
         seen = [point.tokens for series in (self.train, self.evals, self.windows, self.events) for point in series]
         return max([0, *seen, *([self.summary.tokens] if self.summary else [])])
 
     def first_ids(self, num_events: int) -> dict[int, tuple[int, ...]]:
-        """For each layer the first id of every expert that is left after `num_events` prunings, in current order."""
+        """For each layer the first id of every expert that is left after `num_events` events, in current order."""
         plan = Plan.identity(self.experts)
         for event in self.events[:num_events]:
             plan = plan.compose(event.plan)
         return {layer: entry.order for layer, entry in plan.layers.items()}
 
     def events_before(self, step: int) -> int:
-        """Prunings that a window which ended at `step` had already seen; at its own step a pruning comes after."""
+        """Events that a window which ended at `step` had already seen; at its own step an event comes after."""
         return sum(event.step < step for event in self.events)
 
 
@@ -247,8 +270,26 @@ def _event(record: Fields) -> Event:
         memory_after=_memory(record.part("memory_after")),
         surgery_seconds=record.number("surgery_seconds"),
         oracle=record.number("oracle_max_abs_difference"),
+        placement=_placement(record) if record.data.get("placement") is not None else None,
         record=record.data | {"layers": record.part("layers").data},
     )
+
+
+def _placement(record: Fields) -> PlacedEvent:
+    layers = record.by_layer("placement", Fields.part)
+    if not layers:
+        raise record.error("placement", "an entry for each layer")
+    means: dict[str, Any] = {}
+    for name in BALANCES:
+        values = [layer.number(name) for layer in layers.values()]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            raise record.error("placement", f"a finite number as {name} of every layer")
+        means[name] = sum(known) / len(known)
+    ranks = {layer.integer("num_ranks") for layer in layers.values()}
+    if len(ranks) != 1:
+        raise record.error("placement", "one number of ranks for all layers")
+    return PlacedEvent(num_ranks=ranks.pop(), moved=sum(layer.integer("moved") for layer in layers.values()), **means)
 
 
 def _memory(part: Fields) -> dict[str, int]:

@@ -93,8 +93,8 @@ def summary_paragraph(run: RunData) -> str:
     sentences = [
         f"This {run.model_type} model of {len(run.experts)} layers with experts {state} {count(run.tokens)} tokens."
     ]
-    sentences += [event_sentence(event) for event in run.events]
-    if not run.events:
+    sentences += [event_sentence(event) for event in run.prunings]
+    if not run.prunings:
         ending = "No expert was dropped" if run.summary else "No expert has been dropped so far"
         sentences.append(f"{ending}: all {sum(run.experts.values())} experts are in place.")
     pace = speed(run)
@@ -110,7 +110,7 @@ def summary_paragraph(run: RunData) -> str:
 
 def _loss_sentences(run: RunData) -> list[str]:
     versus, end = compare(run), last_eval(run)
-    if run.control and versus and run.events:
+    if run.control and versus and run.prunings:
         both_finished = bool(run.summary and run.control.summary and versus.tokens == run.tokens == run.control.tokens)
         return [comparison_sentence(versus, both_finished)]
     missing = ["The control cannot be compared with yet."] if run.control else []

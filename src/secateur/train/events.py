@@ -101,10 +101,10 @@ class PruneEvent:
             moved = sum(one.moved for one in layers)
             placed = f", busiest rank over mean {before:.3f} -> {after:.3f} ({moved} experts moved)"
         if self.reason == REARRANGE:
-            return f"step {self.step} (rearranged): {placed.removeprefix(', ')}, {self.surgery_seconds:.2f} s"
+            return f"rearranged at step {self.step}: {placed.removeprefix(', ')}, {self.surgery_seconds:.2f} s"
         saved = 1 - self.parameters_after / self.parameters_before
         return (
-            f"step {self.step} ({self.reason}): experts {self.experts_before} -> {self.experts_after}, parameters "
+            f"pruned at step {self.step} ({self.reason}): experts {self.experts_before} -> {self.experts_after}, parameters "
             f"{self.parameters_before:,} -> {self.parameters_after:,} (-{saved:.1%}), re-routed "
             f"{self.rerouted_share:.2%} of tokens{placed}, {self.surgery_seconds:.2f} s"
         )

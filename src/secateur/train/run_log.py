@@ -71,7 +71,7 @@ class RunLog(TrainerCallback):
             event = pruner.events[-1]
             self._mark += event.surgery_seconds
             self._folder.write_events(pruner.events)
-            self._progress.say(f"pruned at {event.describe()}")
+            self._progress.say(event.describe())
             assert self.trainer is not None
             log_is_due = control.should_log  # which any log takes back
             self.trainer.log(
