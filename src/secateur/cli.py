@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
-from secateur.commands.ends import fail
+from secateur.commands.apply import apply
+from secateur.commands.ends import fail, fail_without_the_others
+from secateur.commands.place import place
 from secateur.commands.pretrain import pretrain
 from secateur.commands.report import report
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, report)
+COMMANDS = (pretrain, place, apply, report)
 
 app = typer.Typer(
     name="secateur",
@@ -46,7 +49,12 @@ def main() -> None:
     """Run the command line; bad input ends with one message and status 2, a refused write with status 1."""
     try:
         app(prog_name="secateur")
-    except SecateurError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(str(error), 1)
+    except (SecateurError, OSError, RuntimeError) as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from secateur.train.distributed.launch import has_lost_contact
+
+            if has_lost_contact(error):
+                fail_without_the_others()
+        if isinstance(error, SecateurError | OSError):
+            fail(str(error), 2 if isinstance(error, SecateurError) else 1)
+        raise

@@ -1,0 +1,100 @@
+"""Edit a transformers `config.json` for new expert counts, in place: only what must change does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from secateur.errors import SecateurError
+from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX
+
+MODULE = "modeling_secateur"
+AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
+
+
+def has_expert_count(config: Mapping[str, Any]) -> bool:
+    """True for a transformers config with a routed-expert count."""
+    return isinstance(config.get("model_type"), str) and bool(_count_places(config))
+
+
+def with_counts(config: Mapping[str, Any], before: Mapping[int, int], after: Mapping[int, int]) -> dict[str, Any]:
+    """A copy of `config` for the counts `after`; both map every MoE layer to its experts.
+
+    Layers with one count keep the native class. Where they differ the config becomes that of the `Pruned...` class,
+    whose code must then lie beside it as modeling_secateur.py.
+
+    Raises:
+        SecateurError: the config does not say `before`, or lacks what the `Pruned...` class needs.
+    """
+    changed = copy.deepcopy(dict(config))
+    largest = max(before.values())
+    for place, key in _count_places(changed):
+        if place[key] != largest:
+            raise SecateurError(
+                f"config.json: {key} is {place[key]}, but the checkpoint holds {largest} experts a layer"
+            )
+        place[key] = max(after.values())
+    pruned = changed.get("model_type") == MODEL_TYPE
+    if not pruned and len(set(before.values())) > 1:
+        raise SecateurError(f"config.json: it has one count for all layers, but the checkpoint holds {dict(before)}")
+    if pruned and _blocks(changed, before) != (changed.get("moe_config") or {}).get("per_layer_experts_blocks"):
+        raise SecateurError(f"config.json: {changed.get('moe_config')}, but the checkpoint holds {dict(before)}")
+    if len(set(after.values())) > 1:
+        return _as_pruned(changed, after, from_native=not pruned)
+    return _as_native(changed) if pruned else changed
+
+
+def _as_pruned(config: dict[str, Any], counts: Mapping[int, int], from_native: bool) -> dict[str, Any]:
+    config["moe_config"] = {"per_layer_experts_blocks": _blocks(config, counts)}
+    if from_native:
+        architectures = config.get("architectures")
+        if not isinstance(architectures, list) or len(architectures) != 1 or "auto_map" in config:
+            raise SecateurError(
+                f"config.json: architectures is {architectures!r} and auto_map {config.get('auto_map')!r}; layers that "
+                "differ need one architecture of transformers' own"
+            )
+        name = PREFIX + architectures[0]
+        classes = (_config_class(config["model_type"]), name)
+        config["base_model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
+        config["architectures"] = [name]
+        config["auto_map"] = {auto: f"{MODULE}.{found}" for auto, found in zip(AUTO_CLASSES, classes, strict=True)}
+    return config
+
+
+def _config_class(model_type: str) -> str:
+    if model_type not in CONFIG_MAPPING:
+        raise SecateurError(f"config.json: model_type {model_type!r} is none of this transformers release")
+    native: Any = CONFIG_MAPPING[model_type]
+    return f"{PREFIX}{native.__name__}"
+
+
+def _as_native(config: dict[str, Any]) -> dict[str, Any]:
+    config["model_type"] = config.pop("base_model_type")
+    config["architectures"] = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
+    for key in ("moe_config", "auto_map"):
+        config.pop(key, None)
+    return config
+
+
+def _blocks(config: Mapping[str, Any], counts: Mapping[int, int]) -> list[int]:
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 <= max(counts) < layers:
+        raise SecateurError(f"config.json: num_hidden_layers is {layers!r}, but layer {max(counts)} has experts")
+    return [counts.get(layer, 0) for layer in range(layers)]
+
+
+def _count_places(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where the routed-expert count stands: every alias of it, also in the config of the text model."""
+    found = []
+    for root in (config, config.get("text_config")):
+        for dotted in COUNT_KEYS:
+            *parents, key = dotted.split(".")
+            place: Any = root
+            for parent in parents:
+                place = place.get(parent) if isinstance(place, dict) else None
+            if isinstance(place, dict) and type(place.get(key)) is int:
+                found.append((place, key))
+    return found

@@ -1,0 +1,80 @@
+"""What `secateur apply` did to a training checkpoint, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from secateur import __version__
+from secateur.plan import JSON, Plan
+from secateur.surgery.dcp_changes import Survey
+from secateur.surgery.dcp_pieces import bytes_after
+from secateur.surgery.dcp_stored import Stored
+
+FORMAT = "secateur-apply-report"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One checkpoint in the source: its folder, relative to the source, its format, and what becomes of it."""
+
+    folder: PurePosixPath
+    format: str
+    stored: Stored
+    survey: Survey
+
+    @property
+    def bytes_after(self) -> int:
+        return bytes_after(self.stored, self.survey.changes)
+
+
+def describe(
+    source: Path,
+    plan: Plan,
+    parts: Sequence[Part],
+    before: Mapping[int, int],
+    after: Mapping[int, int],
+    copied: Sequence[PurePosixPath],
+    configs: Mapping[PurePosixPath, Any],
+) -> dict[str, JSON]:
+    """The report: layers, checkpoints, bytes and files, before and after."""
+    layers: dict[str, JSON] = {}
+    for layer in before:
+        changed = [change for part in parts for change in part.survey.changes.values() if change.layer == layer]
+        layers[str(layer)] = {
+            "experts_before": before[layer],
+            "experts_after": after[layer],
+            "dropped": list(plan.layers[layer].dropped) if layer in plan.layers else [],
+            "tensors_changed": len(changed),
+        }
+    checkpoints: list[JSON] = []
+    for part in parts:
+        changes = part.survey.changes.values()
+        checkpoints.append(
+            {
+                "folder": str(part.folder),
+                "format": part.format,
+                "tensors": len(part.stored.tensors),
+                "tensors_changed": len(changes),
+                "counters_reset": sum(change.to_zero for change in changes),
+                "opaque_entries_copied": len(part.stored.blobs),
+                "bytes_before": part.stored.num_bytes,
+                "bytes_after": part.bytes_after,
+            }
+        )
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "secateur": __version__,
+        "source": str(source),
+        "criterion": plan.criterion,
+        "layers": layers,
+        "checkpoints": checkpoints,
+        "bytes_before": sum(part.stored.num_bytes for part in parts),
+        "bytes_after": sum(part.bytes_after for part in parts),
+        "files_copied": [str(relative) for relative in copied],
+        "configs_edited": [str(relative) for relative in configs],
+    }

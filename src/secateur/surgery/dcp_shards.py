@@ -1,0 +1,117 @@
+"""transformers' distributed save of a model: safetensors files, one a rank, each with its blocks of the tensors.
+
+The offsets of a block in its tensor are in the header of its file, under DCP_SHARDING_INFO.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import SecateurError
+from secateur.surgery.dcp_stored import Chunk, Stored, bytes_of, file_inside, whole_tensor
+
+FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def is_shards_folder(folder: Path) -> bool:
+    return any(FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def read_shards(folder: Path) -> Stored:
+    """What the shard files of a folder hold.
+
+    Raises:
+        SecateurError: a file is truncated or is no such file, or the blocks of a tensor are not all of it.
+    """
+    names = sorted(path.name for path in folder.iterdir() if FILE.fullmatch(path.name))
+    _check_ranks(folder, names)
+    chunks: dict[str, list[Chunk]] = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for name in names:
+        path = file_inside(folder, name)
+        try:
+            for tensor, dtype, chunk in _chunks(path):
+                chunks.setdefault(tensor, []).append(chunk)
+                dtypes.setdefault(tensor, set()).add(dtype)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SecateurError(f"{path}: not a distributed safetensors file ({error})") from error
+    tensors = {}
+    for tensor, parts in chunks.items():
+        if len(dtypes[tensor]) != 1 or len({len(part.sizes) for part in parts}) != 1:
+            raise SecateurError(f"{folder}: the blocks of {tensor} have different dtypes or numbers of axes")
+        ends = [[o + n for o, n in zip(part.offsets, part.sizes, strict=True)] for part in parts]
+        shape = tuple(map(max, zip(*ends, strict=True)))
+        filled = [part for part in parts if 0 not in part.sizes]
+        tensors[tensor] = whole_tensor(tensor, dtypes[tensor].pop(), shape, filled)
+    if not tensors:
+        raise SecateurError(f"{folder}: its shard files hold no tensor")
+    return Stored(tensors=tensors, files=frozenset(names))
+
+
+def _check_ranks(folder: Path, names: list[str]) -> None:
+    """No file says how many ranks there were, nor how long a whole tensor is: a gap in the numbers is all there is."""
+    ranks = sorted({int(name.split("-")[1]) for name in names})
+    if ranks != list(range(1, len(ranks) + 1)):
+        raise SecateurError(f"{folder}: it has the shards of ranks {ranks}, expected all from 1 on")
+
+
+def _chunks(path: Path) -> list[tuple[str, torch.dtype, Chunk]]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", _exactly(file.read(8), 8))
+        if length > MAX_HEADER:
+            raise SecateurError(f"a header of {length} bytes, expected at most {MAX_HEADER}")
+        header = json.loads(_exactly(file.read(length), length), object_pairs_hook=_unique)
+    offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+    found = []
+    for name, entry in header.items():
+        dtype, sizes = DTYPES[entry["dtype"]], _whole(entry["shape"])
+        first, last = _whole(entry["data_offsets"])
+        if last - first != math.prod(sizes) * dtype.itemsize:
+            raise SecateurError(f"{name}: {last - first} bytes for shape {sizes} of {dtype}")
+        place = bytes_of(path, 8 + length + first, last - first, name)
+        at = _whole(offsets[name]["saved_offsets"])
+        if len(at) != len(sizes):
+            raise SecateurError(f"{name}: offsets {at} for a block of shape {sizes}")
+        found.append((name, dtype, Chunk(offsets=at, sizes=sizes, place=place, is_archive=False)))
+    return found
+
+
+def _exactly(data: bytes, length: int) -> bytes:
+    if len(data) != length:
+        raise SecateurError(f"it ends after {len(data)} of {length} bytes of its header")
+    return data
+
+
+def _whole(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(value) is not int or not 0 <= value < 2**48 for value in values):
+        raise SecateurError(f"found {values!r:.60}, expected a list of whole numbers")
+    return tuple(values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise SecateurError("its header lists a name twice")
+    return dict(pairs)
