@@ -1,13 +1,23 @@
-"""Placement: the published worked examples, and what must hold for every load."""
+"""Greedy, the bound and the balance: the published worked examples, and what must hold for every load."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import SecateurError
-from secateur.placement import balance, busiest_rank_lower_bound, greedy_with_room, rank_loads
+from secateur.placement import (
+    balance,
+    busiest_rank_lower_bound,
+    exact,
+    greedy_with_room,
+    greedy_with_swaps,
+    place,
+    rank_loads,
+)
 
 WORKED = [100, 90, 60, 50, 40, 30, 20, 10]
 
@@ -43,6 +53,18 @@ def test_ties_go_to_the_lower_expert_and_the_lower_rank() -> None:
 def test_a_full_rank_takes_no_more_even_when_it_is_the_idlest() -> None:
     # rank 0: 100; rank 1: 1 + 1 is full, so the last expert must go to rank 0.
     assert greedy_with_room([100, 1, 1, 1], 2) == [0, 3, 1, 2]
+
+
+def test_greedy_is_the_plain_rule_step_by_step() -> None:
+    draw = random.Random(0)
+    for num_ranks, capacity in [(1, 5), (2, 8), (5, 3), (8, 6), (16, 2)]:
+        loads = [draw.randrange(50) for _ in range(num_ranks * capacity)]
+        blocks: list[list[int]] = [[] for _ in range(num_ranks)]
+        for expert in sorted(range(len(loads)), key=lambda expert: (-loads[expert], expert)):
+            with_room = [rank for rank in range(num_ranks) if len(blocks[rank]) < capacity]
+            idlest = min(with_room, key=lambda rank: (sum(loads[one] for one in blocks[rank]), rank))
+            blocks[idlest].append(expert)
+        assert greedy_with_room(loads, num_ranks) == [expert for block in blocks for expert in sorted(block)]
 
 
 @st.composite
@@ -83,7 +105,7 @@ def test_fractions_of_tokens_are_loads_too() -> None:
     assert rank_loads([0.5, 0.25, 0.125, 0.125], [0, 3, 1, 2], 2) == [0.625, 0.375]
 
 
-@pytest.mark.parametrize("function", [greedy_with_room, busiest_rank_lower_bound])
+@pytest.mark.parametrize("function", [greedy_with_room, greedy_with_swaps, busiest_rank_lower_bound, exact, place])
 @pytest.mark.parametrize(
     ("loads", "num_ranks", "message"),
     [
@@ -93,6 +115,9 @@ def test_fractions_of_tokens_are_loads_too() -> None:
         ([], 1, "loads are empty"),
         ([1, -2], 1, "load of expert 1 is -2"),
         ([1, float("nan")], 1, "load of expert 1 is nan"),
+        ([float("inf"), 1], 1, "load of expert 0 is inf"),
+        ([1, 2**53 + 1], 1, "load of expert 1 is 9007199254740993, expected a number from 0 to 2..53"),
+        ([1, 10**400], 1, "load of expert 1 is 1000"),
     ],
 )
 def test_bad_input_is_named(function: object, loads: list[float], num_ranks: int, message: str) -> None:

@@ -1,0 +1,254 @@
+"""`secateur place`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+
+if TYPE_CHECKING:
+    from secateur.placement import Placement
+
+Loads = dict[int, list[float]]
+
+FORMAT = "secateur-placement"
+VERSION = 1
+
+
+def place(
+    loads: Annotated[
+        Path,
+        typer.Argument(
+            help="Tokens of each expert: JSON, {layer: [load, ...]}, saved statistics, or a run's loads.jsonl "
+            "(its last window)."
+        ),
+    ],
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Expert-parallel ranks.")],
+    method: Annotated[
+        str, typer.Option("--method", help="swaps, greedy (LAEP's), or exact (small layers; up to 60 s each).")
+    ] = "swaps",
+    groups: Annotated[int, typer.Option("--groups", min=1, help="Router groups; experts stay in theirs.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes; they are levelled before their ranks.")] = 1,
+    few_moves: Annotated[
+        float | None,
+        typer.Option(
+            "--few-moves", min=0, help="Move few experts only, for at most this share more on the busiest rank: 0.02."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the placement to this file, as JSON.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Write a plan to this file, for commands that re-order experts.")
+    ] = None,
+    sglang: Annotated[
+        Path | None,
+        typer.Option(
+            "--sglang",
+            help="Write SGLang's --init-expert-location to this file, for the model as it is, not re-ordered.",
+        ),
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option("--num-layers", min=1, help="With --sglang: layers of the model, where some have no experts."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Place the experts of every layer on expert-parallel ranks, so that all ranks get the same load.
+
+    Rank r owns the r-th block of the new order (`order[new] = old`). Balance is the busiest rank's load over the mean;
+    the bound is what no order can go below.
+
+    Example: `secateur place run/loads.jsonl --ranks 8 --few-moves 0.02 --plan plan.json`
+    """
+    import secateur.placement as placement
+
+    if num_layers is not None and sglang is None:
+        raise SecateurError("--num-layers says how many rows --sglang writes; it needs --sglang")
+    given = read_loads(loads)
+    placements = {}
+    with _solver_apart():
+        for layer, experts in given.items():
+            try:
+                placements[layer] = placement.place(
+                    experts, ranks, method=method, num_groups=groups, num_nodes=nodes, tolerance=few_moves
+                )
+            except SecateurError as error:
+                raise SecateurError(f"{loads}, layer {layer}: {error}") from None
+    settings = {"ranks": ranks, "method": method, "groups": groups, "nodes": nodes, "tolerance": few_moves}
+    result = _as_json(given, placements, settings)
+    if sglang is not None:
+        atomic_write(sglang, json.dumps(sglang_location(placements, num_layers)) + "\n")
+    if out is not None:
+        atomic_write(out, json.dumps(result, indent=1) + "\n")
+    if plan is not None:
+        _plan(placements, settings).save(plan)
+    if as_json:
+        print(json.dumps(result))
+    elif not quiet:
+        _show(result)
+
+
+def read_loads(path: Path) -> Loads:
+    """{layer: load of each expert} from one of the files that hold it.
+
+    Raises:
+        SecateurError: the file cannot be read, is not strict JSON, or holds something else; the message names it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _stored(path)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            text = _last_line(text)
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        return _loads(data)
+    except OSError as error:
+        raise SecateurError(f"{path}: cannot be read ({error.strerror})") from error
+    except SecateurError as error:
+        raise SecateurError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SecateurError(f"{path}: not JSON in UTF-8 ({error})") from error
+
+
+def _stored(path: Path) -> Loads:
+    from secateur.stats import RouterStats
+
+    return {layer: [*counts] for layer, counts in RouterStats.load(path).loads().items()}
+
+
+def _last_line(text: str) -> str:
+    """The last window. A line without an end is what a killed writer leaves: it does not count."""
+    complete = text.split("\n")[:-1]
+    if not complete:
+        raise SecateurError("no line in it, expected at least one window of loads")
+    return complete[-1]
+
+
+def _loads(data: Any) -> Loads:
+    if isinstance(data, dict) and "format" in data:
+        from secateur.stats import RouterStats
+
+        return {layer: [*counts] for layer, counts in RouterStats.from_json(data).loads().items()}
+    if isinstance(data, dict) and "layers" in data:  # a line of loads.jsonl
+        data = data["layers"]
+    if not isinstance(data, dict) or not data:
+        raise SecateurError(f"found {data!r:.80}, expected an object with a list of loads for each layer")
+    layers = {}
+    for name, loads in data.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", name):
+            raise SecateurError(f"layer id is {name!r:.80}, expected a whole number")
+        if not isinstance(loads, list) or not all(type(load) in (int, float) for load in loads):
+            raise SecateurError(f"layer {name}: found {loads!r:.80}, expected a list of numbers, one for each expert")
+        layers[int(name)] = loads
+    return dict(sorted(layers.items()))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) != len(pairs):
+        raise SecateurError(f"an object lists a key twice: {[key for key, _ in pairs]!r:.200}")
+    return entry
+
+
+def _refuse(name: str) -> None:
+    raise SecateurError(f"found {name}, which is not JSON")
+
+
+def sglang_location(placements: Mapping[int, Placement], num_layers: int | None) -> dict[str, list[list[int]]]:
+    """SGLang's `--init-expert-location`: one row for each layer of the model, physical -> logical expert.
+
+    The rows are one table, found by layer id. So all layers need the same number of experts, and layers without
+    experts need a row too: ascending ids.
+
+    Raises:
+        SecateurError: layers with different numbers of experts, or layer ids that are missing or too high.
+    """
+    counts = {len(placement.order) for placement in placements.values()}
+    if len(counts) > 1:
+        raise SecateurError(f"layers have {sorted(counts)} experts, but SGLang's table has one width for all layers")
+    missing = sorted(set(range(max(placements) + 1)) - set(placements))
+    if num_layers is None and missing:
+        raise SecateurError(
+            f"there are no loads for layers {missing}, but SGLang's table has a row for every layer of the model; "
+            "give --num-layers if these have no experts"
+        )
+    if num_layers is not None and max(placements) >= num_layers:
+        raise SecateurError(f"there are loads for layer {max(placements)}, but --num-layers is {num_layers}")
+    ascending = range(counts.pop())
+    rows = range(len(placements) if num_layers is None else num_layers)
+    table = [list(placements[row].order if row in placements else ascending) for row in rows]
+    return {"physical_to_logical_map": table}
+
+
+def _as_json(loads: Loads, placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> dict[str, Any]:
+    from secateur.placement import balance, rank_loads
+
+    ranks = settings["ranks"]
+    layers = {
+        str(layer): {
+            "order": list(placement.order),
+            "rank_loads": list(placement.rank_loads),
+            "balance_before": balance(rank_loads(loads[layer], range(len(loads[layer])), ranks)),
+            "balance_after": placement.balance,
+            "balance_bound": placement.lower_bound * ranks / sum(placement.rank_loads),
+            "moved": placement.moved,
+        }
+        for layer, placement in placements.items()
+    }
+    return {"format": FORMAT, "version": VERSION, "settings": dict(settings), "layers": layers}
+
+
+def _plan(placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> Any:
+    from secateur.plan import LayerPlan, Plan
+
+    layers = {
+        layer: LayerPlan(experts_before=len(placement.order), order=placement.order)
+        for layer, placement in placements.items()
+    }
+    return Plan(layers=layers, criterion="placement", details=dict(settings))
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    layers = result["layers"]
+    table = Table(title=f"Busiest of {result['settings']['ranks']} ranks over the mean")
+    for column in ("layer", "experts", "before", "after", "bound", "moved"):
+        table.add_column(column, justify="right")
+    for name, layer in layers.items():
+        numbers = [f"{layer[f'balance_{which}']:.3f}" for which in ("before", "after", "bound")]
+        table.add_row(name, str(len(layer["order"])), *numbers, str(layer["moved"]))
+    console = Console()
+    console.print(table)
+    means = [sum(one[f"balance_{which}"] for one in layers.values()) / len(layers) for which in ("before", "after")]
+    moved = sum(one["moved"] for one in layers.values())
+    experts = sum(len(one["order"]) for one in layers.values())
+    console.print(
+        f"mean of the layers: {means[0]:.3f} -> {means[1]:.3f}; {moved} of {experts} experts change their rank"
+    )
+
+
+@contextlib.contextmanager
+def _solver_apart() -> Iterator[None]:
+    """Send what HiGHS prints on standard output, now and then, to standard error: the output is ours alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
