@@ -86,23 +86,14 @@ class LoadCounter:
         self._counting = model.training
         if not self._counting:
             return
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        mask, tokens = given.get("attention_mask"), given.get("input_ids")
-        tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
+        tokens, mask = tokens_and_mask(self._signature, args, kwargs)
         if mask is None:
             self._keep = None
             # filled on the device: a copy from the host would make it wait
             num_tokens = torch.full((), tokens.numel(), dtype=torch.int64, device=tokens.device)
-        elif isinstance(mask, Tensor) and mask.shape == tokens.shape:
+        else:
             self._keep = mask.reshape(-1).to(torch.int64)
             num_tokens = self._keep.sum()
-        else:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise SecateurError(
-                f"attention_mask: expected shape {tuple(tokens.shape)} like the tokens (padding cannot be told "
-                f"otherwise), found {found}"
-            )
         self._num_tokens = num_tokens if self._num_tokens is None else self._num_tokens + num_tokens
 
     def _end(self, *_: Any) -> None:
@@ -122,6 +113,30 @@ class LoadCounter:
             self._counts[layer].scatter_add_(0, index.reshape(-1).to(torch.int64), keep.reshape(-1).to(torch.int64))
 
         return count
+
+
+def tokens_and_mask(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """A (B, S) tensor of the tokens that a model is called with, and the mask of that shape, 0 for padding, if any.
+
+    Args:
+        signature: of the model's forward.
+
+    Raises:
+        SecateurError: a mask of another shape or kind.
+    """
+    given = signature.bind_partial(*args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    mask, tokens = given.get("attention_mask"), given.get("input_ids")
+    tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
+    if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
+        return tokens, mask
+    found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise SecateurError(
+        f"attention_mask: expected shape {tuple(tokens.shape)} like the tokens (padding cannot be told "
+        f"otherwise), found {found}"
+    )
 
 
 def routed_index(block: MoEBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,14 +1,17 @@
 """What the routers of a model did: sums over tokens only, so that ranks, micro-batches and windows add up.
 
-Shapes: E experts of a layer.
+Training counts tokens only; observing a model also fills the sums that the activation criteria need.
+
+Shapes: E experts of a layer. Symbols: g gate, f an expert's output before the gate, ||f|| its L2 norm.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,18 @@ from secateur.errors import SecateurError
 from secateur.files import atomic_write
 
 FORMAT = "secateur-stats"
-VERSION = 1
-FIELDS = ("num_tokens", "token_count")
+COUNTS = ("num_tokens", "token_count")
+# (E,) float64 sum -> how two windows of it merge. A new sum is one line here and one field of LayerStats.
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weight_sum": torch.add,
+    "norm_sum": torch.add,
+    "norm_square_sum": torch.add,
+    "weighted_norm_sum": torch.add,
+    "max_activation": torch.maximum,
+}
+SIGNED_SUMS = ("weight_sum", "weighted_norm_sum")  # a gate may be negative, the rest may not
+# version -> what a layer may hold; statistics without sums are written as version 1, which older readers know
+VERSIONS = {1: COUNTS, 2: (*COUNTS, *SUMS)}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -35,13 +48,25 @@ class LayerStats:
         num_tokens: tokens the router saw.
         token_count: (E,) integers, tokens routed to each expert; its sum is top_k times `num_tokens` where no token is
             lost. Kept as an int64 copy on the CPU, so that an accumulator on a device may go on counting.
+        weight_sum: sum of g. All of these: (E,) float64, over the tokens routed to each expert, kept as CPU copies,
+            or None where nothing recorded them.
+        norm_sum: sum of ||f||.
+        norm_square_sum: sum of ||f||^2.
+        weighted_norm_sum: sum of g ||f||.
+        max_activation: the largest absolute entry of f; it merges by maximum.
 
     Raises:
-        SecateurError: a negative or non-integer count, another shape, or no expert.
+        SecateurError: a negative or non-integer count, another shape, or no expert; a sum that is not finite, or not 0
+            for an expert that no token reached.
     """
 
     num_tokens: int
     token_count: Tensor
+    weight_sum: Tensor | None = None
+    norm_sum: Tensor | None = None
+    norm_square_sum: Tensor | None = None
+    weighted_norm_sum: Tensor | None = None
+    max_activation: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.num_tokens, bool) or not isinstance(self.num_tokens, int) or self.num_tokens < 0:
@@ -58,29 +83,52 @@ class LayerStats:
                 f"token_count of expert {int(count.argmin())} is {int(count.min())}, expected 0 or more"
             )
         object.__setattr__(self, "token_count", count)
+        for name in SUMS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _checked_sum(name, getattr(self, name), count))
 
     @property
     def num_experts(self) -> int:
         return self.token_count.numel()
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums that were recorded, by name."""
+        return {name: getattr(self, name) for name in SUMS if getattr(self, name) is not None}
+
     def __add__(self, other: LayerStats) -> LayerStats:
         if self.num_experts != other.num_experts:
             raise SecateurError(f"statistics of {self.num_experts} and of {other.num_experts} experts do not add up")
+        mine, theirs = self.sums, other.sums
+        if mine.keys() != theirs.keys():
+            only = sorted(mine.keys() ^ theirs.keys())
+            raise SecateurError(f"statistics do not add up: {', '.join(only)} are in one of them only")
         return LayerStats(
-            num_tokens=self.num_tokens + other.num_tokens, token_count=self.token_count + other.token_count
+            num_tokens=self.num_tokens + other.num_tokens,
+            token_count=self.token_count + other.token_count,
+            **{name: SUMS[name](value, theirs[name]) for name, value in mine.items()},
         )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerStats):
             return NotImplemented
-        return self.num_tokens == other.num_tokens and torch.equal(self.token_count, other.token_count)
+        return self.to_json() == other.to_json()
 
     __hash__ = None  # type: ignore[assignment]
+
+    def reordered(self, order: Sequence[int]) -> LayerStats:
+        """The same statistics under other expert ids, order[new] = old."""
+        taken = {name: value[list(order)] for name, value in self.sums.items()}
+        return LayerStats(num_tokens=self.num_tokens, token_count=self.token_count[list(order)], **taken)
+
+    def to_json(self) -> dict[str, Any]:
+        lists = {name: value.tolist() for name, value in self.sums.items()}
+        return {"num_tokens": self.num_tokens, "token_count": self.token_count.tolist(), **lists}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStats:
-    """Layer id -> LayerStats, ascending; at least one layer."""
+    """Layer id -> LayerStats, ascending; at least one layer, and the same sums in all of them."""
 
     layers: dict[int, LayerStats]
 
@@ -91,6 +139,16 @@ class RouterStats:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise SecateurError(f"statistics: layer id is {layer!r}, expected an integer of 0 or more")
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+        for layer, stats in self.layers.items():
+            if stats.sums.keys() != set(self.sums):
+                raise SecateurError(
+                    f"statistics: layer {layer} has {_listed(stats.sums)}, the first layer {_listed(self.sums)}"
+                )
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The names of the sums that every layer has."""
+        return tuple(next(iter(self.layers.values())).sums)
 
     def __add__(self, other: RouterStats) -> RouterStats:
         """The statistics of both together.
@@ -111,20 +169,29 @@ class RouterStats:
 
     def reordered(self, orders: Mapping[int, Sequence[int]]) -> RouterStats:
         """The same statistics under other expert ids, {layer: order[new] = old}; other layers stay."""
-        layers = dict(self.layers)
-        for layer, order in orders.items():
-            stats = layers[layer]
-            layers[layer] = LayerStats(num_tokens=stats.num_tokens, token_count=stats.token_count[list(order)])
-        return RouterStats(layers=layers)
+        return RouterStats(
+            layers=self.layers | {layer: self.layers[layer].reordered(order) for layer, order in orders.items()}
+        )
 
     def emptied(self) -> RouterStats:
-        """Statistics of the same layers and experts in which nothing was counted."""
-        return RouterStats.from_loads({layer: [0] * one.num_experts for layer, one in self.layers.items()}, 0)
+        """Statistics of the same layers, experts and sums in which nothing was counted."""
+        zeros = {
+            layer: {name: [0] * one.num_experts for name in ("token_count", *one.sums)}
+            for layer, one in self.layers.items()
+        }
+        return RouterStats(
+            layers={layer: _layer(f"layer {layer}", {"num_tokens": 0, **entry}) for layer, entry in zeros.items()}
+        )
 
     @classmethod
     def from_loads(cls, loads: Mapping[int, Sequence[int]], num_tokens: int) -> RouterStats:
         """`loads` is layer -> tokens of each expert; every layer saw `num_tokens` tokens."""
-        return cls(layers={layer: _layer(f"layer {layer}", num_tokens, counts) for layer, counts in loads.items()})
+        return cls(
+            layers={
+                layer: _layer(f"layer {layer}", {"num_tokens": num_tokens, "token_count": counts})
+                for layer, counts in loads.items()
+            }
+        )
 
     def loads(self) -> dict[int, list[int]]:
         """Layer -> tokens of each expert."""
@@ -136,11 +203,12 @@ class RouterStats:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        layers = {
-            str(layer): {"num_tokens": stats.num_tokens, "token_count": stats.token_count.tolist()}
-            for layer, stats in self.layers.items()
-        }
-        return {"format": FORMAT, "version": VERSION, "layers": layers}
+        layers = {str(layer): stats.to_json() for layer, stats in self.layers.items()}
+        return {"format": FORMAT, "version": self._version, "layers": layers}
+
+    @property
+    def _version(self) -> int:
+        return 2 if self.sums else 1
 
     @classmethod
     def from_json(cls, data: Any) -> RouterStats:
@@ -151,28 +219,30 @@ class RouterStats:
         """
         if not isinstance(data, dict) or data.keys() != {"format", "version", "layers"}:
             raise SecateurError(f"statistics: found {data!r:.80}, expected format, version and layers")
-        if (data["format"], data["version"]) != (FORMAT, VERSION):
-            found = (data["format"], data["version"])
-            raise SecateurError(f"statistics: format and version are {found}, expected {(FORMAT, VERSION)}")
+        found = (data["format"], data["version"])
+        if found not in [(FORMAT, version) for version in VERSIONS] or isinstance(data["version"], bool):
+            raise SecateurError(f"statistics: format and version are {found}, expected {FORMAT}, {_listed(VERSIONS)}")
+        names = VERSIONS[data["version"]]
         if not isinstance(data["layers"], dict):
             raise SecateurError(f"statistics: layers is {data['layers']!r:.80}, expected an object")
         layers = {}
         for name, entry in data["layers"].items():
             if not re.fullmatch("0|[1-9][0-9]*", str(name)):
                 raise SecateurError(f"statistics: layer id is {name!r}, expected a whole number")
-            if not isinstance(entry, dict) or entry.keys() != set(FIELDS):
-                raise SecateurError(f"statistics, layer {name}: found {entry!r:.80}, expected {' and '.join(FIELDS)}")
-            layers[int(name)] = _layer(f"statistics, layer {name}", entry["num_tokens"], entry["token_count"])
+            if not isinstance(entry, dict) or not set(COUNTS) <= entry.keys() <= set(names):
+                raise SecateurError(f"statistics, layer {name}: found {entry!r:.80}, expected {_listed(names)}")
+            layers[int(name)] = _layer(f"statistics, layer {name}", entry)
         return cls(layers=layers)
 
     def save(self, path: Path | str) -> None:
-        """Write the statistics as safetensors: `layers.N.token_count` (E,) and `layers.N.num_tokens` (1,)."""
-        tensors = {}
+        """Write the statistics as safetensors: `layers.N.num_tokens` (1,), and (E,) for all else, `layers.N.FIELD`."""
+        tensors: dict[str, Tensor] = {}
         for layer, stats in self.layers.items():
             tensors[f"layers.{layer}.token_count"] = stats.token_count
             tensors[f"layers.{layer}.num_tokens"] = torch.tensor([stats.num_tokens])
+            tensors |= {f"layers.{layer}.{name}": value for name, value in stats.sums.items()}
         # One metadata entry: with several, safetensors writes them in no fixed order.
-        atomic_write(Path(path), safetensors.torch.save(tensors, metadata={"format": f"{FORMAT}/{VERSION}"}))
+        atomic_write(Path(path), safetensors.torch.save(tensors, metadata={"format": f"{FORMAT}/{self._version}"}))
 
     @classmethod
     def load(cls, path: Path | str) -> RouterStats:
@@ -193,24 +263,52 @@ class RouterStats:
 
     @classmethod
     def _from_tensors(cls, found: str | None, tensors: Mapping[str, Tensor]) -> RouterStats:
-        if found != f"{FORMAT}/{VERSION}":
-            raise SecateurError(f"format is {found!r}, expected '{FORMAT}/{VERSION}'")
+        formats = {f"{FORMAT}/{version}": version for version in VERSIONS}
+        if found not in formats:
+            raise SecateurError(f"format is {found!r}, expected {_listed(formats)}")
         parts: dict[str, dict[str, Any]] = {}
         for name, tensor in tensors.items():
-            match = re.fullmatch(r"layers\.([^.]+)\.(num_tokens|token_count)", name)
-            if match is None:
+            match = re.fullmatch(r"layers\.([^.]+)\.([^.]+)", name)
+            if match is None or match[2] not in VERSIONS[formats[found]]:
                 raise SecateurError(f"unknown tensor {name}")
             value = tensor.tolist()
             parts.setdefault(match[1], {})[match[2]] = value[0] if match[2] == "num_tokens" and value else value
-        return cls.from_json({"format": FORMAT, "version": VERSION, "layers": parts})
+        return cls.from_json({"format": FORMAT, "version": formats[found], "layers": parts})
 
 
-def _layer(name: str, num_tokens: Any, counts: Any) -> LayerStats:
-    counts = list(counts) if isinstance(counts, Sequence) else [counts]
-    for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise SecateurError(f"{name}: a token count is {count!r}, expected an integer")
+def _layer(name: str, entry: Mapping[str, Any]) -> LayerStats:
+    lists = {key: list(value) if isinstance(value, Sequence) else [value] for key, value in entry.items()}
+    for key, values in lists.items():
+        allowed: Any = int if key in COUNTS else int | float
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                what = "a token count" if key == "token_count" else key
+                kind = "an integer" if key in COUNTS else "a number"
+                raise SecateurError(f"{name}: {what} is {value!r}, expected {kind}")
     try:
-        return LayerStats(num_tokens=num_tokens, token_count=torch.tensor(counts, dtype=torch.int64))
+        return LayerStats(
+            num_tokens=entry["num_tokens"],
+            token_count=torch.tensor(lists["token_count"], dtype=torch.int64),
+            **{key: torch.tensor(lists[key], dtype=torch.float64) for key in SUMS if key in lists},
+        )
     except (ValueError, OverflowError, RuntimeError) as error:
         raise SecateurError(f"{name}: {error}") from None
+
+
+def _checked_sum(name: str, value: Tensor, count: Tensor) -> Tensor:
+    """`value` as a float64 copy on the CPU, when it is a sum over the routed tokens of each expert."""
+    if not isinstance(value, Tensor) or value.shape != count.shape or value.dtype != torch.float64:
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise SecateurError(f"{name} is {found}, expected float64 ({len(count)},)")
+    value = value.detach().to("cpu", copy=True)
+    for expert, (one, tokens) in enumerate(zip(value.tolist(), count.tolist(), strict=True)):
+        if not math.isfinite(one) or (one < 0 and name not in SIGNED_SUMS):
+            expected = "a finite number" if name in SIGNED_SUMS else "a finite number of 0 or more"
+            raise SecateurError(f"{name} of expert {expert} is {one}, expected {expected}")
+        if one and not tokens:
+            raise SecateurError(f"{name} of expert {expert} is {one}, though no token reached it")
+    return value
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(map(str, names)) or "no sums"

@@ -1,1 +1,70 @@
-"""Criteria: which experts of a layer may go. Each takes the statistics of one layer and knows no model family."""
+"""Criteria: which experts of a layer may go. Each takes the statistics of one layer and knows no model family.
+
+To add one: a function in `activation.py` or `weights.py`, and one line in CRITERIA under the function's name. The
+command line and the tests read the table. Importing it loads no torch, so that `--help` stays quick.
+(LAEP's rule, in `load.py`, is not a score: its thresholds also decide how many experts go.)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Needs = tuple[str, ...] | Literal["expert weights", "router weights", "nothing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """One way to score the experts of a layer; a score is float64, finite, and higher = keep.
+
+    Args:
+        name: of its function, and on the command line.
+        home: the module of `secateur.criteria` that defines the function.
+        needs: fields of LayerStats that a pass over data must have filled, or what it reads instead of data.
+        source: arXiv id, or why there is none.
+        help: one line.
+    """
+
+    name: str
+    home: str
+    needs: Needs
+    source: str
+    help: str
+
+    @property
+    def needs_data(self) -> bool:
+        return isinstance(self.needs, tuple)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """(LayerStats) -> (E,), (WeightStats) -> (E,), or (E, seed=, layer=) -> (E,), by what it needs."""
+        function: Callable[..., Any] = getattr(importlib.import_module(f"secateur.criteria.{self.home}"), self.name)
+        return function
+
+
+def _activation(name: str, source: str, needs: str, text: str) -> Criterion:
+    return Criterion(name=name, home="activation", needs=(needs,), source=source, help=text)
+
+
+def _weights(name: str, source: str, needs: Any, text: str) -> Criterion:
+    return Criterion(name=name, home="weights", needs=needs, source=source, help=text)
+
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        _activation("frequency", "2404.05089", "token_count", "how many tokens are routed to the expert"),
+        _activation("soft_frequency", "2404.05089", "weight_sum", "the sum of its gates"),
+        _activation("ean", "2504.05586", "norm_sum", "the sum of its output norms"),
+        _activation("man", "2606.15716", "norm_sum", "its mean output norm"),
+        _activation("msan", "2606.15716", "norm_square_sum", "its mean squared output norm"),
+        _activation("weighted_ean", "2510.13999", "weighted_norm_sum", "the sum of its gates times output norms"),
+        _activation("reap", "2510.13999", "weighted_norm_sum", "its mean gate times output norm"),
+        _weights("aimer", "2603.18492", "expert weights", "how unequal the magnitudes of its weights are"),
+        _weights("weight_norm", "plain baseline", "expert weights", "the norm of its weights"),
+        _weights("router_row_norm", "2405.16646, surrogate", "router weights", "the norm of its router row"),
+        _weights("random", "control", "nothing", "random numbers from a seed"),
+    )
+}

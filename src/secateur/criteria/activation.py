@@ -1,0 +1,63 @@
+"""Scores from one pass over data: sums of what an expert did on the tokens routed to it.
+
+Each function takes the statistics of one layer and gives its scores, (E,) float64, higher = keep. The sums it reads
+are listed in CRITERIA and must be there; `secateur.criteria.activation_scores` checks that. An expert that no token
+reached scores 0.
+
+Symbols: N tokens routed to an expert, g gate, f the expert's output before the gate, ||f|| its L2 norm; sums run over
+the N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.stats import LayerStats
+
+
+def frequency(stats: LayerStats) -> Tensor:
+    """N (hard counts of SEER-MoE, arXiv 2404.05089)."""
+    return stats.token_count.to(torch.float64)
+
+
+def soft_frequency(stats: LayerStats) -> Tensor:
+    """Sum of g, the gates that the model really multiplied with (soft counts over routed tokens, arXiv 2404.05089).
+
+    Public code also calls the sum of the full softmax over all tokens by this name; it needs the router's logits and
+    is another criterion.
+    """
+    return _sum(stats, "weight_sum")
+
+
+def ean(stats: LayerStats) -> Tensor:
+    """Expert activation norm: sum of ||f|| (arXiv 2504.05586)."""
+    return _sum(stats, "norm_sum")
+
+
+def man(stats: LayerStats) -> Tensor:
+    """Mean activation norm: sum of ||f|| / N (arXiv 2606.15716, formula inferred from its abstract)."""
+    return _mean(stats, "norm_sum")
+
+
+def msan(stats: LayerStats) -> Tensor:
+    """Mean squared activation norm: sum of ||f||^2 / N (arXiv 2606.15716, formula inferred from its abstract)."""
+    return _mean(stats, "norm_square_sum")
+
+
+def weighted_ean(stats: LayerStats) -> Tensor:
+    """Sum of g ||f||: REAP without the mean (arXiv 2510.13999, published code)."""
+    return _sum(stats, "weighted_norm_sum")
+
+
+def reap(stats: LayerStats) -> Tensor:
+    """Router-weighted expert activation: sum of g ||f|| / N (arXiv 2510.13999, equation of the saliency score)."""
+    return _mean(stats, "weighted_norm_sum")
+
+
+def _sum(stats: LayerStats, name: str) -> Tensor:
+    return stats.sums[name].clone()
+
+
+def _mean(stats: LayerStats, name: str) -> Tensor:
+    return stats.sums[name] / stats.token_count.clamp(min=1)
