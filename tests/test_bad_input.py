@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from secateur import cli
 from secateur.data.tokenizer import train_tokenizer
@@ -119,6 +119,18 @@ def refusal(
         ("--seed -1", ["--seed is -1"]),
         ("--eval-steps 7", ["--eval-steps is 7", "--log-steps (5)"]),
         ("--set x", ["--set 'x'"]),
+        ("--ep 2", ["--ep 2", "found 1 process;", "torchrun --nproc-per-node 2"]),
+        ("--tp 2", ["--tp 2", "found 1 process;", "torchrun --nproc-per-node 2"]),
+        ("--fsdp 2 --tp 2", ["--fsdp 2 x --tp 2", "expected 4 processes, found 1 process;"]),
+        ("--ep 3 --dry-run", ["--ep 3", "layer 0 has 8 experts"]),
+        ("--ep 2 --tp 4 --dry-run", ["--ep 2", "multiple of --tp 4"]),
+        ("--fsdp 2 --ep 4 --dry-run", ["--ep 4", "expected a multiple of 4 processes, found 2"]),
+        ("--tp 2 --dry-run", ["--tp 2", "num_key_value_heads is 1"]),
+        ("--fsdp 3 --dry-run", ["--batch-size 4", "multiple of the 3"]),
+        ("--ep 4 --target-params 0.6 --min-experts 3 --max-experts 3 --dry-run", ["--ep 4", "--max-experts 3"]),
+        ("--rearrange-ranks 3", ["--rearrange-ranks 3", "layer 0 has 8 experts"]),
+        ("--rearrange-method nonsense", ["'nonsense'", "swaps"]),
+        ("--no-rearrange --rearrange-every 5", ["--no-rearrange", "--rearrange-every"]),
     ],
 )
 def test_a_bad_option_is_named_before_data_is_read(
@@ -147,6 +159,15 @@ def test_a_goal_that_can_just_be_reached_is_not_refused(corpus: Path) -> None:
     check(smallest)
     with pytest.raises(SecateurError):
         check(smallest - 0.0002)
+
+
+@pytest.mark.parametrize("flag", ["ep", "fsdp"])
+def test_a_family_that_transformers_cannot_split_is_named(
+    flag: str, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONFIG_MAPPING["qwen3_moe"], f"base_model_{flag}_plan", None)
+    text = refusal(f"--{flag}", "2", "--dry-run")
+    assert f"--{flag} 2: transformers has no {flag} plan for model type 'qwen3_moe'" in text
 
 
 def test_fp16_is_refused_where_there_is_no_gpu(refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +298,7 @@ def test_after_a_refusal_the_same_folder_can_be_used(
     refusal(*words, data=False, read=True, out=out)
     assert not out.exists()
     begun: list[Path] = []
-    monkeypatch.setattr(program, "_finish", lambda options, folder, data, quiet: begun.append(folder.path) or {})
+    monkeypatch.setattr(program, "_finish", lambda options, folder, *rest, **more: begun.append(folder.path) or {})
     changes = {"vocab_size": 300, "sequence_length": 32, "overrides": QWEN3_MOE}
     program.pretrain(program.PretrainOptions(data=data_in(corpus), **changes), out, quiet=True)
     assert begun == [out]

@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.train import checkpoints
 from secateur.train.checkpoints import COMPLETE, is_whole, last_whole, remove_unfinished, seal, step_of
 
-FILES = {"model.safetensors": 90, "optimizer.pt": 200, "trainer_state.json": 31, "nested/rng.pth": 7}
+FILES = {"model.safetensors": 90, "optimizer/__0_0.distcp": 200, "optimizer/.metadata": 7, "trainer_state.json": 31}
 
 
 def make(folder: Path, step: int, run: str = "a", *, sealed: bool = True) -> Path:
@@ -58,7 +58,7 @@ def test_a_file_of_another_size_makes_it_unfinished(tmp_path: Path, name: str, c
         b"{}",
         b'{"format": "secateur-checkpoint", "run": "a", "sizes": {}}',
         b'{"format": "secateur-checkpoint", "run": "a", "sizes": ["model.safetensors"]}',
-        b'{"format": "another", "run": "a", "sizes": {"optimizer.pt": 200}}',
+        b'{"format": "another", "run": "a", "sizes": {"optimizer/__0_0.distcp": 200}}',
     ],
 )
 def test_a_seal_that_says_nothing_is_none(tmp_path: Path, content: bytes) -> None:
@@ -77,7 +77,7 @@ def test_every_prefix_of_a_seal_is_refused(tmp_path: Path) -> None:
 
 def test_sealing_again_replaces_the_seal(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 10)
-    (checkpoint / "optimizer.pt").write_bytes(b"")
+    (checkpoint / "optimizer/__0_0.distcp").write_bytes(b"")
     seal(checkpoint, "a")
     assert is_whole(checkpoint)
     assert COMPLETE not in json.loads((checkpoint / COMPLETE).read_text())["sizes"]

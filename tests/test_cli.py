@@ -81,6 +81,7 @@ def test_every_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(program, "pretrain", lambda options, out, quiet: found.append(options) or REPORT)
     special: dict[str, Any] = {
         "precision": "bf16",
+        "rearrange_method": "greedy",
         "prune": ("stable alpha=0.2", "step=90 beta=0.1"),
         "data": ("a=b", "c"),
         "overrides": {"hidden_size": 48, "hidden_act": "gelu", "rope_parameters": {"rope_theta": 1.5}},
@@ -303,12 +304,38 @@ def test_ctrl_c_says_how_to_go_on_with_status_130(corpus: Path, tmp_path: Path) 
     assert in_child(run_command, tmp_path / "run", ["--resume", "--quiet"], stderr=said) == 0
 
 
-def test_several_processes_are_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("size", "named"), [("2", ["cannot meet the other processes", "torchrun"]), ("two", ["WORLD_SIZE is 'two'"])]
+)
+def test_a_job_that_cannot_be_is_refused_by_name(
+    size: str, named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", size)
     assert main(monkeypatch, "pretrain", "--out", str(tmp_path / "run")) == 2
-    assert "started with 2 processes: expected 1" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert all(part in text for part in named)
+    assert len(text.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_the_processes_of_the_job_and_the_memory_of_each(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", "--out", "run", "--dry-run", *arguments(options(corpus, target_params=0.75))]
+    assert main(monkeypatch, *words) == 0
+    assert "processes" not in capsys.readouterr().out
+    for split, expected in (
+        (["--ep", "4"], {"processes": 4, "fsdp": 4, "ep": 4, "tp": 1}),
+        (["--fsdp", "2", "--tp", "2", "--set", "num_key_value_heads=2"], {"processes": 4, "fsdp": 2, "ep": 1, "tp": 2}),
+    ):
+        assert main(monkeypatch, *words, *split) == 0
+        assert "4 processes: fsdp" in capsys.readouterr().out
+        assert main(monkeypatch, *words, *split, "--json") == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["devices"] == expected
+        for name, size in plan["memory_bytes"].items():
+            assert plan["memory_bytes_per_process"][name] == pytest.approx(size / 4, abs=1)
     assert list(tmp_path.iterdir()) == []
 
 

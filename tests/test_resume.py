@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from faults import Kill, LimitFileSize
 from secateur import cli
 from secateur.errors import SecateurError
 from secateur.train import checkpoints
@@ -95,38 +95,6 @@ def go_on(out: Path, *hooks: Callable[[], None]) -> None:
     for hook in hooks:
         hook()
     resume(out, quiet=True)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Kill:
-    """Kill the process at the `nth` call of a function; `before` it, `after` it, or in the way that `how` says."""
-
-    def __init__(self, target: str, nth: int = 1, when: str = "before", how: Callable[..., None] | None = None) -> None:
-        self.target, self.nth, self.when, self.how = target, nth, when, how
-
-    def __call__(self) -> None:
-        module, _, rest = self.target.partition(":")
-        *parents, name = rest.split(".")
-        owner: Any = importlib.import_module(module)
-        for parent in parents:
-            owner = getattr(owner, parent)
-        original, calls = getattr(owner, name), 0
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls != self.nth:
-                return original(*args, **kwargs)
-            if self.how is not None:
-                self.how(original, *args, **kwargs)
-            elif self.when == "after":
-                original(*args, **kwargs)
-            return die()
-
-        setattr(owner, name, counted)
 
 
 def half_of_the_file(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -240,11 +208,32 @@ def test_a_checkpoint_that_lost_a_part_is_passed_over(
     """Also where the part went after the seal: the one before it is taken."""
     out = tmp_path / "run"
     assert in_child(run, out, options(corpus, **RUNS["plain"]), Kill(STEP_END, 33)) == -signal.SIGKILL
-    optimizer = out / "checkpoints" / "checkpoint-30" / "optimizer.pt"
+    optimizer = out / "checkpoints" / "checkpoint-30" / "optimizer" / "__0_0.distcp"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     assert checkpoints.last_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-20"
     assert in_child(go_on, out) == 0
     assert_same_run(out, uninterrupted("plain"))
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    assert in_child(run, out, options(corpus, **RUNS["plain"]), Kill(STEP_END, 13)) == -signal.SIGKILL
+    checkpoint = out / "checkpoints" / "checkpoint-10"
+    (checkpoint / "optimizer" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    checkpoints.seal(checkpoint, strict(checkpoint / checkpoints.COMPLETE)["run"])
+    said = tmp_path / "stderr"
+    assert in_child(command_resume, out, stderr=said) == 2
+    assert "optimizer/.metadata: its pickle names 'posix.mkdir'" in said.read_text()
+    assert len(said.read_text().splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
@@ -363,31 +352,6 @@ def test_the_command_goes_on_with_the_same_options_and_refuses_others(
     assert in_child(command_resume, out, *arguments(settings), stderr=said) == 0
     assert said.read_text() == ""
     assert_same_run(out, uninterrupted("plain"))
-
-
-class LimitFileSize:
-    """From the `nth` checkpoint on, no file can grow beyond `size`: writes end as on a full disk, with an OSError."""
-
-    def __init__(self, target: str, nth: int, size: int) -> None:
-        self.target, self.nth, self.size = target, nth, size
-
-    def __call__(self) -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        module, _, rest = self.target.partition(":")
-        owner: Any = importlib.import_module(module)
-        *parents, name = rest.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        original, calls = getattr(owner, name), 0
-
-        def limited(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == self.nth:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
-            return original(*args, **kwargs)
-
-        setattr(owner, name, limited)
 
 
 @pytest.mark.parametrize(

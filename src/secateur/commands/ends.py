@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import NoReturn
@@ -12,6 +13,8 @@ from rich.markup import escape
 
 # Seconds a rank other than 0 waits before it speaks. Where all ranks fail alike, torchrun has ended it by then.
 GRACE = 5.0
+# Seconds after which torchrun has surely seen which rank ended first, and blames that one.
+SEEN = 1.0
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -23,3 +26,13 @@ def fail(message: str, status: int) -> NoReturn:
         message = f"rank {rank}: {message}"
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(status)
+
+
+def fail_without_the_others() -> NoReturn:
+    """The end of a rank whose job has lost another one: rank 0 says so, in one line that leaves the cause to others."""
+    message = "lost contact with another rank; its own message or torchrun's summary says why; go on with --resume"
+    if os.environ.get("RANK") == "0":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to end all ranks
+        message = f"rank 0: {message}"
+        time.sleep(SEEN)
+    fail(message, 1)

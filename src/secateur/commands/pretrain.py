@@ -115,16 +115,18 @@ def pretrain(
     if dry_run and resume:
         raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
 
+    from secateur.train.distributed.launch import is_main, leave
     from secateur.train.options import DEVICES, PretrainOptions
 
     if dry_run:
         from secateur.train.preflight import plan_of_run
 
-        _print_plan(plan_of_run(PretrainOptions(**given)), json_output)
+        plan = plan_of_run(PretrainOptions(**given))
+        if is_main():
+            _print_plan(plan, json_output)
         return
 
     from secateur.train import pretrain as run
-    from secateur.train.distributed.launch import is_main, leave
 
     try:
         if resume:
@@ -182,10 +184,14 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"training   {training['steps']:,} steps x {training['tokens_per_step']:,} tokens = {training['tokens']:,} "
         f"tokens on {training['device']}, {training['checkpoints']} checkpoints"
         + (", then a control run without pruning" if training["control_run"] else ""),
-        "memory     "
-        + ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in memory.items())
-        + " (activations not included)",
+        f"memory     {_mebibytes(memory)} (activations not included)",
     ]
+    devices = plan["devices"]
+    if devices["processes"] > 1:
+        lines.append(
+            f"devices    {devices['processes']} processes: fsdp {devices['fsdp']}, ep {devices['ep']}, "
+            f"tp {devices['tp']}; each {_mebibytes(plan['memory_bytes_per_process'])} and one layer at a time"
+        )
     for pruning in plan["prunings"]:
         rule = ", ".join(f"{key} {value}" for key, value in pruning["rule"].items() if value is not False)
         lines.append(f"pruning    at {pruning['when']}: {rule}")
@@ -194,15 +200,22 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     print("\n".join(lines))
 
 
+def _mebibytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
+
+
 def _print_result(out: Path, report: dict[str, Any]) -> None:
-    for event in report["events"]:
+    prunings = [event for event in report["events"] if event["reason"] != "rearrange"]
+    for event in prunings:
         saved = 1 - event["parameters_after"] / event["parameters_before"]
         print(
             f"step {event['step']}: {event['experts_before']} -> {event['experts_after']} experts, "
             f"{event['parameters_before']:,} -> {event['parameters_after']:,} parameters (-{saved:.1%})"
         )
-    if not report["events"]:
+    if not prunings:
         print("no pruning took place")
+    if moves := len(report["events"]) - len(prunings):
+        print(f"experts rearranged {moves} more times")
     print(f"validation loss {report['validation_loss']:.4f}")
     speed = report["tokens_per_second"]
     if speed["before"] and speed["after"]:

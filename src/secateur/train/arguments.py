@@ -50,6 +50,7 @@ def training_arguments(options: PretrainOptions, folder: Path, *, data_ranks: in
             save_strategy="steps",
             save_steps=options.save_steps,
             save_total_limit=2,
+            log_level_replica="passive",  # ranks other than 0 would go back to the default
             report_to=options.report_to,
             disable_tqdm=True,
         )

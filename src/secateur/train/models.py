@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from secateur.data.tokenizer import check_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
-from secateur.families import MoEModel
+from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import MODEL_TYPE, read_pruned_config
 from secateur.train.distributed.fsdp import align_
-from secateur.train.distributed.load import ParallelSizes, check_sharded
+from secateur.train.distributed.load import ParallelSizes, check_sharded, check_split
 from secateur.train.options import PretrainOptions
 from secateur.train.presets import COMMON, PRESETS
 
@@ -45,7 +45,7 @@ def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | 
             more tokens than the config's vocabulary (a tokenizer yet to be trained: --vocab-size).
     """
     if options.model is not None:
-        config = _read_folder(options.model)
+        config = _read_folder(Path(options.model), "--model ")
     elif options.config is not None:
         config = _read_config(Path(options.config), options.overrides)
     else:
@@ -77,6 +77,22 @@ def make_model(options: PretrainOptions, config: PreTrainedConfig) -> PreTrained
     return load_model(Path(options.model))
 
 
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device, without weights.
+
+    Raises:
+        SecateurError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32
+            )
+    except Exception as error:  # a model class may raise anything at a config it cannot build
+        raise SecateurError(f"{config.model_type}: transformers cannot build this model: {error}") from error
+    return model
+
+
 def load_model(folder: Path, sizes: ParallelSizes | None = None) -> PreTrainedModel:
     """A causal LM from a local folder in float32; every tensor must be there and fit.
 
@@ -84,9 +100,12 @@ def load_model(folder: Path, sizes: ParallelSizes | None = None) -> PreTrainedMo
         sizes: how the ranks of this job split it; None for a whole model.
 
     Raises:
-        SecateurError: a tensor is missing, left over or of another shape, or transformers cannot split it like that.
+        SecateurError: a tensor is missing, left over or of another shape, or the model cannot be split like that.
     """
-    split = {"distributed_config": sizes.config()} if sizes and sizes.is_sharded else {}
+    split = {}
+    if sizes and sizes.is_sharded:
+        check_split(describe_moe(empty_model(_read_folder(folder))), sizes)
+        split["distributed_config"] = sizes.config()
     model: PreTrainedModel
     report: Mapping[str, Any]
     try:
@@ -139,13 +158,13 @@ def _read_config(path: Path, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     return _from_dict(content, overrides, f"--config {path}")
 
 
-def _read_folder(folder: str) -> PreTrainedConfig:
-    if not (Path(folder) / "config.json").is_file():
-        raise SecateurError(f"--model {folder}: expected a folder with a config.json and weights")
+def _read_folder(folder: Path, option: str = "") -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise SecateurError(f"{option}{folder}: expected a folder with a config.json and weights")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SecateurError(f"--model {folder}: {error}") from error
+        raise SecateurError(f"{option}{folder}: {error}") from error
     return config
 
 

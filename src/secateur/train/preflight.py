@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import Trainer
 
 from secateur.allocate import LayerLimits, target_params
 from secateur.data.corpus import embedded_specs, read_documents
@@ -22,8 +22,8 @@ from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import attach_balance
 from secateur.train.callback import LAEPCallback
 from secateur.train.distributed.launch import world_size
-from secateur.train.distributed.load import ParallelSizes, check_plan_exists
-from secateur.train.models import given_tokenizer, model_config, model_facts
+from secateur.train.distributed.load import ParallelSizes, check_split, fewest_processes, parallel_sizes
+from secateur.train.models import empty_model, given_tokenizer, model_config, model_facts
 from secateur.train.options import PretrainOptions
 from secateur.train.progress import only_our_messages
 from secateur.train.schedule import Pruning
@@ -33,8 +33,11 @@ METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 FP32_BYTES = 4  # parameters, gradients and optimizer state are float32 whatever --precision is
 
 
-def check_before_data(options: PretrainOptions) -> MoEModel:
+def check_before_data(options: PretrainOptions, sizes: ParallelSizes | None = None) -> MoEModel:
     """Everything that can be refused without reading the data.
+
+    Args:
+        sizes: of the job, by default of this one.
 
     Returns:
         The description of the model, on the meta device.
@@ -45,22 +48,15 @@ def check_before_data(options: PretrainOptions) -> MoEModel:
             option that is not known or that the model does not take.
     """
     read_documents(options.data, text_key=options.text_key)  # finds every path; reads no text
-    config = model_config(options, given_tokenizer(options))
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32
-            )
-    except Exception as error:  # a model class may raise anything at a config it cannot build
-        raise SecateurError(f"{config.model_type}: transformers cannot build this model: {error}") from error
-    moe = describe_moe(model)
+    moe = describe_moe(empty_model(model_config(options, given_tokenizer(options))))
     check_model(moe)
-    _check_devices(options, moe)
+    _check_devices(options, moe, sizes or parallel_sizes(options.fsdp, options.ep, options.tp))
     attach_balance(
-        model,
+        moe.model,
         options.balance,
         blocks=moe.blocks,
         model_type=moe.model_type,
+        sum_counts=lambda counts: counts,
         **options.balance_arguments(),
     ).detach()
     _check_times(options)
@@ -93,8 +89,11 @@ def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
     Raises:
         SecateurError: see `check_before_data`.
     """
+    needed = fewest_processes(options.fsdp, options.ep, options.tp)
+    processes = needed if world_size() == 1 else world_size()  # without torchrun, the plan of the job that is meant
+    sizes = parallel_sizes(options.fsdp, options.ep, options.tp, processes=processes)
     with only_our_messages():
-        moe = check_before_data(options)
+        moe = check_before_data(options, sizes)
         optimizer_bytes = _try_optimizer(options, moe)
     size = FP32_BYTES * moe.num_parameters
     experts = sum(block.num_experts * block.params_per_expert for block in moe.blocks.values())
@@ -109,10 +108,13 @@ def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
             "checkpoints": -(-options.steps // options.save_steps),
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "control_run": options.control,
-            "processes": (options.fsdp or max(1, world_size() // options.tp)) * options.tp,
-            "expert_parallel": options.ep,
         },
+        "devices": {"processes": processes, "fsdp": sizes.fsdp, "ep": sizes.ep, "tp": sizes.tp},
         "memory_bytes": {"parameters": size, "gradients": size, "optimizer": state},
+        "memory_bytes_per_process": {
+            name: -(-size // processes)
+            for name, size in (("parameters", size), ("gradients", size), ("optimizer", state))
+        },
         "prunings": [
             _pruning_facts(pruning, limits)
             for pruning, limits in zip(options.prunings(), _limits(options, moe), strict=True)
@@ -177,19 +179,27 @@ def _check_goal(prunings: tuple[Pruning, ...], limits: Mapping[int, LayerLimits]
     )
 
 
-def _check_devices(options: PretrainOptions, moe: MoEModel) -> None:
-    """Refuse a split that the model or the batch does not allow; the start of the job checks the processes."""
-    sizes = ParallelSizes(fsdp=options.fsdp or max(1, world_size() // options.tp), ep=options.ep, tp=options.tp)
-    check_plan_exists(moe.model.config, sizes)
+def check_batch(options: PretrainOptions, sizes: ParallelSizes) -> None:
+    """
+    Raises:
+        SecateurError: the sequences of a micro-batch do not divide over the processes.
+    """
     if options.batch_size % sizes.fsdp:
         raise SecateurError(
             f"--batch-size {options.batch_size} is for all processes together, expected a multiple of the {sizes.fsdp} "
             "that see different tokens (--fsdp)"
         )
+
+
+def _check_devices(options: PretrainOptions, moe: MoEModel, sizes: ParallelSizes) -> None:
+    """Refuse a split that the model or the batch does not allow."""
+    check_split(moe, sizes)
+    check_batch(options, sizes)
     for layer, count in moe.counts.items():
-        for flag, size in (("--ep", options.ep), ("--rearrange-ranks", options.rearrange_ranks or 1)):
-            if count % size:
-                raise SecateurError(f"{flag} {size}: layer {layer} has {count} experts, expected a multiple")
+        if count % (options.rearrange_ranks or 1):
+            raise SecateurError(
+                f"--rearrange-ranks {options.rearrange_ranks}: layer {layer} has {count} experts, expected a multiple"
+            )
 
 
 def _check_times(options: PretrainOptions) -> None:

@@ -35,12 +35,12 @@ from secateur.train.callback import LAEPCallback
 from secateur.train.distributed import launch
 from secateur.train.distributed.load import ParallelSizes, parallel_sizes
 from secateur.train.distributed.ranks import Ranks
-from secateur.train.distributed.save import save_for_ranks
+from secateur.train.distributed.save import save_for_ranks, save_whole
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.environment import hardware, versions
 from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
 from secateur.train.options import DEVICES, PretrainOptions
-from secateur.train.preflight import check_before_data, check_data
+from secateur.train.preflight import check_batch, check_before_data, check_data
 from secateur.train.progress import RunProgress, StageProgress, only_our_messages
 from secateur.train.run_folder import RunFolder, write_json
 from secateur.train.run_log import RunLog
@@ -67,7 +67,7 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
     with only_our_messages():
         sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
         launch.join()
-        check_before_data(options)
+        check_before_data(options, sizes)
         if options.model is not None:
             load_model(Path(options.model))
         with folder.made() if launch.is_main() else contextlib.nullcontext(), _alone_in(folder):
@@ -99,7 +99,11 @@ def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool =
     options = PretrainOptions.from_json(folder.read_run()["config"])
     # the number of data ranks is what the job has, unless it is given
     options = replace(options, **{"fsdp": None, **(devices or {})})
-    sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
+    try:
+        sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
+    except SecateurError as error:
+        raise SecateurError(f"{error}; or go on with other sizes: --resume takes --fsdp, --ep and --tp") from error
+    check_batch(options, sizes)
     with only_our_messages():
         launch.join()
         with _alone_in(folder):
@@ -294,7 +298,7 @@ def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrained
             shutil.rmtree(path, ignore_errors=True)
     launch.barrier()
     try:
-        model.save_pretrained(beside)
+        save_whole(model, beside)
         if launch.is_main():
             tokenizer.save_pretrained(beside)
             os.rename(beside, folder.model)
@@ -326,7 +330,7 @@ def _naming_a_failed_checkpoint(folder: RunFolder) -> Iterator[None]:
         yield
     except Exception as error:
         unfinished = [path for path in folder.checkpoints.glob("checkpoint-*") if not checkpoints.is_whole(path)]
-        if not unfinished or isinstance(error, SecateurError):
+        if not unfinished or isinstance(error, SecateurError) or launch.has_lost_contact(error):
             raise
         last = checkpoints.last_whole(folder.checkpoints)
         raise OSError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -18,13 +20,19 @@ WIDE = 105
 
 @contextlib.contextmanager
 def only_our_messages() -> Iterator[None]:
-    """Keep transformers' own progress bars and warnings off the terminal; errors still come."""
+    """Keep the progress bars and warnings of transformers and torch.distributed off the terminal; errors still come."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch_logger = logging.getLogger("torch.distributed")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+            yield
     finally:
+        torch_logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -29,12 +29,16 @@ class LoadWatch:
         self._detector = StablePhaseDetector(phase)
         self._windows: deque[RouterStats] = deque(maxlen=phase.windows)
         self._steps_in_window = 0
+        self._is_first_step = True
         self.num_tokens = 0
         self.last_window: RouterStats | None = None
         self.is_stable = False
 
     def step(self) -> None:
         """One more optimizer step is done."""
+        if self._is_first_step:
+            self._job.check_running()  # now, not at the pruning hours later
+            self._is_first_step = False
         self._steps_in_window += 1
         self.last_window = None
         if self._steps_in_window == self._window_steps:
@@ -109,8 +113,8 @@ class LoadWatch:
         self._steps_in_window = state["steps_in_window"]
         if state["open_window"] is not None:
             window = RouterStats.from_json(state["open_window"])
-            # the sum over the ranks is what was saved; one of them carries it on
-            self._counter.load(window if self._job.ranks.rank == 0 else window.emptied())
+            # the sum over the ranks is what was saved; one of those that are summed carries it on
+            self._counter.load(window if self._job.ranks.carries else window.emptied())
         self._windows.clear()
         self._windows.extend(RouterStats.from_json(window) for window in state["windows"])
         self.is_stable = state["stable"]

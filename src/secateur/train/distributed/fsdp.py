@@ -1,31 +1,86 @@
 """Give an FSDP2-managed module another parameter, and keep all that FSDP built around it.
 
 `fully_shard` registers a module's parameters once; a parameter that is set afterwards is put back at the next forward.
-So the entry of the parameter in its group is made anew from the new value, by FSDP's own class and with the old entry's
-settings: hooks, prefetch lists, streams, gradient divide factors and the root stay as they were.
+So the entry of the parameter in its group is made anew, by FSDP's own class and with the old entry's settings: hooks,
+prefetch lists, streams, gradient divide factors and the root stay as they were. Nothing else in FSDP (torch 2.8 to
+2.13) holds an entry: collectives take them from the group's list each time.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from secateur.errors import SecateurError
 
+# what the replacement takes from FSDP's insides, the same in torch 2.8 to 2.13
+_GROUP = ("fsdp_params", "mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy")
+_ENTRY = (
+    "_module_info",
+    "_param_fqn",
+    "_post_load_hook_handle",
+    "_setattr_on_modules",
+    "fsdp_placement",
+    "init_dtype_attrs",
+    "reset_sharded_param",
+    "to_sharded_dtensor",
+)
+_MADE_FROM = (
+    "param",
+    "module_info",
+    "mesh_info",
+    "post_forward_mesh_info",
+    "device",
+    "shard_placement_fn",
+    "mp_policy",
+    "offload_policy",
+)
 
-def refuse_fsdp1(model: nn.Module) -> None:
-    """
+
+def check_fsdp(model: nn.Module) -> None:
+    """Refuse what `replace_managed_` could not replace, before any time is spent on training.
+
     Raises:
-        SecateurError: a module is wrapped by the first FSDP, whose parameters are views of flat buffers.
+        SecateurError: FSDP1, insides of FSDP2 that are not those of torch 2.8 to 2.13, or a setting that is named.
     """
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise SecateurError(f"{name or 'the model'} is wrapped by FSDP1 (flat parameters); use FSDP2 (fully_shard)")
+    for group in _groups(model):
+        _check_internals(group, _GROUP)
+        if getattr(group.mesh_info, "is_spmd_mesh", False):
+            raise SecateurError("fully_shard with dp_mesh_dims (one mesh for all) cannot be pruned: give FSDP its own")
+        for entry in group.fsdp_params:
+            _check_internals(entry, _ENTRY)
+            if tuple(inspect.signature(type(entry)).parameters) != _MADE_FROM:
+                raise _unknown(f"FSDPParam{inspect.signature(type(entry))}")
+            name, device = entry._module_info.param_name, group.device.type
+            local = _current(entry).to_local()
+            if type(local.data) is not Tensor:
+                raise SecateurError(f"{name} is a {type(local).__name__} inside FSDP2, expected a plain tensor")
+            if local.device.type != device:
+                raise SecateurError(f"{name} is offloaded to {local.device} by FSDP2, expected it on {device}")
+
+
+def check_only_fsdp(model: nn.Module) -> None:
+    """For a model that transformers did not split: its job is not known but by FSDP2.
+
+    Raises:
+        SecateurError: names a parameter that is split by something else, e.g. tensor parallelism by hand.
+    """
+    by_fsdp = {id(_current(entry)) for _, entry in _entries(model) if model_parallel_spec(entry) is None}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and id(parameter) not in by_fsdp:
+            raise SecateurError(
+                f"{name} is split as {parameter.placements} on {parameter.device_mesh}: expected FSDP2 alone, or a "
+                "model that transformers splits (from_pretrained with distributed_config)"
+            )
 
 
 def reshard_(model: nn.Module) -> None:
@@ -41,27 +96,24 @@ def managed_entry(model: nn.Module, owner: nn.Module, key: str) -> tuple[Any, in
         for position, entry in enumerate(group.fsdp_params):
             info = entry._module_info
             if info.module is owner and info.param_name == key:
-                if info.shared_modules:
-                    raise SecateurError(f"{entry._param_fqn or key} is shared between modules and sharded by FSDP")
                 return group, position
     return None
 
 
-def replace_managed_(group: Any, position: int, value: Tensor) -> nn.Parameter:
-    """Put `value` in the place of a managed parameter.
+def replace_managed_(group: Any, position: int, local: Tensor, shape: torch.Size) -> nn.Parameter:
+    """Put another value in the place of a managed parameter. No rank talks to another.
 
     Args:
         group, position: from `managed_entry`, in the sharded state.
-        value: what FSDP gathers for a forward: the whole parameter, or with expert parallelism this rank's experts.
+        local: this rank's part of the new value, cut as the old one is, in memory of its own. shape: of the whole.
 
     Returns:
         The new sharded parameter, as it stands on the module.
     """
     old = group.fsdp_params[position]
-    parameter = nn.Parameter(value, requires_grad=old.sharded_param.requires_grad)
-    placement = old.fsdp_placement
+    placement, before = old.fsdp_placement, _current(old)
     entry = type(old)(
-        parameter,
+        _without_memory(old, before, shape),
         old._module_info,
         group.mesh_info,
         group.post_forward_mesh_info,
@@ -70,46 +122,62 @@ def replace_managed_(group: Any, position: int, value: Tensor) -> nn.Parameter:
         group.mp_policy,
         group.offload_policy,
     )
+    new = nn.Parameter(entry.to_sharded_dtensor(local), requires_grad=before.requires_grad)
+    entry._setattr_on_modules(new)
+    entry.reset_sharded_param()  # as for a model that was sharded on the meta device and then loaded
     entry._param_fqn = old._param_fqn
     entry.init_dtype_attrs(group.mp_policy)
     old._post_load_hook_handle.remove()
     group.fsdp_params[position] = entry
-    new: nn.Parameter = entry.sharded_param
     return new
 
 
 def align_(model: nn.Module) -> None:
-    """Give shards that a forward uses where they lie, ungathered, memory of their own; before the optimizer is made.
+    """Give shards memory of their own where they lie anywhere in a mapped file; before the first forward.
 
-    As loaded they may lie anywhere in a mapped file, and matrix products round by the alignment of their operands.
+    Matrix products round by the alignment of their operands, and without FSDP2 shards are used where they lie.
     """
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter._local_tensor.data_ptr() % 64:
+            parameter._local_tensor = parameter._local_tensor.clone()
+
+
+def model_parallel_spec(entry: Any) -> Any:
+    """How model parallelism had split a managed parameter before FSDP did; None if it had not."""
+    return getattr(entry, "_unsharded_dtensor_spec", None) or getattr(entry, "_tp_spec", None)  # before torch 2.12
+
+
+def _current(entry: Any) -> Any:
+    """The sharded parameter of an entry: what loading has set on the module, which FSDP takes at the first forward."""
+    return getattr(entry._module_info.module, entry._module_info.param_name)
+
+
+def _without_memory(entry: Any, parameter: Tensor, shape: torch.Size) -> nn.Parameter:
+    """A parameter of this shape as FSDP would be given it, on the meta device."""
+    value = torch.empty(shape, dtype=parameter.dtype, device="meta")
+    spec = model_parallel_spec(entry)
+    if spec is not None:
+        value = distribute_tensor(value, spec.mesh, spec.placements, src_data_rank=None)
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _check_internals(value: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not hasattr(value, name):
+            raise _unknown(f"{type(value).__name__} without {name}")
+
+
+def _unknown(found: str) -> SecateurError:
+    return SecateurError(
+        f"FSDP2 of torch {torch.__version__} is built otherwise ({found}): its parameters cannot be replaced, which is "
+        "written for torch 2.8 to 2.13"
+    )
+
+
+def _entries(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     for group in _groups(model):
-        if group.mesh_info.mesh.size() > 1:
-            continue
-        for position, entry in enumerate(group.fsdp_params):
-            local = entry.sharded_param.to_local()
-            if local.data_ptr() % 64:
-                replace_managed_(
-                    group, position, model_parallel_value(entry, local.detach(), entry.sharded_param.shape)
-                )
-
-
-def gathered_dims(tensor: DTensor, entry: Any) -> tuple[int, ...]:
-    """The mesh dimensions of a managed parameter that FSDP added; the rest are those of model parallelism."""
-    model_dims = 0 if entry._unsharded_dtensor_spec is None else len(entry._unsharded_dtensor_spec.placements)
-    return tuple(range(tensor.device_mesh.ndim - model_dims))
-
-
-def model_parallel_value(entry: Any, local: Tensor, shape: torch.Size) -> Tensor:
-    """The value for `replace_managed_` from this rank's part, under expert parallelism as a DTensor of this shape."""
-    spec = entry._unsharded_dtensor_spec
-    return local if spec is None else as_dtensor(local, spec.mesh, spec.placements, shape)
-
-
-def as_dtensor(local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> DTensor:
-    """A DTensor of this contiguous global shape from each rank's part."""
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+        for entry in group.fsdp_params:
+            yield group, entry
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:
@@ -119,7 +187,10 @@ def _groups(model: nn.Module) -> Iterator[Any]:
             continue
         state: Any = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
-        for group in [state._fsdp_param_group] if groups is None else groups:  # torch before 2.12 has one
+        if groups is None:  # torch before 2.12 has one
+            _check_internals(state, ("_fsdp_param_group",))
+            groups = [state._fsdp_param_group]
+        for group in groups:
             if group is not None and id(group) not in seen:
                 seen.add(id(group))
                 yield group

@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from secateur.families import MoEModel
+from secateur.families import MoEModel, describe_moe
 from secateur.plan import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import is_sharded, prune_model_
 from secateur.train.distributed.ddp import DDPFinder, rebuild_ddp_
-from secateur.train.distributed.fsdp import refuse_fsdp1
+from secateur.train.distributed.fsdp import check_fsdp, reshard_
 from secateur.train.distributed.ranks import Ranks
-from secateur.train.distributed.surgery import prune_sharded_model_
+from secateur.train.distributed.rows import group_of
+from secateur.train.distributed.surgery import check_expert_parallel, prune_sharded_model_
 from secateur.verify import bits_sum
 
 
@@ -30,8 +31,11 @@ class Job:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        refuse_fsdp1(model)
+        reshard_(model)  # a forward pass before may have left shards gathered
+        check_fsdp(model)
         self.ranks = Ranks(model)
+        if self.ranks.ep_size > 1:
+            check_expert_parallel(describe_moe(model))
         self.device = next(model.parameters()).device
         copies = self.ranks.size > 1 and not self.ranks.sharded
         self._finder = DDPFinder(model) if copies else None
@@ -40,6 +44,15 @@ class Job:
         """Remove all hooks from the model."""
         if self._finder is not None:
             self._finder.detach()
+
+    def check_running(self) -> None:
+        """Call after an optimizer step: what a pruning will need of the training loop is there.
+
+        Raises:
+            SecateurError: see `DDPFinder.ready`.
+        """
+        if self._finder is not None:
+            self._finder.ready()
 
     def sum(self, stats: RouterStats) -> RouterStats:
         """The statistics of all ranks with other tokens; all ranks must call."""
@@ -79,16 +92,18 @@ class Job:
 
     def checksums(self, moe: MoEModel) -> dict[str, int]:
         """{tensor with an expert axis: the sum of its bits}, of the whole tensors on every kind of job."""
+        reshard_(moe.model)
         names = [spec.name for block in moe.blocks.values() for spec in block.tensors]
-        tensors = [moe.model.get_parameter_or_buffer(name) for name in names]
-        sums = [_own_bits(tensor) for tensor in tensors]
-        if any(map(is_sharded, tensors)):
-            total = torch.tensor(sums, dtype=torch.int64, device=self.device)
-            dist.all_reduce(total)
-            sums = [
-                int(part) if is_sharded(tensor) else own for own, part, tensor in zip(sums, total, tensors, strict=True)
-            ]
-        return dict(zip(names, sums, strict=True))
+        tensors: list[Any] = [moe.model.get_parameter_or_buffer(name) for name in names]
+        sums = torch.tensor(list(map(_own_bits, tensors)), dtype=torch.int64, device=self.device)
+        meshes = [tensor.device_mesh if is_sharded(tensor) else None for tensor in tensors]
+        for mesh in dict.fromkeys(meshes):  # a mesh may be a part of the job, beside others with the same shards
+            if mesh is not None:
+                on_mesh = torch.tensor([other == mesh for other in meshes], device=self.device)
+                parts = sums[on_mesh]
+                dist.all_reduce(parts, group=group_of(mesh))
+                sums[on_mesh] = parts
+        return dict(zip(names, sums.tolist(), strict=True))
 
 
 def _own_bits(tensor: Any) -> int:

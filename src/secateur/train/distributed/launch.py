@@ -13,6 +13,9 @@ import torch.distributed as dist
 from secateur.errors import SecateurError
 from secateur.train.distributed.ranks import broadcast_text
 
+# what gloo puts into the text of its errors, which are plain RuntimeErrors
+GLOO = "gloo/transport"
+
 
 def world_size() -> int:
     """Processes of this job: 1 without torchrun.
@@ -56,7 +59,7 @@ def join() -> None:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise SecateurError(f"cannot meet the other processes of the job (started by torchrun?): {error}") from error
+        raise SecateurError(f"cannot meet the other processes of the job (started by torchrun?): {error}") from None
 
 
 def leave() -> None:
@@ -69,6 +72,16 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def has_lost_contact(error: BaseException) -> bool:
+    """Whether an error, or what it was made from, is that another process of the job cannot be reached."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and GLOO in str(cause)):
+            return True
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
 
 
 def once(action: Callable[[], Any]) -> Any:

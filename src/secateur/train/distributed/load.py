@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
+from secateur.families import MoEModel, describe_moe
 from secateur.surgery.module import is_sharded
 from secateur.train.distributed.launch import world_size
 
@@ -36,37 +36,51 @@ class ParallelSizes:
         return DistributedConfig(fsdp_size=self.fsdp, ep_size=self.ep, tp_size=self.tp)
 
 
-def parallel_sizes(fsdp: int | None, ep: int, tp: int) -> ParallelSizes:
-    """The sizes for the processes there are; `fsdp` defaults to all of them that `tp` leaves.
+def parallel_sizes(fsdp: int | None, ep: int, tp: int, *, processes: int | None = None) -> ParallelSizes:
+    """The sizes for a number of processes, by default those of this job.
+
+    Args:
+        fsdp: None for all the processes that `tp` leaves.
 
     Raises:
         SecateurError: they do not multiply to the number of processes, or the expert-parallel size does not fit.
     """
-    world = world_size()
-    if fsdp is None:
-        if world % tp:
-            raise SecateurError(f"--tp {tp}: does not divide the {world} processes of the job")
-        fsdp = world // tp
-    if fsdp * tp != world:
-        raise SecateurError(
-            f"--fsdp {fsdp} x --tp {tp} = {fsdp * tp} processes, found {world}; start the job by "
-            f"`torchrun --nproc-per-node {fsdp * tp} -m secateur ...`"
-        )
-    if world % ep or ep % tp:
-        raise SecateurError(f"--ep {ep}: expected a divisor of the {world} processes and a multiple of --tp {tp}")
-    return ParallelSizes(fsdp=fsdp, ep=ep, tp=tp)
+    processes = world_size() if processes is None else processes
+    needed = fewest_processes(fsdp, ep, tp)
+    found = f"found {processes} process{'es' if processes > 1 else ''}"
+    start = f"start the job by `torchrun --nproc-per-node {needed} -m secateur ...`"
+    if fsdp is not None and fsdp * tp != processes:
+        raise SecateurError(f"--fsdp {fsdp} x --tp {tp}: expected {fsdp * tp} processes, {found}; {start}")
+    for flag, size in (("tp", tp), ("ep", ep)):
+        if processes % size:
+            raise SecateurError(f"--{flag} {size}: expected a multiple of {size} processes, {found}; {start}")
+    if ep > 1 and ep % tp:
+        raise SecateurError(f"--ep {ep}: expected a multiple of --tp {tp}, or 1")
+    return ParallelSizes(fsdp=processes // tp, ep=ep, tp=tp)
 
 
-def check_plan_exists(config: PreTrainedConfig, sizes: ParallelSizes) -> None:
+def fewest_processes(fsdp: int | None, ep: int, tp: int) -> int:
+    """The smallest job that these sizes can be for."""
+    return fsdp * tp if fsdp is not None else math.lcm(ep, tp)
+
+
+def check_split(moe: MoEModel, sizes: ParallelSizes) -> None:
     """
     Raises:
-        SecateurError: transformers has no plan to split this family that way.
+        SecateurError: transformers has no plan to split this family that way, or heads or experts do not divide.
     """
+    config: Any = moe.model.config
     for flag, size in (("ep", sizes.ep), ("tp", sizes.tp), ("fsdp", sizes.fsdp)):
         if size > 1 and not getattr(config, f"base_model_{flag}_plan", None):
             raise SecateurError(
                 f"--{flag} {size}: transformers has no {flag} plan for model type {config.model_type!r}"
             )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(config, name, 0) % sizes.tp:
+            raise SecateurError(f"--tp {sizes.tp}: {name} is {getattr(config, name)}, expected a multiple")
+    for layer, count in moe.counts.items():
+        if count % sizes.ep:
+            raise SecateurError(f"--ep {sizes.ep}: layer {layer} has {count} experts, expected a multiple")
 
 
 def check_sharded(model: nn.Module, sizes: ParallelSizes) -> None:

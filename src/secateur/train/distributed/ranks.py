@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.stats import LayerStats, RouterStats
 from secateur.surgery.module import is_sharded
+from secateur.train.distributed.fsdp import check_only_fsdp
+from secateur.train.distributed.rows import group_of
 
 
 class Ranks:
@@ -23,7 +25,7 @@ class Ranks:
 
     Attributes:
         size, rank: of the whole job. ep_size: ranks that share the experts of a layer, 1 without expert parallelism.
-        sharded: whether transformers or FSDP2 split the parameters; else the ranks hold copies (DDP).
+        sharded: whether transformers or FSDP2 split the parameters; else several ranks hold copies (DDP).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,21 +37,23 @@ class Ranks:
         self.size = dist.get_world_size() if several else 1
         self.rank = dist.get_rank() if several else 0
         self.ep_size = 1
-        self.sharded = False
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._data_group: Any = None  # None: the whole job
-        if self.size == 1:
-            return
         config = getattr(getattr(model, "config", None), "distributed_config", None)
         meshes: Any = getattr(model, "_mesh_manager", None)
         if config is None or meshes is None:
-            self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
+            check_only_fsdp(model)
             return
         if config.pp_size > 1:
             raise SecateurError(f"pipeline parallelism (pp_size {config.pp_size}) cannot be pruned while it trains")
-        self.sharded = True
         self.ep_size = config.ep_size
         if config.tp_size > 1:
-            self._data_group = _group_of(meshes.get_mesh(("dp_replicate", "fsdp")))
+            self._data_group = group_of(meshes.get_mesh(("dp_replicate", "fsdp")))
+
+    @property
+    def carries(self) -> bool:
+        """Whether this rank is the first of those whose statistics are summed with its own."""
+        return self.size == 1 or dist.get_rank(self._data_group) == 0
 
     def sum(self, stats: RouterStats, device: torch.device) -> RouterStats:
         """The statistics of all ranks with other tokens added up; every rank gets the same.
@@ -114,7 +118,3 @@ def broadcast_text(text: str, device: torch.device) -> str:
     data = data.to(device)
     dist.broadcast(data, src=0)
     return bytes(data.cpu().tolist()).decode()
-
-
-def _group_of(mesh: Any) -> Any:
-    return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()

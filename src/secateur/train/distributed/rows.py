@@ -1,11 +1,13 @@
 """Which rank holds which rows of a sharded tensor, and how rows change hands.
 
 A rank's rows are one contiguous range: every mesh dimension that shards axis 0 cuts the range into chunks, as
-`torch.chunk` does. Legend: N rows of the whole tensor, M ranks of its mesh.
+`torch.chunk` does. Legend: N rows of the whole tensor, N' of the new one, M ranks of the mesh in its own order.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,107 +31,98 @@ class RowLayout:
     mesh_shape: tuple[int, ...]
     cuts: tuple[int, ...]
 
-    def ranges(self, num_rows: int, *, without: Sequence[int] = ()) -> list[range]:
-        """(M,) the rows of each rank, in the mesh's own order; dimensions `without` are taken as not sharded."""
-        ranges = []
-        for coordinate in _coordinates(self.mesh_shape):
-            rows = range(num_rows)
-            for dim in self.cuts:
-                if dim not in without:
-                    rows = _chunk(rows, self.mesh_shape[dim], coordinate[dim])
-            ranges.append(rows)
-        return ranges
+    def ranges(self, num_rows: int) -> list[range]:
+        """(M,) the rows of each rank."""
+        return [self._range(num_rows, coordinate) for coordinate in self.coordinates()]
 
-    def sources(self, have: Sequence[range], want: Sequence[Sequence[int]]) -> list[list[int]]:
-        """(M, wanted rows) for each rank the rank that gives it each row: itself if it can, else the nearest copy."""
-        coordinates = _coordinates(self.mesh_shape)
-        copies = [dim for dim in range(len(self.mesh_shape)) if dim not in self.cuts]
-        result = []
-        for me, rows in enumerate(want):
-            near = sorted(
-                range(len(have)),
-                key=lambda other: (other != me, sum(coordinates[other][d] != coordinates[me][d] for d in copies)),
-            )
-            result.append([next(rank for rank in near if row in have[rank]) for row in rows])
-        return result
+    def partners(self, rank: int) -> list[int]:
+        """The ranks that hold every row once between them, `rank` itself among them."""
+        coordinates = self.coordinates()
+        same = [dim for dim in range(len(self.mesh_shape)) if dim not in self.cuts]
+        me = coordinates[rank]
+        return [other for other, at in enumerate(coordinates) if all(at[dim] == me[dim] for dim in same)]
+
+    def coordinates(self) -> list[tuple[int, ...]]:
+        """(M,) where each rank is in the mesh."""
+        return list(itertools.product(*map(range, self.mesh_shape)))
+
+    def _range(self, num_rows: int, coordinate: Sequence[int]) -> range:
+        rows = range(num_rows)
+        for dim in self.cuts:
+            size = -(-len(rows) // self.mesh_shape[dim])
+            rows = rows[coordinate[dim] * size : (coordinate[dim] + 1) * size]
+        return rows
 
 
 def layout_of(tensor: DTensor, name: str) -> RowLayout:
     """How the rows of a DTensor lie.
 
     Raises:
-        SecateurError: it is sharded otherwise than by whole rows on axis 0 and by other axes.
+        SecateurError: a placement that is neither replicated nor by contiguous rows, nor by another axis.
     """
+    shape = tuple(tensor.device_mesh.shape)
     plain, strided = [], []
     for dim, placement in enumerate(tensor.placements):
-        if placement.is_partial():
+        if isinstance(placement, _StridedShard):
+            if placement.dim == 0:
+                strided.append((dim, placement.split_factor))
+        elif isinstance(placement, Shard):
+            if placement.dim == 0:
+                plain.append(dim)
+        elif not placement.is_replicate():
             raise SecateurError(f"{name}: placements {tensor.placements}, expected sharded or replicated ones")
-        if isinstance(placement, _StridedShard) and placement.dim == 0:
-            strided.append(dim)  # FSDP's own cut of what model parallelism had cut before
-        elif isinstance(placement, Shard) and placement.dim == 0:
-            plain.append(dim)
-    if len(plain) > 1 or len(strided) > 1:
-        raise SecateurError(f"{name}: placements {tensor.placements}, expected at most one plain and one strided cut")
-    return RowLayout(mesh_shape=tuple(tensor.device_mesh.shape), cuts=(*plain, *strided))
+    # FSDP's cut of what model parallelism has cut before; its split factor says into how many parts
+    if len(strided) > 1 or any(factor != math.prod(shape[dim] for dim in plain) for _, factor in strided):
+        raise SecateurError(
+            f"{name}: placements {tensor.placements} on a mesh of shape {shape}, expected at most one strided one, "
+            "which cuts what all others have cut"
+        )
+    return RowLayout(mesh_shape=shape, cuts=(*plain, *(dim for dim, _ in strided)))
 
 
-def fetch_rows(tensor: DTensor, layout: RowLayout, want: Sequence[Sequence[int]]) -> Tensor:
-    """The rows of a DTensor that this rank wants, from the ranks that hold them; all ranks of its mesh must call.
+def take_rows(tensor: DTensor, name: str, index: Tensor) -> Tensor:
+    """This rank's part of `tensor.index_select(0, index)` sharded as `tensor` is; all ranks of its mesh must call.
 
     Args:
-        tensor: (N, ...). layout: of it. want: (M, rows) what each rank wants, in the mesh's order.
+        tensor: (N, ...). name: for messages. index: (N',) int64 row numbers on the host, the same on every rank; a row
+            may be taken several times or not at all.
 
     Returns:
-        (wanted rows, ...) a plain tensor; other axes as they are on this rank.
+        (own rows of the N', ...) a plain tensor; other axes as they are on this rank.
+
+    Raises:
+        SecateurError: see `layout_of`.
     """
+    layout = layout_of(tensor, name)
     mesh = tensor.device_mesh
+    group = group_of(mesh)
+    if dist.get_process_group_ranks(group) != mesh.mesh.flatten().tolist():
+        raise SecateurError(f"{name}: the mesh {mesh} orders its ranks otherwise than its process group")
+    me = dist.get_rank(group)
     local = tensor.to_local().detach().contiguous()
-    have = layout.ranges(tensor.shape[0])
-    sources = layout.sources(have, want)
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    me = _coordinates(layout.mesh_shape).index(tuple(coordinate))
-    sent = [
-        [row for row, source in zip(rows, sources[rank], strict=True) if source == me] for rank, rows in enumerate(want)
-    ]
-    arriving = sorted(range(len(want[me])), key=lambda place: sources[me][place])  # stable: by sender, then as wanted
-    index = torch.tensor([row - have[me].start for rows in sent for row in rows], dtype=torch.int64)
-    outgoing = local.index_select(0, index.to(local.device))
-    incoming = local.new_empty((len(arriving), *local.shape[1:]))
-    group, members = _group(mesh)
-    splits_out = [0] * len(members)
-    splits_in = [0] * len(members)
-    for rank, global_rank in enumerate(members):
-        place = dist.get_group_rank(group, global_rank)
-        if place != rank:
-            raise SecateurError(f"the mesh {mesh} orders its ranks otherwise than its process group")
-        splits_out[rank] = len(sent[rank])
-        splits_in[rank] = sources[me].count(rank)
-    dist.all_to_all_single(incoming, outgoing, splits_in, splits_out, group=group)
+    before, after = layout.ranges(tensor.shape[0]), layout.ranges(len(index))
+    wanted = [index[rows.start : rows.stop] for rows in after]
+    sent = [wanted[0][:0]] * len(before)
+    places = list(sent)
+    for other in layout.partners(me):
+        sent[other] = wanted[other][_within(wanted[other], before[me])] - before[me].start
+        places[other] = _within(wanted[me], before[other]).nonzero().flatten()
+    outgoing = local.index_select(0, torch.cat(sent).to(local.device))
+    incoming = local.new_empty((len(wanted[me]), *local.shape[1:]))
+    dist.all_to_all_single(incoming, outgoing, list(map(len, places)), list(map(len, sent)), group=group)
     result = torch.empty_like(incoming)
-    result[torch.tensor(arriving, dtype=torch.int64, device=local.device)] = incoming
+    result[torch.cat(places).to(local.device)] = incoming
     return result
 
 
-def _group(mesh: Any) -> tuple[Any, list[int]]:
-    """The process group of all ranks of a mesh, and those ranks in the mesh's order."""
-    members = mesh.mesh.flatten().tolist()
+def _within(rows: Tensor, held: range) -> Tensor:
+    return (rows >= held.start) & (rows < held.stop)
+
+
+def group_of(mesh: Any) -> Any:
+    """The process group of all ranks of a mesh."""
     if mesh.ndim == 1:
-        return mesh.get_group(), members
-    if members == list(range(dist.get_world_size())):
-        return dist.group.WORLD, members
-    return mesh._flatten().get_group(), members
-
-
-def _coordinates(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every coordinate of a mesh of this shape, in row-major order."""
-    coordinates: list[tuple[int, ...]] = [()]
-    for size in shape:
-        coordinates = [(*head, index) for head in coordinates for index in range(size)]
-    return coordinates
-
-
-def _chunk(rows: range, num_chunks: int, index: int) -> range:
-    """`torch.chunk`'s part `index` of a range; empty where there are fewer parts."""
-    size = -(-len(rows) // num_chunks)
-    return rows[index * size : (index + 1) * size]
+        return mesh.get_group()
+    if mesh.mesh.flatten().tolist() == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    return mesh._flatten().get_group()

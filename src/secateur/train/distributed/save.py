@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -24,12 +27,13 @@ def save_sharded(model: Any, folder: Path) -> None:
     once they were loaded from such files (their shards share memory, and safetensors refuses that).
 
     Raises:
-        CheckpointException: a rank could not write; on every rank.
+        OSError: a rank could not write; on every rank.
     """
     if is_main():
         _write_config(model, folder)
     barrier()
-    save(_writable(model), storage_writer=_writer(folder))
+    with failures_as(OSError, str(folder)):
+        save(_writable(model), storage_writer=_writer(folder))
 
 
 def save_for_ranks(model: Any, folder: Path) -> None:
@@ -37,9 +41,41 @@ def save_for_ranks(model: Any, folder: Path) -> None:
 
     (An ordinary checkpoint would do, but transformers merges its per-expert tensors rank by rank and fails on a rank
     that gets none.)
+
+    Raises:
+        OSError: it could not be written.
     """
     _write_config(model, folder)
-    save(_writable(model), storage_writer=_writer(folder), no_dist=True)
+    with failures_as(OSError, str(folder)):
+        save(_writable(model), storage_writer=_writer(folder), no_dist=True)
+
+
+def save_whole(model: Any, folder: Path) -> None:
+    """`save_pretrained`, all ranks calling: the shards are gathered on rank 0, which writes an ordinary model.
+
+    (Gathered, tied weights no longer share memory, by which transformers would know that one of them is enough.)
+    """
+    gather = model.gather_sharded_state_dict_for_save
+
+    def gather_once(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        tied = getattr(model, "all_tied_weights_keys", {})
+        return {name: value for name, value in gather(*args, **kwargs).items() if name not in tied}
+
+    model.gather_sharded_state_dict_for_save = gather_once
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.gather_sharded_state_dict_for_save
+
+
+@contextlib.contextmanager
+def failures_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """Make an ordinary exception of a CheckpointException, which is none; it comes on every rank when one fails."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise kind(f"{what}: rank {rank}: {cause}") from error
 
 
 def _write_config(model: Any, folder: Path) -> None:

@@ -1,11 +1,13 @@
 """Apply a plan to a model whose parameters are sharded by transformers' distributed layer or by FSDP2, in place.
 
-Layer by layer, and tensor by tensor inside a layer, so no rank ever holds more than one layer's experts beyond its own
-shard. Rows move straight from the rank that has them to the ranks that will. All ranks must call.
+Layer by layer, and tensor by tensor inside a layer. Rows move straight from the rank that has them to the rank that
+will, so a rank never holds more of a tensor than its old part, its new part and what is in flight between the two. All
+ranks must call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,17 +20,10 @@ from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import replace_tensor_
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import check_plan, locate, set_counts_
-from secateur.surgery.optimizer import Replacement, replace_parameters_
+from secateur.surgery.optimizer import Replacement, check_optimizer, replace_parameters_, unwrap
 from secateur.surgery.tensors import ExpertTensor, gather, row_index
-from secateur.train.distributed.fsdp import (
-    as_dtensor,
-    gathered_dims,
-    managed_entry,
-    model_parallel_value,
-    replace_managed_,
-    reshard_,
-)
-from secateur.train.distributed.rows import fetch_rows, layout_of
+from secateur.train.distributed.fsdp import managed_entry, replace_managed_, reshard_
+from secateur.train.distributed.rows import layout_of, take_rows
 
 DISPATCH = "ep_dispatch_experts"  # transformers' name of the style that sends tokens to the experts' ranks
 
@@ -42,27 +37,32 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optim
         The description of the pruned model.
 
     Raises:
-        SecateurError: the plan does not fit the model or its expert-parallel size, found before anything is changed.
-            An error later (out of memory, a lost rank) leaves the model unusable: go back to the last checkpoint.
+        SecateurError: the plan does not fit the model or its expert-parallel size, or a tensor or its optimizer state
+            is split in a way that cannot be followed; found before anything is changed. An error later (out of memory,
+            a lost rank) leaves the model unusable: go back to the last checkpoint.
     """
     check_plan(moe, plan)
     ep_size = expert_parallel_size(moe.model)
-    for layer, one in plan.layers.items():
+    changed = {layer: one for layer, one in plan.layers.items() if one.order != tuple(range(one.experts_before))}
+    for layer, one in changed.items():
         if one.experts_after % ep_size:
             raise SecateurError(
                 f"plan: layer {layer} keeps {one.experts_after} experts, expected a multiple of the expert-parallel "
                 f"size {ep_size}"
             )
     reshard_(moe.model)
-    for layer, one in plan.layers.items():
-        if one.order != tuple(range(one.experts_before)):
-            replacements = [_replace_(moe.model, spec, one) for spec in moe.blocks[layer].tensors]
-            if optimizer is not None:
-                replace_parameters_(optimizer, [one for one in replacements if one is not None])
-    counts = moe.counts | {layer: one.experts_after for layer, one in plan.layers.items()}
-    set_counts_(moe, counts)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    for layer in changed:
+        for spec in moe.blocks[layer].tensors:
+            _check_split(moe.model, spec, unwrap(optimizer).state if optimizer else {})
+    for layer, one in changed.items():
+        replacements = [_replace_(moe.model, spec, one) for spec in moe.blocks[layer].tensors]
+        if optimizer is not None:
+            replace_parameters_(optimizer, [one for one in replacements if one is not None])
+    set_counts_(moe, moe.counts | {layer: one.experts_after for layer, one in changed.items()})
     if ep_size > 1:
-        for layer in plan.layers:
+        for layer in changed:
             _install_dispatch_(moe.model, moe.blocks[layer].experts)
     return describe_moe(moe.model, moe.layout)
 
@@ -73,54 +73,93 @@ def expert_parallel_size(model: nn.Module) -> int:
     return 1 if config is None else int(config.ep_size)
 
 
+def check_expert_parallel(moe: MoEModel) -> None:
+    """See by the modules and shapes on this rank that expert parallelism is there, since a plan that matches nothing is
+    silent.
+
+    Raises:
+        SecateurError: names the module or tensor.
+    """
+    ep_size = expert_parallel_size(moe.model)
+    for block in moe.blocks.values() if ep_size > 1 else ():
+        if "forward" not in vars(block.experts):
+            raise SecateurError(
+                f"{block.name}.experts: the model's expert-parallel size is {ep_size}, but nothing sends its tokens to "
+                f"other ranks: expected an ep_plan with the style {DISPATCH!r} for it"
+            )
+        for spec in block.tensors:
+            tensor: Any = moe.model.get_parameter_or_buffer(spec.name)
+            if not spec.name.startswith(f"{block.name}.experts."):
+                continue
+            rows = tensor.to_local().shape[0] if isinstance(tensor, DTensor) else tensor.shape[0]
+            if rows * ep_size > tensor.shape[0]:
+                raise SecateurError(
+                    f"{spec.name} of shape {tuple(tensor.shape)}: this rank holds {rows} rows, so it is not split over "
+                    f"expert-parallel size {ep_size}"
+                )
+
+
+def _check_split(model: nn.Module, spec: ExpertTensor, states: Mapping[Any, Any]) -> None:
+    """Raise unless the parts of one tensor and of its optimizer state can follow the experts."""
+    owner, key = locate(model, spec)
+    tensor: Any = getattr(owner, key)
+    if not isinstance(tensor, DTensor):
+        return
+    layout_of(tensor, spec.name)
+    if spec.dim != 0 and any(placement.is_shard(spec.dim) for placement in tensor.placements):
+        raise SecateurError(f"{spec.name}: placements {tensor.placements} cut its expert axis {spec.dim}, expected 0")
+    for name, value in states.get(tensor, {}).items():
+        if isinstance(value, DTensor) and (value.device_mesh, value.placements) != (
+            tensor.device_mesh,
+            tensor.placements,
+        ):
+            raise SecateurError(
+                f"{spec.name}: optimizer state {name} is sharded as {value.placements} on {value.device_mesh}, expected"
+                f" {tensor.placements} on {tensor.device_mesh} like its parameter"
+            )
+
+
 def _replace_(model: nn.Module, spec: ExpertTensor, one: LayerPlan) -> Replacement | None:
-    """Put the kept rows of one tensor in its place; what the optimizer has to follow, None for a buffer."""
+    """Put the kept experts of one tensor in its place; what the optimizer has to follow, None for a buffer."""
     owner, key = locate(model, spec)
     old: Any = getattr(owner, key)
-    if not isinstance(old, DTensor):
-        value = gather(old, spec, one.order, one.experts_before)
-        if not isinstance(old, nn.Parameter):
-            replace_tensor_(owner, key, value)
-            return None
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new: Any
+    managed = managed_entry(model, owner, key)
+    if managed is not None:
+        new = replace_managed_(*managed, _part(old, spec, one), _shape(old, spec, one))
+    else:
+        value = _kept(old, spec, one)
+        new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         replace_tensor_(owner, key, new)
-        return Replacement(old=old, new=new, spec=spec, order=one.order, num_experts=one.experts_before)
-    new = _sharded_parameter_(model, owner, key, old, spec, one)
-    parameter: Any = old
-
-    def follow(state: Any, spec: ExpertTensor) -> Tensor:
-        return _like(new, state, spec, one)
-
+    if not isinstance(old, nn.Parameter):
+        return None
+    new.__dict__.update({name: value for name, value in vars(old).items() if name not in vars(new)})
     return Replacement(
-        old=parameter, new=new, spec=spec, order=one.order, num_experts=one.experts_before, gather_state=follow
+        old=old,
+        new=new,
+        spec=spec,
+        order=one.order,
+        num_experts=one.experts_before,
+        gather_state=lambda state, spec: _kept(state, spec, one),
     )
 
 
-def _sharded_parameter_(
-    model: nn.Module, owner: nn.Module, key: str, old: DTensor, spec: ExpertTensor, one: LayerPlan
-) -> Any:
-    managed = managed_entry(model, owner, key)
-    if managed is None:
-        value = _like(old, old, spec, one)
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
-        replace_tensor_(owner, key, new)
-        return new
-    group, position = managed
-    entry = group.fsdp_params[position]
-    local = _part(old, spec, one, without=gathered_dims(old, entry))
-    new = replace_managed_(group, position, model_parallel_value(entry, local, _shape(old, spec, one)))
-    new.__dict__.update({name: value for name, value in vars(old).items() if name not in vars(new)})
-    return new
+def _kept(old: Tensor, spec: ExpertTensor, one: LayerPlan) -> Tensor:
+    """The kept experts of a tensor, sharded like it if it is sharded."""
+    if not isinstance(old, DTensor):
+        return gather(old, spec, one.order, one.experts_before)
+    shape = _shape(old, spec, one)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        _part(old, spec, one), old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
-def _like(new: DTensor, old: DTensor, spec: ExpertTensor, one: LayerPlan) -> DTensor:
-    """The kept rows of `old`, sharded over the same ranks."""
-    if (old.device_mesh, old.placements) != (new.device_mesh, new.placements):
-        raise SecateurError(
-            f"{spec.name}: sharded as {old.placements} on {old.device_mesh}, expected {new.placements} on "
-            f"{new.device_mesh} like its parameter"
-        )
-    return as_dtensor(_part(old, spec, one), old.device_mesh, old.placements, _shape(old, spec, one))
+def _part(old: DTensor, spec: ExpertTensor, one: LayerPlan) -> Tensor:
+    """This rank's part of them."""
+    if spec.dim == 0:
+        return take_rows(old, spec.name, row_index(one.order, one.experts_before, spec))
+    return gather(old.to_local(), spec, one.order, one.experts_before)  # its rows hold all experts and stay
 
 
 def _shape(old: DTensor, spec: ExpertTensor, one: LayerPlan) -> torch.Size:
@@ -130,24 +169,8 @@ def _shape(old: DTensor, spec: ExpertTensor, one: LayerPlan) -> torch.Size:
     return torch.Size(shape)
 
 
-def _part(old: DTensor, spec: ExpertTensor, one: LayerPlan, *, without: tuple[int, ...] = ()) -> Tensor:
-    """This rank's part of the new tensor, mesh dimensions `without` not cutting it."""
-    layout = layout_of(old, spec.name)
-    if spec.dim == 0:
-        kept = row_index(one.order, one.experts_before, spec).tolist()
-        return fetch_rows(
-            old, layout, [kept[rows.start : rows.stop] for rows in layout.ranges(len(kept), without=without)]
-        )
-    # the experts of a small router tensor lie across its rows: gather them here, then exchange rows as they are
-    local = gather(old.to_local(), spec, one.order, one.experts_before)
-    across = as_dtensor(local, old.device_mesh, old.placements, _shape(old, spec, one))
-    return fetch_rows(across, layout, layout.ranges(old.shape[0], without=without))
-
-
 def _install_dispatch_(model: Any, experts: nn.Module) -> None:
     """Make transformers' dispatch anew: the installed one holds the expert count of before."""
-    if "forward" not in vars(experts):
-        return
     del experts.forward  # the class's own forward is what the new dispatch must wrap
     meshes, config = model._mesh_manager, model.config.distributed_config
     ALL_PARALLEL_STYLES[DISPATCH].install_forward(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer_utils import EvalLoopOutput
@@ -20,7 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from secateur.errors import SecateurError
 from secateur.surgery.optimizer import unwrap
 from secateur.train.distributed.launch import barrier, is_main, rank, world_size
-from secateur.train.distributed.save import save_sharded
+from secateur.train.distributed.save import failures_as, save_sharded
+from secateur.train.distributed.trust import check_no_code
 
 OPTIMIZER = "optimizer"  # a folder of torch.distributed.checkpoint
 SCHEDULER = "scheduler.pt"
@@ -35,14 +35,19 @@ class ResumableTrainer(Trainer):
     def __init__(self, **arguments: Any) -> None:
         args = arguments["args"]
         wanted, args.save_only_model = args.save_only_model, True  # Trainer refuses anything else for a sharded model
+        if getattr(arguments["model"], "tp_size", None) and args.device.type == "cpu":
+            args.parallelism_config = _tensor_parallelism_on_cpu(arguments["model"].config.distributed_config)
         super().__init__(**arguments)
-        args.save_only_model = wanted
+        args.save_only_model, args.parallelism_config = wanted, None
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """Nothing to do: replicated weights come from one folder, and their ranks see the same tokens.
+
+        (The stock method hangs hooks on them, which would stay on routers that a pruning replaces.)
+        """
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except CheckpointException as error:  # not an Exception; on all ranks when one fails
-            raise OSError(f"checkpoint of step {self.state.global_step}: {_first_failure(error)}") from error
+        super()._save_checkpoint(*args, **kwargs)
         barrier()  # the files of every rank are there
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -52,7 +57,9 @@ class ResumableTrainer(Trainer):
         save_sharded(self.model, Path(str(output_dir or self.args.output_dir)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer_distributed(self.model, self._inner_optimizer(), str(Path(output_dir) / OPTIMIZER))
+        folder = str(Path(output_dir) / OPTIMIZER)
+        with failures_as(OSError, folder):
+            save_optimizer_distributed(self.model, self._inner_optimizer(), folder)
         schedule: Any = self.lr_scheduler
         if is_main():
             torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER)
@@ -63,10 +70,10 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        try:
-            load_optimizer_distributed(self.model, self._inner_optimizer(), str(Path(checkpoint) / OPTIMIZER))
-        except CheckpointException as error:
-            raise SecateurError(f"{checkpoint}: its optimizer state does not fit: {_first_failure(error)}") from error
+        folder = Path(checkpoint) / OPTIMIZER
+        check_no_code(folder)
+        with failures_as(SecateurError, f"{folder}: does not fit this model and optimizer"):
+            load_optimizer_distributed(self.model, self._inner_optimizer(), str(folder))
         schedule: Any = self.lr_scheduler
         state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
         schedule.load_state_dict(_for_groups(state, len(schedule.optimizer.param_groups), checkpoint))
@@ -109,6 +116,17 @@ class ResumableTrainer(Trainer):
         return unwrap(self.optimizer)
 
 
+def _tensor_parallelism_on_cpu(split: Any) -> Any:
+    """accelerate takes it on GPUs only, but has no more to do for it than to give its ranks the same batches."""
+    from accelerate import ParallelismConfig  # type: ignore[import-untyped]
+
+    class OnCPU(ParallelismConfig):  # type: ignore[misc]
+        def _validate_accelerator(self, accelerator: Any) -> None:
+            pass
+
+    return OnCPU(tp_size=split.tp_size, dp_shard_size=split.dp_size)
+
+
 def _for_groups(state: dict[str, Any], num_groups: int, checkpoint: str) -> dict[str, Any]:
     """A schedule's state for another number of param groups: the Trainer makes some for each mesh of ranks.
 
@@ -124,8 +142,3 @@ def _for_groups(state: dict[str, Any], num_groups: int, checkpoint: str) -> dict
                 )
             fitted[key] = values[:1] * num_groups
     return fitted
-
-
-def _first_failure(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {cause}"
