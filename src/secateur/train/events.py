@@ -104,8 +104,8 @@ class PruneEvent:
             return f"rearranged at step {self.step}: {placed.removeprefix(', ')}, {self.surgery_seconds:.2f} s"
         saved = 1 - self.parameters_after / self.parameters_before
         return (
-            f"pruned at step {self.step} ({self.reason}): experts {self.experts_before} -> {self.experts_after}, parameters "
-            f"{self.parameters_before:,} -> {self.parameters_after:,} (-{saved:.1%}), re-routed "
+            f"pruned at step {self.step} ({self.reason}): experts {self.experts_before} -> {self.experts_after}, "
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,} (-{saved:.1%}), re-routed "
             f"{self.rerouted_share:.2%} of tokens{placed}, {self.surgery_seconds:.2f} s"
         )
 

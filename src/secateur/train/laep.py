@@ -84,12 +84,16 @@ class LAEP:
         self.moe: MoEModel = describe_moe(model)
         check_model(self.moe)
         self._job = Job(model)
-        self._rearrange = _placement_rule(rearrange, self._job.ranks.ep_size, self.moe)
         self._optimizer = unwrap(optimizer)
-        if self.prunings or self._rearrange:
-            check_optimizer(self._optimizer)
-        for pruning in self.prunings:  # an impossible floor shows before training, not at the pruning step
-            self._limits(pruning)
+        try:
+            self._rearrange = _placement_rule(rearrange, self._job.ranks.ep_size, self.moe)
+            if self.prunings or self._rearrange:
+                check_optimizer(self._optimizer)
+            for pruning in self.prunings:  # an impossible floor shows before training, not at the pruning step
+                self._limits(pruning)
+        except SecateurError:
+            self._job.detach()
+            raise
         self._sample: Tensor | None = None
         self._sample_hook = model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
         self._watch = LoadWatch(self.moe, self._job, window_steps, phase or PhaseConstants())
