@@ -21,7 +21,7 @@ from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.surgery import dcp_checkpoint
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from secateur.surgery.dcp_config import with_counts
+from secateur.surgery.model_config import with_counts
 from tiny_models import tiny_config
 
 
@@ -243,7 +243,7 @@ def test_shards_with_a_fault_are_refused(shards: Path, tmp_path: Path) -> None:
         (data[:5], "ends after 5 of 8 bytes"),
         (data[:1000], "of its header"),
         (b"\xff" * 8 + data[8:], "expected at most"),
-        (data[:8] + b"[" + data[9:], "not a distributed safetensors file"),
+        (data[:8] + b"[" + data[9:], "not a whole safetensors file"),
         (data.replace(b'"shape":[64,32]', b'"shape":[64,31]'), "8192 bytes for shape"),
         (data.replace(b"DCP_SHARDING_INFO", b"DCP_SHARDING_INFa"), "DCP_SHARDING_INFO"),
     ):

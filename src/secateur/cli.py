@@ -9,12 +9,14 @@ import typer
 
 from secateur.commands.apply import apply
 from secateur.commands.ends import fail, fail_without_the_others
+from secateur.commands.inspect import inspect
 from secateur.commands.place import place
 from secateur.commands.pretrain import pretrain
 from secateur.commands.report import report
+from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, place, apply, report)
+COMMANDS = (pretrain, place, apply, report, inspect, verify)
 
 app = typer.Typer(
     name="secateur",

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.commands.progress import bytes_bar
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
+    from secateur.plan import Plan
     from secateur.surgery.dcp_names import Naming
 
 
 def apply(
-    source: Annotated[Path, typer.Argument(help="The folder of a training checkpoint; it is only read.")],
-    plan: Annotated[Path, typer.Argument(help="The plan, a JSON file.")],
+    source: Annotated[Path, typer.Argument(help="The folder of a model or of a training checkpoint; it is only read.")],
+    plan: Annotated[Path, typer.Argument(help="The plan, a JSON file; or a folder that --undo wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")],
     names: Annotated[
         str,
@@ -33,30 +34,59 @@ def apply(
             "--ep", min=1, help="Expert-parallel ranks of the restart: every layer's new count must be a multiple."
         ),
     ] = 1,
+    undo: Annotated[
+        Path | None,
+        typer.Option("--undo", help="Of a model: keep the dropped experts in this new folder, to restore the source."),
+    ] = None,
+    mtp: Annotated[
+        str | None,
+        typer.Option(
+            "--mtp",
+            help="Of a model: what becomes of layers that predict further tokens and that the plan does not name: "
+            "whole (they stay as they are, and config.json no longer fits them) or drop.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Write a training checkpoint anew with the experts that a plan keeps, in its order.
+    """Write a model or a training checkpoint anew with the experts that a plan keeps, in its order.
 
-    Model and optimizer state change together; everything else is copied byte for byte. The folder is one of
-    torch.distributed.checkpoint (torchtitan's and transformers' names are known, others are described with `--names`)
-    or of transformers' distributed save. Training restarts from the new folder with the new counts.
+    A model is a Hugging Face folder: its bytes are copied file by file and never decoded, in as little memory as one
+    header takes. Given an undo folder in place of the plan, the model that was pruned is restored byte for byte.
 
-    Example: `secateur apply checkpoint/step-1000 plan.json --out pruned/step-1000`
+    In a training checkpoint model and optimizer state change together; everything else is copied byte for byte. The
+    folder is one of torch.distributed.checkpoint (torchtitan's and transformers' names are known, others are described
+    with `--names`) or of transformers' distributed save. Training restarts from the new folder with the new counts.
+
+    Example: `secateur apply models/Qwen3-30B-A3B plan.json --out pruned --undo dropped`
     """
+    from secateur.checkpoint.undo import holds_undo
+    from secateur.out_folder import check_target
     from secateur.plan import Plan
-    from secateur.surgery.dcp_checkpoint import check_target
 
     check_target(source, out)
-    reader = _reader(source)
-    naming = _naming(names)
+    show = not (quiet or as_json or dry_run)
+    if holds_undo(plan):
+        if dry_run or undo or mtp or names != "auto" or expert_parallel != 1:
+            raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
+        _restore(source, plan, out, show=show, as_json=as_json, quiet=quiet)
+        return
+    write = _writer(source)
     decided = Plan.load(plan)
-    with _progress(show=not (quiet or as_json or dry_run)) as on_bytes:
-        report = reader(
-            source, decided, out, naming=naming, expert_parallel=expert_parallel, dry_run=dry_run, on_bytes=on_bytes
+    with bytes_bar("writing", show=show) as on_bytes:
+        report = write(
+            source,
+            decided,
+            out,
+            names=names,
+            undo=undo,
+            mtp=mtp,
+            expert_parallel=expert_parallel,
+            dry_run=dry_run,
+            on_bytes=on_bytes,
         )
     if as_json:
         print(json.dumps(report, indent=2))
@@ -64,18 +94,49 @@ def apply(
         print(_summary(report, out, dry_run))
 
 
-def _reader(source: Path) -> Callable[..., dict[str, Any]]:
+def _writer(source: Path) -> Callable[..., dict[str, Any]]:
     """What applies a plan to this kind of folder; another kind of folder is another row."""
-    from secateur.surgery.dcp_checkpoint import apply_to_checkpoint, holds_training_checkpoint
+    from secateur.checkpoint.folder import holds_model
+    from secateur.surgery.dcp_checkpoint import holds_training_checkpoint
 
-    readers = ((holds_training_checkpoint, apply_to_checkpoint),)
-    for holds, reader in readers:
+    writers = ((holds_training_checkpoint, _apply_to_checkpoint), (holds_model, _apply_to_model))
+    for holds, write in writers:
         if holds(source):
-            return reader
+            return write
     raise SecateurError(
         f"{source}: no training checkpoint in it; expected a .metadata file of torch.distributed.checkpoint, or "
-        "shard-*.safetensors files of transformers' distributed save"
+        "shard-*.safetensors files of transformers' distributed save; and no model, expected config.json and "
+        "safetensors files"
     )
+
+
+def _apply_to_checkpoint(
+    source: Path, plan: Plan, out: Path, *, names: str, undo: Path | None, mtp: str | None, **options: Any
+) -> dict[str, Any]:
+    from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
+
+    if undo is not None or mtp is not None:
+        raise SecateurError(f"--undo and --mtp: for a model, but {source} is a training checkpoint")
+    return apply_to_checkpoint(source, plan, out, naming=_naming(names), **options)
+
+
+def _apply_to_model(source: Path, plan: Plan, out: Path, *, names: str, **options: Any) -> dict[str, Any]:
+    from secateur.checkpoint.apply import apply_to_model
+
+    if names != "auto":
+        raise SecateurError(f"--names {names}: for a training checkpoint, but {source} is a model")
+    return apply_to_model(source, plan, out, **options)
+
+
+def _restore(pruned: Path, undo: Path, out: Path, *, show: bool, as_json: bool, quiet: bool) -> None:
+    from secateur.checkpoint.undo import restore
+
+    with bytes_bar("writing", show=show) as on_bytes:
+        restored = restore(pruned, undo, out, on_bytes=on_bytes)
+    if as_json:
+        print(json.dumps(restored, indent=2))
+    elif not quiet:
+        print(f"restored {out}: {len(restored['files'])} files, {restored['bytes'] / 1e9:.3f} GB of weights")
 
 
 def _naming(names: str) -> Naming | None:
@@ -89,18 +150,6 @@ def _naming(names: str) -> Naming | None:
     if not names.endswith(".json"):
         raise SecateurError(f"--names {names}: expected auto, {', '.join(NAMINGS)}, or a .json file")
     return read_naming(Path(names))
-
-
-@contextlib.contextmanager
-def _progress(*, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while bytes are written."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task("writing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:
@@ -123,4 +172,6 @@ def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:
         for name in report["files_copied"]
         if Path(name).name == "config.json"
     ]
+    if left_out := report.get("files_left_out"):
+        lines.append(f"left out, weights of the unpruned model in other forms: {', '.join(left_out)}")
     return "\n".join(lines)

@@ -9,14 +9,12 @@ from html import escape
 from typing import Any
 
 from secateur.report.gallery import Entry
+from secateur.report.html import document, section, table
 from secateur.report.numbers import compare, dropped_share, last_eval, speed
 from secateur.report.ranks import RankBalance, max_over_mean, rank_balance
 from secateur.report.run_data import Event, RunData
-from secateur.report.stylesheet import STYLE
 from secateur.report.theme import DARK, LIGHT
 from secateur.report.words import NBSP, change, count, loss, memory, share, signed, summary_paragraph
-
-Rows = Sequence[Sequence[str]]
 
 
 def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, str], bytes]) -> str:
@@ -27,38 +25,15 @@ def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, st
         f"<h1>{escape(title)}</h1>",
         state,
         f'<p class="lead">{escape(summary_paragraph(run))}</p>',
-        _section("Key numbers", _key_numbers(run) + _control_speed(run)),
-        _section("Validation loss", _loss_table(run)),
-        _section("Prunings", _events(run)),
+        section("Key numbers", _key_numbers(run) + _control_speed(run)),
+        section("Validation loss", _loss_table(run)),
+        section("Prunings", _events(run)),
         *(_figure(entry, images) for entry in entries),
-        _section("Rearrangements", _rearrangements(run)),
-        _section("Balance over ranks", _balance(run)),
-        _section("How this was run", _provenance(run)),
+        section("Rearrangements", _rearrangements(run)),
+        section("Balance over ranks", _balance(run)),
+        section("How this was run", _provenance(run)),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>" if content else ""
-
-
-def _table(head: Sequence[str], rows: Rows) -> str:
-    """A table whose first column names the rows. It scrolls by itself when the screen is narrower."""
-    if not rows:
-        return ""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    lines = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="table"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>'
+    return document(title, parts)
 
 
 def _figure(entry: Entry, images: Mapping[tuple[str, str], bytes]) -> str:
@@ -72,7 +47,7 @@ def _figure(entry: Entry, images: Mapping[tuple[str, str], bytes]) -> str:
         f'<img id="{escape(entry.name)}" src="{light}" width="{width}" height="{height}" '
         f'alt="{escape(entry.alternative)}"></picture>'
     )
-    return _section(entry.heading, f"<figure>\n{picture}\n<figcaption>{escape(entry.caption)}</figcaption>\n</figure>")
+    return section(entry.heading, f"<figure>\n{picture}\n<figcaption>{escape(entry.caption)}</figcaption>\n</figure>")
 
 
 def _png_size(content: bytes) -> tuple[int, int]:
@@ -85,7 +60,7 @@ def _key_numbers(run: RunData) -> str:
     pace, num_experts = speed(run), sum(run.experts.values())
     if not run.prunings:
         rows = [["experts in all layers", count(num_experts)], ["parameters", count(run.parameters)]]
-        return _table(("", "now"), [*rows, ["tokens per second", count(pace.before) if pace.before else "unknown"]])
+        return table(("", "now"), [*rows, ["tokens per second", count(pace.before) if pace.before else "unknown"]])
     first, last = run.prunings[0], run.prunings[-1]
     rows = [
         _key_row("experts in all layers", num_experts, last.experts_after, count),
@@ -94,7 +69,7 @@ def _key_numbers(run: RunData) -> str:
     for key, name in (("parameters_bytes", "parameter memory"), ("optimizer_bytes", "optimizer memory")):
         rows.append(_key_row(name, first.memory_before[key], last.memory_after[key], memory))
     rows.append(_key_row("tokens per second", pace.before, pace.after, count))
-    return _table(("", "before", "after", "change"), rows)
+    return table(("", "before", "after", "change"), rows)
 
 
 def _control_speed(run: RunData) -> str:
@@ -124,9 +99,9 @@ def _loss_table(run: RunData) -> str:
         if run.control:
             row += [loss(other), _difference(value, other)]
         rows.append(row)
-    table = _table(head, rows)
+    losses = table(head, rows)
     if theirs and theirs.tokens != mine.tokens:
-        table += (
+        losses += (
             f"<p>The two stand at different numbers of tokens: {escape(count(mine.tokens))} here and "
             f"{escape(count(theirs.tokens))} in the control. "
             + (
@@ -136,7 +111,7 @@ def _loss_table(run: RunData) -> str:
                 else "They share no validation point.</p>"
             )
         )
-    return table
+    return losses
 
 
 def _difference(value: float | None, other: float | None) -> str:
@@ -149,11 +124,12 @@ def _events(run: RunData) -> str:
     if not run.prunings:
         return "<p>No expert was dropped in this run.</p>" if run.summary else "<p>No expert has been dropped yet.</p>"
     head = ("step", "tokens", "reason", "rule", "experts", "parameters", "tokens re-routed", "time", "oracle")
-    table = _table(head, [_event_row(event) for event in run.prunings])
+    prunings = table(head, [_event_row(event) for event in run.prunings])
     layers = "".join(_event_layers(event) for event in run.prunings)
     return (
-        f"{table}\n<p>Oracle: the largest difference between the logits of the pruned model and those of the unpruned "
-        f"one with the dropped experts barred, at the moment of pruning. 0 means bit for bit equal.</p>\n{layers}"
+        f"{prunings}\n<p>Oracle: the largest difference between the logits of the pruned model and those of the "
+        f"unpruned one with the dropped experts barred, at the moment of pruning. 0 means bit for bit equal.</p>\n"
+        f"{layers}"
     )
 
 
@@ -187,8 +163,8 @@ def _event_layers(event: Event) -> str:
         ]
         for layer, plan in event.plan.layers.items()
     ]
-    table = _table(("layer", "before", "after", "load re-routed", "dropped (numbering at that step)"), rows)
-    return f"<details><summary>Step {event.step}, layer by layer</summary>\n{table}\n</details>"
+    layers = table(("layer", "before", "after", "load re-routed", "dropped (numbering at that step)"), rows)
+    return f"<details><summary>Step {event.step}, layer by layer</summary>\n{layers}\n</details>"
 
 
 def _rearrangements(run: RunData) -> str:
@@ -207,7 +183,7 @@ def _rearrangements(run: RunData) -> str:
         ]
         for event, one in placed
     ]
-    return f"<p>Busiest rank over the mean, mean over the layers.</p>\n{_table(head, rows)}"
+    return f"<p>Busiest rank over the mean, mean over the layers.</p>\n{table(head, rows)}"
 
 
 def _balance(run: RunData) -> str:
@@ -230,7 +206,7 @@ def _balance(run: RunData) -> str:
             "<p>The last window tells whether a placement that was chosen at the pruning still fits the loads at the "
             "end of the run.</p>"
         )
-    return f"{text}{_table(head, rows)}{left_out}"
+    return f"{text}{table(head, rows)}{left_out}"
 
 
 def _balance_row(ranks: RankBalance) -> list[str]:
@@ -252,7 +228,7 @@ def _provenance(run: RunData) -> str:
     shown = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     whole = json.dumps({key: run.info.get(key) for key in ("config", "model", "data")}, indent=2, ensure_ascii=False)
     return (
-        f"{_table(('', ''), rows)}\n<p>Command:</p>\n<pre>{escape(shown)}</pre>\n"
+        f"{table(('', ''), rows)}\n<p>Command:</p>\n<pre>{escape(shown)}</pre>\n"
         f"<details><summary>Configuration, model and data</summary>\n<pre>{escape(whole)}</pre>\n</details>"
     )
 

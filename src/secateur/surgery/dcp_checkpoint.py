@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,10 +11,10 @@ from typing import Any
 
 from secateur import modeling_secateur
 from secateur.errors import SecateurError
-from secateur.files import atomic_write, fsync_folder
+from secateur.files import atomic_write
+from secateur.out_folder import check_target, copy_file, written_beside
 from secateur.plan import JSON, Plan
 from secateur.surgery.dcp_changes import survey
-from secateur.surgery.dcp_config import MODULE, has_expert_count, with_counts
 from secateur.surgery.dcp_metadata import is_dcp_folder, read_dcp
 from secateur.surgery.dcp_names import Naming, find_naming
 from secateur.surgery.dcp_report import Part, describe
@@ -24,6 +22,7 @@ from secateur.surgery.dcp_shards import is_shards_folder, read_shards
 from secateur.surgery.dcp_stored import Stored
 from secateur.surgery.dcp_verify import verify_written
 from secateur.surgery.dcp_write import write_dcp, write_shards
+from secateur.surgery.model_config import MODULE, has_expert_count, with_counts
 
 PLAN, REPORT, CONFIG, CODE = "plan.json", "report.json", "config.json", f"{MODULE}.py"
 
@@ -104,13 +103,10 @@ def apply_to_checkpoint(
     report = describe(source, plan, parts, counts_before, counts_after, copied, configs)
     if dry_run:
         return report
-    beside = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        beside.mkdir()
+    with written_beside(out) as beside:
         _write_parts(parts, beside, on_bytes)
         for relative in copied:
-            _copy(source / relative, beside / relative)
+            copy_file(source / relative, beside / relative)
         for relative, config in configs.items():
             (beside / relative).parent.mkdir(parents=True, exist_ok=True)
             atomic_write(beside / relative, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -121,29 +117,7 @@ def apply_to_checkpoint(
         for part in parts:
             verify_written(part.stored, FORMATS[part.format].read(beside / part.folder), part.survey.changes)
         atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
-        for folder in _folders(beside):
-            fsync_folder(folder)
-        os.rename(beside, out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    fsync_folder(out.parent)
     return report
-
-
-def check_target(source: Path, out: Path) -> None:
-    """Refuse a target that is not free or that mixes with the source.
-
-    Raises:
-        SecateurError: the source is no folder; `out` is it, inside it, around it, or holds something.
-    """
-    if not source.is_dir():
-        raise SecateurError(f"{source}: not a folder, expected a checkpoint")
-    here, there = source.resolve(), out.resolve()
-    if here == there or there.is_relative_to(here) or here.is_relative_to(there):
-        raise SecateurError(f"--out {out}: it and the source {source} are the same or inside each other")
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise SecateurError(f"--out {out}: it is there already and not an empty folder")
 
 
 def _parts(source: Path, naming: Naming | None, plan: Plan) -> list[Part]:
@@ -243,11 +217,3 @@ def _write_parts(parts: list[Part], beside: Path, on_bytes: Callable[[int, int],
     for part in parts:
         (beside / part.folder).mkdir(parents=True, exist_ok=True)
         FORMATS[part.format].write(part.stored, part.survey.changes, beside / part.folder, more)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as old, target.open("xb") as new:
-        shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())

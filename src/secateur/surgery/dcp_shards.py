@@ -6,19 +6,16 @@ The offsets of a block in its tensor are in the header of its file, under DCP_SH
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_stored import Chunk, Stored, bytes_of, file_inside, whole_tensor
+from secateur.safetensors_header import read_header, whole_numbers
+from secateur.surgery.dcp_stored import Chunk, Stored, StoredBytes, file_inside, whole_tensor
 
 FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -79,39 +76,13 @@ def _check_ranks(folder: Path, names: list[str]) -> None:
 
 
 def _chunks(path: Path) -> list[tuple[str, torch.dtype, Chunk]]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", _exactly(file.read(8), 8))
-        if length > MAX_HEADER:
-            raise SecateurError(f"a header of {length} bytes, expected at most {MAX_HEADER}")
-        header = json.loads(_exactly(file.read(length), length), object_pairs_hook=_unique)
-    offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+    header = read_header(path)
+    offsets = json.loads(header.metadata["DCP_SHARDING_INFO"])
     found = []
-    for name, entry in header.items():
-        dtype, sizes = DTYPES[entry["dtype"]], _whole(entry["shape"])
-        first, last = _whole(entry["data_offsets"])
-        if last - first != math.prod(sizes) * dtype.itemsize:
-            raise SecateurError(f"{name}: {last - first} bytes for shape {sizes} of {dtype}")
-        place = bytes_of(path, 8 + length + first, last - first, name)
-        at = _whole(offsets[name]["saved_offsets"])
-        if len(at) != len(sizes):
-            raise SecateurError(f"{name}: offsets {at} for a block of shape {sizes}")
-        found.append((name, dtype, Chunk(offsets=at, sizes=sizes, place=place, is_archive=False)))
+    for name, entry in header.entries.items():
+        at = whole_numbers(offsets[name]["saved_offsets"])
+        if len(at) != len(entry.shape):
+            raise SecateurError(f"{name}: offsets {at} for a block of shape {entry.shape}")
+        place = StoredBytes(path=path, start=entry.start, length=entry.length)
+        found.append((name, DTYPES[entry.dtype], Chunk(offsets=at, sizes=entry.shape, place=place, is_archive=False)))
     return found
-
-
-def _exactly(data: bytes, length: int) -> bytes:
-    if len(data) != length:
-        raise SecateurError(f"it ends after {len(data)} of {length} bytes of its header")
-    return data
-
-
-def _whole(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(type(value) is not int or not 0 <= value < 2**48 for value in values):
-        raise SecateurError(f"found {values!r:.60}, expected a list of whole numbers")
-    return tuple(values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise SecateurError("its header lists a name twice")
-    return dict(pairs)

@@ -17,7 +17,8 @@ from secateur.modeling_secateur import (
     pruned_model_class,
     replace_tensor_,
 )
-from secateur.plan import LayerPlan, Plan
+from secateur.plan import Plan
+from secateur.surgery.fits import check_fits
 from secateur.surgery.optimizer import Replacement, replace_parameters_
 from secateur.surgery.tensors import ExpertTensor, gather
 
@@ -58,17 +59,7 @@ def check_plan(moe: MoEModel, plan: Plan) -> None:
     Raises:
         SecateurError: a layer the model does not have, another number of experts, or fewer left than the router needs.
     """
-    for layer, one in plan.layers.items():
-        if layer not in moe.blocks:
-            raise SecateurError(f"plan: layer {layer} is not a MoE layer; MoE layers are {sorted(moe.blocks)}")
-        found = moe.blocks[layer].num_experts
-        if one.experts_before != found:
-            raise SecateurError(f"plan: layer {layer} is for {one.experts_before} experts, the model has {found}")
-        if one.experts_after < moe.min_experts:
-            raise SecateurError(
-                f"plan: layer {layer} keeps {one.experts_after} experts, its router needs {moe.min_experts}"
-            )
-        _check_groups(layer, one, moe.num_groups)
+    check_fits(plan, moe.counts, min_experts=moe.min_experts, num_groups=moe.num_groups)
 
 
 def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> MoEModel:
@@ -157,18 +148,6 @@ def locate(model: nn.Module, spec: ExpertTensor) -> tuple[nn.Module, str]:
     """The module that owns a tensor, and its name there."""
     path, _, key = spec.name.rpartition(".")
     return model.get_submodule(path), key
-
-
-def _check_groups(layer: int, one: LayerPlan, num_groups: int) -> None:
-    if num_groups == 1:
-        return
-    size_before, size_after = one.experts_before // num_groups, one.experts_after // num_groups
-    groups = [old // size_before for old in one.order]
-    if one.experts_after % num_groups or groups != [new // size_after for new in range(one.experts_after)]:
-        raise SecateurError(
-            f"plan: layer {layer} has {num_groups} router groups; each must keep the same number of its own experts, "
-            f"found the groups {groups} in the new order"
-        )
 
 
 def router_tensors(block: MoEBlock) -> tuple[ExpertTensor, ...]:

@@ -20,8 +20,15 @@ def has_expert_count(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("model_type"), str) and bool(_count_places(config))
 
 
-def with_counts(config: Mapping[str, Any], before: Mapping[int, int], after: Mapping[int, int]) -> dict[str, Any]:
-    """A copy of `config` for the counts `after`; both map every MoE layer to its experts.
+def with_counts(
+    config: Mapping[str, Any],
+    before: Mapping[int, int],
+    after: Mapping[int, int],
+    num_layers: int | None = None,
+) -> dict[str, Any]:
+    """A copy of `config` for the counts `after`; `before` and `after` map every MoE layer to its experts.
+
+    num_layers: decoder layers of the model, where the config does not say it as num_hidden_layers.
 
     Layers with one count keep the native class. Where they differ the config becomes that of the `Pruned...` class,
     whose code must then lie beside it as modeling_secateur.py.
@@ -40,15 +47,16 @@ def with_counts(config: Mapping[str, Any], before: Mapping[int, int], after: Map
     pruned = changed.get("model_type") == MODEL_TYPE
     if not pruned and len(set(before.values())) > 1:
         raise SecateurError(f"config.json: it has one count for all layers, but the checkpoint holds {dict(before)}")
-    if pruned and _blocks(changed, before) != (changed.get("moe_config") or {}).get("per_layer_experts_blocks"):
+    num_layers = changed.get("num_hidden_layers") if num_layers is None else num_layers
+    if pruned and _blocks(num_layers, before) != (changed.get("moe_config") or {}).get("per_layer_experts_blocks"):
         raise SecateurError(f"config.json: {changed.get('moe_config')}, but the checkpoint holds {dict(before)}")
     if len(set(after.values())) > 1:
-        return _as_pruned(changed, after, from_native=not pruned)
+        return _as_pruned(changed, _blocks(num_layers, after), from_native=not pruned)
     return _as_native(changed) if pruned else changed
 
 
-def _as_pruned(config: dict[str, Any], counts: Mapping[int, int], from_native: bool) -> dict[str, Any]:
-    config["moe_config"] = {"per_layer_experts_blocks": _blocks(config, counts)}
+def _as_pruned(config: dict[str, Any], blocks: list[int], from_native: bool) -> dict[str, Any]:
+    config["moe_config"] = {"per_layer_experts_blocks": blocks}
     if from_native:
         architectures = config.get("architectures")
         if not isinstance(architectures, list) or len(architectures) != 1 or "auto_map" in config:
@@ -79,8 +87,7 @@ def _as_native(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _blocks(config: Mapping[str, Any], counts: Mapping[int, int]) -> list[int]:
-    layers = config.get("num_hidden_layers")
+def _blocks(layers: Any, counts: Mapping[int, int]) -> list[int]:
     if type(layers) is not int or not 0 <= max(counts) < layers:
         raise SecateurError(f"config.json: num_hidden_layers is {layers!r}, but layer {max(counts)} has experts")
     return [counts.get(layer, 0) for layer in range(layers)]

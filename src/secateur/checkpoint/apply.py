@@ -1,0 +1,175 @@
+"""Apply a plan to a Hugging Face model folder, into a new folder: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from secateur import modeling_secateur
+from secateur.checkpoint.card import card
+from secateur.checkpoint.compare import verify_written
+from secateur.checkpoint.config import edited_config
+from secateur.checkpoint.copy import Shard, into_shards, write_index, write_shard
+from secateur.checkpoint.folder import CONFIG, Folder, read_folder
+from secateur.checkpoint.report import describe, page
+from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors, layer_plan
+from secateur.checkpoint.survey import Survey, survey
+from secateur.checkpoint.undo import write_undo
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+from secateur.out_folder import check_target, copy_file, written_beside
+from secateur.plan import JSON, Plan
+from secateur.surgery.fits import check_fits
+from secateur.surgery.model_config import MODULE
+
+PLAN, REPORT, PAGE, CARD, CODE = "plan.json", "report.json", "report.html", "README.md", f"{MODULE}.py"
+MTP_CHOICES = ("whole", "drop")
+ENDS = 4096  # bytes compared at either end of every copied piece; `secateur verify` compares all
+
+
+def apply_to_model(
+    source: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    expert_parallel: int = 1,
+    undo: Path | None = None,
+    mtp: str | None = None,
+    dry_run: bool = False,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, JSON]:
+    """Write `source` with the experts that `plan` keeps, in its order, to the new folder `out`.
+
+    Kept bytes are copied and never decoded; memory does not grow with the model. The result is written beside `out`,
+    read again and compared with the source at the ends of every piece, and renamed.
+
+    Args:
+        expert_parallel: every layer's new count must be a multiple of it.
+        undo: a new folder for all that the result lacks; `undo.restore` makes the source of both, byte for byte.
+        mtp: what becomes of multi-token-prediction layers that the plan does not name: "whole" or "drop". Without it
+            they must end up with the count that config.json gives.
+        dry_run: check and report, write nothing.
+        on_bytes: called with (bytes written, bytes to write).
+
+    Returns:
+        The report, which is also written as report.json.
+
+    Raises:
+        SecateurError: the source is damaged or is no such model, the plan does not fit, `out` or `undo` is not free.
+        OSError: the disk refused; nothing is left under the names of `out` and `undo`.
+    """
+    check_target(source, out)
+    if undo is not None:
+        check_target(source, undo, "--undo")
+        check_target_pair(out, undo)
+    found = survey(read_folder(source))
+    _check_plan(found, plan, expert_parallel, mtp)
+    without = found.mtp if mtp == "drop" else frozenset()
+    config = edited_config(found, plan, mtp)
+    kept = kept_tensors(found, plan, without)
+    copied = _files_to_copy(found.folder)
+    report = describe(found, plan, kept, mtp, [str(relative) for relative in copied])
+    if dry_run:
+        return report
+    dropped = [] if undo is None else dropped_tensors(found, plan, without)
+    limit = None if found.folder.index is None else _largest_file(found.folder)
+    shards = into_shards(kept, limit)
+    more = _counter(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
+    earlier = source / PLAN
+    history = Plan.load(earlier).compose(plan) if earlier.is_file() else plan
+    with written_beside(out) as beside, _maybe(undo) as side:
+        write_weights(found.folder, shards, beside, more)
+        if limit is not None:
+            write_index(beside, shards, _index_metadata(found.folder, shards))
+        for relative in copied:
+            copy_file(source / relative, beside / relative)
+        atomic_write(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        if config["model_type"] == modeling_secateur.MODEL_TYPE:
+            atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
+        history.save(beside / PLAN)
+        verify_written(found, survey(read_folder(beside)), plan, without, ENDS)
+        original = source / CARD
+        text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
+        atomic_write(beside / CARD, card(report, text))
+        atomic_write(beside / PAGE, page(report))
+        atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
+        if side is not None:
+            write_undo(found.folder, plan, mtp, into_shards(dropped, _largest_file(found.folder), stem="dropped"), side,
+                       copied, more)  # fmt: skip
+    return report
+
+
+def check_target_pair(out: Path, undo: Path) -> None:
+    """Refuse two targets that are the same or inside each other."""
+    here, there = out.resolve(), undo.resolve()
+    if here == there or there.is_relative_to(here) or here.is_relative_to(there):
+        raise SecateurError(f"--undo {undo}: it and --out {out} are the same or inside each other")
+
+
+def write_weights(folder: Folder, shards: list[Shard], target: Path, more: Callable[[int], None]) -> None:
+    """Write files whose bytes come from the files of `folder`."""
+    texts = [set(header.metadata.items()) for header in folder.headers.values()]
+    metadata = {"format": "pt"} | dict(sorted(set.intersection(*texts)))
+    for shard in shards:
+        write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, more)
+
+
+def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None) -> None:
+    if mtp is not None and mtp not in MTP_CHOICES:
+        raise SecateurError(f"--mtp {mtp}: expected {' or '.join(MTP_CHOICES)}")
+    named = sorted(found.mtp_counts.keys() & plan.layers.keys())
+    if mtp is not None and named:
+        raise SecateurError(f"--mtp {mtp}: the plan names the layers {named} itself; expected one of the two")
+    model = found.model
+    check_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
+    for layer in found.counts:
+        count = layer_plan(found, plan, layer).experts_after
+        if count % expert_parallel:
+            raise SecateurError(
+                f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"
+            )
+
+
+def _files_to_copy(folder: Folder) -> list[PurePosixPath]:
+    made_here = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE)}
+    return [relative for relative in folder.others if relative not in made_here]
+
+
+def _largest_file(folder: Folder) -> int:
+    """Bytes of tensors in the largest file."""
+    sizes = dict.fromkeys(folder.headers, 0)
+    for tensor in folder.tensors.values():
+        sizes[tensor.file] += tensor.length
+    return max(sizes.values())
+
+
+def _index_metadata(folder: Folder, shards: list[Shard]) -> Mapping[str, Any]:
+    """That of the source's index, with the new numbers."""
+    found = folder.index.get("metadata") if folder.index is not None else None
+    metadata = dict(found) if isinstance(found, dict) else {}
+    lengths = [tensor.length for shard in shards for tensor in shard.tensors]
+    metadata.pop("total_parameters", None)  # nobody can count parameters packed into bytes; no reader asks
+    return metadata | {"total_size": sum(lengths)}
+
+
+def _counter(total: int, on_bytes: Callable[[int, int], None]) -> Callable[[int], None]:
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    return more
+
+
+@contextlib.contextmanager
+def _maybe(out: Path | None) -> Iterator[Path | None]:
+    if out is None:
+        yield None
+        return
+    with written_beside(out) as beside:
+        yield beside

@@ -1,0 +1,177 @@
+"""A Hugging Face model folder, read without trust: config.json, the index and the headers of its safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.safetensors_header import Header, read_header
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+MAX_JSON = 500_000_000  # bytes; the largest index there is has about 20 million
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A tensor on the disk: `length` bytes of `file`, a name in the folder, from `start`."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """What a model folder holds.
+
+    tensors: by name, in the order of the files and of the bytes in them. headers: of every file with weights of the
+    model. index: the parsed index; None where the model is one file. others: files to carry along. left_out: files
+    with weights in other forms, which nobody opens.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    headers: Mapping[str, Header]
+    index: Mapping[str, Any] | None
+    others: tuple[PurePosixPath, ...]
+    left_out: tuple[PurePosixPath, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.length for tensor in self.tensors.values())
+
+
+def holds_model(folder: Path) -> bool:
+    """True for a folder with a config.json and weights of a model, whatever their form."""
+    names = [path.name for path in folder.iterdir()]
+    return CONFIG in names and any(name == INDEX or Path(name).suffix in WEIGHTS for name in names)
+
+
+def read_folder(path: Path) -> Folder:
+    """Read and check a model folder.
+
+    Raises:
+        SecateurError: no config.json, no safetensors files or only pickled ones, a missing or truncated file, an index
+            that disagrees with the files or leads out of the folder, a tensor that is there twice.
+        OSError: a file cannot be read.
+    """
+    if not path.is_dir():
+        raise SecateurError(f"{path}: not a folder, expected a model in Hugging Face's form")
+    config = read_object(path / CONFIG)
+    index, listed, files = _weight_files(path)
+    headers = {name: read_header(path / name) for name in files}
+    tensors: dict[str, Stored] = {}
+    for file, header in headers.items():
+        for name, entry in header.entries.items():
+            if name in tensors:
+                raise SecateurError(f"{path}: the tensor {name} is in {tensors[name].file} and in {file}")
+            tensors[name] = Stored(
+                file=file, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
+            )
+    if listed is not None:
+        _check_index(path, listed, tensors)
+    if not tensors:
+        raise SecateurError(f"{path}: its safetensors files hold no tensor")
+    others, left_out = _other_files(path, files)
+    return Folder(
+        path=path, config=config, tensors=tensors, headers=headers, index=index, others=others, left_out=left_out
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        SecateurError: no such file, or something else in it.
+    """
+    if not path.is_file():
+        raise SecateurError(f"{path}: the file is missing")
+    if path.stat().st_size > MAX_JSON:
+        raise SecateurError(f"{path}: more than {MAX_JSON} bytes, which is no description of a model")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise SecateurError(f"{path}: not JSON in UTF-8 ({error})") from error
+    if not isinstance(value, dict):
+        raise SecateurError(f"{path}: found {value!r:.60}, expected an object")
+    return value
+
+
+def _weight_files(path: Path) -> tuple[dict[str, Any] | None, dict[str, str] | None, list[str]]:
+    """(index, tensor -> file by the index, files): of a model in several files, or (None, None, one file)."""
+    names = sorted(entry.name for entry in path.iterdir())
+    shards = [name for name in names if SHARD.fullmatch(name)]
+    if INDEX in names:
+        index = read_object(path / INDEX)
+        listed = _weight_map(path, index)
+        files = sorted(set(listed.values()))
+        unlisted = sorted({*shards, *({SINGLE} & set(names))} - set(files))
+        if unlisted:
+            raise SecateurError(f"{path}: {unlisted[0]} is not in {INDEX}; expected one model in the folder")
+        for name in files:
+            if not (path / name).is_file():
+                raise SecateurError(f"{path}: the file {name}, named in {INDEX}, is missing")
+        return index, listed, files
+    if SINGLE in names and not shards:
+        return None, None, [SINGLE]
+    if shards:
+        raise SecateurError(f"{path}: {shards[0]} but no {INDEX}; the list of its files is missing")
+    pickled = [name for name in names if Path(name).suffix in PICKLED]
+    found = f"found {pickled[0]}, and pickled files are never opened" if pickled else f"found {names[:5]}"
+    raise SecateurError(f"{path}: expected {INDEX} or {SINGLE}; {found}")
+
+
+def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise SecateurError(f"{path / INDEX}: weight_map is {listed!r:.60}, expected tensor names and their files")
+    for name, file in listed.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set("/\\\0") & set(file)
+        if not plain or not file.isprintable():
+            raise SecateurError(f"{path / INDEX}: {name!r:.100} is in {file!r:.100}, expected a file beside the index")
+    return dict(listed)
+
+
+def _check_index(path: Path, listed: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
+    for name in listed.keys() | tensors.keys():
+        by_index, found = listed.get(name), tensors[name].file if name in tensors else None
+        if by_index != found:
+            raise SecateurError(
+                f"{path}: {name!r:.200} is in {by_index or 'no file'} by {INDEX}, but was found in {found or 'none'}"
+            )
+
+
+def _other_files(path: Path, weights: list[str]) -> tuple[tuple[PurePosixPath, ...], tuple[PurePosixPath, ...]]:
+    """(to carry along, to leave out); folders whose name begins with a dot are nobody's."""
+    others: list[PurePosixPath] = []
+    left_out: list[PurePosixPath] = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in [*names, *linked]:
+            relative = PurePosixPath((Path(folder) / name).relative_to(path).as_posix())
+            if str(relative) in weights or str(relative) in (INDEX, CONFIG):
+                continue
+            if not (path / relative).is_file():
+                raise SecateurError(f"{path / relative}: not a regular file, or a link to nothing")
+            is_weight = relative.suffix in WEIGHTS or name.endswith(".safetensors.index.json")
+            (left_out if is_weight else others).append(relative)
+    return tuple(sorted(others)), tuple(sorted(left_out))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise SecateurError("an object lists a name twice")
+    return dict(pairs)

@@ -1,0 +1,98 @@
+"""Load a pruned folder and its source, and compare what they compute: the checks that need the models in memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from secateur.checkpoint.folder import read_object
+from secateur.checkpoint.oracle import barred
+from secateur.checkpoint.survey import Survey
+from secateur.errors import SecateurError
+from secateur.modeling_secateur import MODEL_TYPE
+from secateur.plan import Plan
+from secateur.verify import logits_of
+
+NEW_TOKENS = 4  # that the pruned model generates
+ROUNDING = 1e-4  # of the largest logit, where experts changed places and sums are taken in another order
+
+
+def why_not_loaded(survey: Survey) -> str | None:
+    """Why a model cannot be run here; None where it can."""
+    config = survey.folder.config
+    if any(key in config for key in ("quantization_config", "compression_config")):
+        return "it is quantised, and its experts are compared as bytes only"
+    need, free = survey.folder.num_bytes, _free_memory()
+    if need > free:
+        return f"it needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _free_memory() -> int:
+    """Bytes that a process can still have: of Linux, else all that the machine has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def load(folder: Path, survey: Survey) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """(model, what transformers reports of the load: missing, unexpected and mismatched tensors, errors).
+
+    Nothing but transformers' own classes is loaded, whatever the folder's auto_map says.
+    """
+    pruned = survey.folder.config.get("model_type") == MODEL_TYPE
+    loader: Any = AutoModelForCausalLM if pruned else survey.model.model_class
+    model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    with torch.no_grad():
+        for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
+            tensor.data = tensor.data.clone()
+    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
+
+
+def tokens_for(folder: Path, survey: Survey, num_tokens: int, text: Path | None, seed: int) -> Tensor:
+    """(1, num_tokens) token ids: of a text through the folder's tokenizer, or random ones."""
+    if text is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(1, int(survey.model.text.vocab_size), (1, num_tokens), generator=generator)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :num_tokens]
+    if ids.shape[1] < 2:
+        raise SecateurError(f"--text {text}: {ids.shape[1]} tokens, expected at least 2")
+    return torch.as_tensor(ids)
+
+
+def barred_logits(folder: Path, survey: Survey, plan: Plan, tokens: Tensor) -> Tensor:
+    """Logits of the source whose routers may not choose the experts that the plan drops."""
+    model, _ = load(folder, survey)
+    with barred(model, survey, plan):
+        logits = logits_of(model, tokens)
+    del model
+    gc.collect()
+    return logits
+
+
+def generated(model: PreTrainedModel, tokens: Tensor) -> list[int]:
+    """What the model says after the tokens, greedily."""
+    with torch.no_grad():
+        found: Any = model.generate(  # type: ignore[operator]
+            tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    return [int(token) for token in found[0, tokens.shape[1] :]]
+
+
+def applied_plan(pruned: Path) -> tuple[Plan, str | None]:
+    """(plan of the last step, what became of MTP layers) from the report in a pruned folder."""
+    report = read_object(pruned / "report.json")
+    mtp = report.get("mtp")
+    try:
+        return Plan.from_json(report["plan"]), mtp if isinstance(mtp, str) else None
+    except KeyError as error:
+        raise SecateurError(f"{pruned / 'report.json'}: it has no plan; expected the report of `apply`") from error

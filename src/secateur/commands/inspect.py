@@ -1,0 +1,42 @@
+"""`secateur inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a model holds and what can be pruned: family, experts, routers, bytes. Only headers are read.
+
+    Example: `secateur inspect models/Qwen3-30B-A3B`
+    """
+    from secateur.checkpoint.inspect import inspect_model
+
+    found = inspect_model(model)
+    print(json.dumps(found, indent=2) if as_json else _summary(found))
+
+
+def _summary(found: dict[str, Any]) -> str:
+    size, total = found["bytes"], sum(found["bytes"].values())
+    counts = list(found["experts"].values())
+    experts = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    groups = f", {found['groups']} router groups" if found["groups"] > 1 else ""
+    shared = f", {found['shared_experts']} shared" if found["shared_experts"] else ""
+    lines = [
+        f"{found['path']}: {found['model_type']} ({found['class']})",
+        f"{len(counts)} of {found['decoder_layers']} layers have experts, {experts} each, top-k {found['top_k']}"
+        f"{groups}{shared}",
+        f"{total / 1e9:.3f} GB in {found['files']} files: "
+        + ", ".join(f"{part} {size[part] / 1e9:.3f} GB ({100 * size[part] / total:.1f} %)" for part in size),
+        f"dtypes {', '.join(found['dtypes'])}; quantised: {found['quantisation'] or 'no'}; names {found['names']}",
+    ]
+    if found["mtp_experts"]:
+        lines.append(f"layers that predict further tokens: {', '.join(found['mtp_experts'])}")
+    return "\n".join([*lines, *(f"- {limit}" for limit in found["limits"])])

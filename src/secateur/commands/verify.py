@@ -1,0 +1,46 @@
+"""`secateur verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.commands.progress import bytes_bar
+
+WORDS = {True: "passed", False: "FAILED", None: "not checked"}
+
+
+def verify(
+    source: Annotated[Path, typer.Argument(help="The folder of the model that was pruned.")],
+    pruned: Annotated[Path, typer.Argument(help="The folder that `secateur apply` wrote.")],
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Length of the sample that both models are run on; 0 loads neither.")
+    ] = 32,
+    text: Annotated[Path | None, typer.Option("--text", help="Take the sample from this file; random if none.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random sample.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Prove that a pruned model is what its plan makes of its source. Ends with status 1 where a check fails.
+
+    Every kept tensor is compared with its source byte by byte. Where the models fit in memory, the pruned one must load
+    with nothing missing, compute what the source computes with the dropped experts barred, and generate.
+
+    Example: `secateur verify models/Qwen3-30B-A3B pruned --tokens 256`
+    """
+    from secateur.checkpoint.verify import as_json as result_of
+    from secateur.checkpoint.verify import check_tokens, verify_model
+
+    check_tokens(tokens)
+    with bytes_bar("comparing", show=not (quiet or as_json)) as on_bytes:
+        checks = verify_model(source, pruned, num_tokens=tokens, text=text, seed=seed, on_bytes=on_bytes)
+    result = result_of(source, pruned, checks)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    elif not quiet:
+        print("\n".join(f"{WORDS[check.passed]}: {check.claim} ({check.detail})" for check in checks))
+    if not result["passed"]:
+        raise typer.Exit(1)
