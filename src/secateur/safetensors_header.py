@@ -76,6 +76,16 @@ def parse_header(data: bytes, size: int, path: Path) -> Header:
         raise SecateurError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def with_sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with the texts of its header in order of their names: as the library writes it, that varies."""
+    (length,) = LENGTH.unpack(data[: LENGTH.size])
+    header = json.loads(data[LENGTH.size : LENGTH.size + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % LENGTH.size)
+    return LENGTH.pack(len(text)) + text + data[LENGTH.size + length :]
+
+
 def _checked(header: Any, data_start: int, size: int) -> Header:
     if not isinstance(header, dict):
         raise SecateurError("its header is no JSON object")

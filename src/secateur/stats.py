@@ -23,6 +23,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
+from secateur.safetensors_header import with_sorted_metadata
 
 FORMAT = "secateur-stats"
 COUNTS = ("num_tokens", "token_count")
@@ -234,15 +235,21 @@ class RouterStats:
             layers[int(name)] = _layer(f"statistics, layer {name}", entry)
         return cls(layers=layers)
 
-    def save(self, path: Path | str) -> None:
-        """Write the statistics as safetensors: `layers.N.num_tokens` (1,), and (E,) for all else, `layers.N.FIELD`."""
+    def save(self, path: Path | str, about: Mapping[str, Any] | None = None) -> None:
+        """Write the statistics as safetensors: `layers.N.num_tokens` (1,), and (E,) for all else, `layers.N.FIELD`.
+
+        Args:
+            about: JSON values that say what was counted; see `secateur.observation`.
+        """
         tensors: dict[str, Tensor] = {}
         for layer, stats in self.layers.items():
             tensors[f"layers.{layer}.token_count"] = stats.token_count
             tensors[f"layers.{layer}.num_tokens"] = torch.tensor([stats.num_tokens])
             tensors |= {f"layers.{layer}.{name}": value for name, value in stats.sums.items()}
-        # One metadata entry: with several, safetensors writes them in no fixed order.
-        atomic_write(Path(path), safetensors.torch.save(tensors, metadata={"format": f"{FORMAT}/{self._version}"}))
+        metadata = {"format": f"{FORMAT}/{self._version}"}
+        if about is not None:
+            metadata["about"] = json.dumps(about, sort_keys=True, allow_nan=False)
+        atomic_write(Path(path), with_sorted_metadata(safetensors.torch.save(tensors, metadata=metadata)))
 
     @classmethod
     def load(cls, path: Path | str) -> RouterStats:
@@ -251,14 +258,23 @@ class RouterStats:
         Raises:
             SecateurError: the file cannot be read or holds something else; the message names it.
         """
+        return cls.load_with_about(path)[0]
+
+    @classmethod
+    def load_with_about(cls, path: Path | str) -> tuple[RouterStats, Any]:
+        """Read a statistics file: (statistics, what `save` was given as `about`, None where there is nothing).
+
+        Raises:
+            SecateurError: see `load`.
+        """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                found = (file.metadata() or {}).get("format")
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return cls._from_tensors(found, tensors)
+            return cls._from_tensors(metadata.get("format"), tensors), json.loads(metadata.get("about", "null"))
         except SecateurError as error:
             raise SecateurError(f"statistics file {path}: {error}") from error
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
             raise SecateurError(f"statistics file {path}: cannot be read ({error})") from error
 
     @classmethod

@@ -26,15 +26,9 @@ def describe(found: Survey) -> dict[str, Any]:
     """See `inspect_model`."""
     model, folder = found.model, found.folder
     size = Counter[str]()
-    per_expert = dict.fromkeys(found.all_counts, 0)
     for name, tensor in folder.tensors.items():
         place = found.located.get(name)
         size["rest" if place is None else f"{place.role}s"] += tensor.length
-        if place is not None and place.spec is not None:
-            axis = tensor.shape[place.spec.dim]
-            per_expert[place.layer] += tensor.length * place.spec.rows_per_expert // axis
-        elif place is not None and place.expert == 0:
-            per_expert[place.layer] += tensor.length
     return {
         "format": "secateur-inspect",
         "version": 1,
@@ -52,11 +46,23 @@ def describe(found: Survey) -> dict[str, Any]:
         "files": len(folder.headers),
         "tensors": len(folder.tensors),
         "bytes": {"experts": size["experts"], "routers": size["routers"], "rest": size["rest"]},
-        "bytes_per_expert": {str(layer): count for layer, count in per_expert.items()},
+        "bytes_per_expert": {str(layer): count for layer, count in bytes_per_expert(found).items()},
         "dtypes": dict(Counter(tensor.dtype for tensor in folder.tensors.values()).most_common()),
         "quantisation": _quantisation(found),
         "limits": _limits(found),
     }
+
+
+def bytes_per_expert(found: Survey) -> dict[int, int]:
+    """{layer: bytes that go with one of its experts, the router row included}."""
+    sizes = dict.fromkeys(found.all_counts, 0)
+    for name, place in found.located.items():
+        tensor = found.folder.tensors[name]
+        if place.spec is not None:
+            sizes[place.layer] += tensor.length * place.spec.rows_per_expert // tensor.shape[place.spec.dim]
+        elif place.expert == 0:
+            sizes[place.layer] += tensor.length
+    return sizes
 
 
 def _shared(found: Survey) -> int | None:
