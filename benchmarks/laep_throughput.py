@@ -56,6 +56,7 @@ CONFIGS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "middle-batch": (8, 256, MODEL),
     "large-batch": (32, 256, MODEL),
     "many-experts": (8, 256, {**MODEL, "num_experts": 128, "moe_intermediate_size": 128}),
+    "weight-bound": (4, 64, {**MODEL, "hidden_size": 512, "num_hidden_layers": 2, "moe_intermediate_size": 512}),
     "wide-experts": (8, 128, {**MODEL, "num_experts": 32, "moe_intermediate_size": 768}),
 }
 VOCABULARY = 2048

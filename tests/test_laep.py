@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.decide import Rule
@@ -527,6 +529,16 @@ def test_nan_in_a_router_is_refused(name: str) -> None:
     with pytest.raises(SecateurError, match=rf"layer 2: .*{name} has NaN or infinite values at step 3"):
         run.pruner.step()
     assert everything(run.model) == before
+
+
+def test_a_process_group_that_was_made_later_is_refused_at_the_first_step() -> None:
+    run = Run(at_step=3, target_params=0.8)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(SecateurError, match=r"2 processes in the job, but 1 .* make it after .*init_process_group"):
+            run.step(0)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_nan_elsewhere_in_the_model_is_refused_as_what_it_is() -> None:

@@ -128,14 +128,15 @@ def plan_by_criterion(
         values, safe = scores[layer].tolist(), protected.get(layer, ())
         layers[layer] = LayerPlan(experts_before=num_experts[layer], order=_kept(values, limits[layer], count, safe))
         rescued[layer] = sorted(set(safe) - set(_kept(values, limits[layer], count, ())))
+    needs = find_criterion(criterion).needs
     details: dict[str, JSON] = {
         "source": find_criterion(criterion).source,
         "keep": keep.to_json(),
         "allocation": allocation,
-        "seed": seed if find_criterion(criterion).needs == "nothing" else None,
+        "seed": seed if needs == "nothing" else None,
         "super_experts": {"protected": _json(protected), "rescued": _json(rescued)} if protect else None,
         "never_routed": _json(never_routed(stats)) if stats is not None else None,
-        "zero_weights": _json(zero_weights(weights)) if weights is not None else None,
+        "zero_weights": _json(zero_weights(weights)) if weights is not None and needs == "expert weights" else None,
     }
     digest = None if stats is None else stats.digest()
     return Plan(layers=layers, criterion=criterion, details=details, stats_digest=digest)

@@ -9,18 +9,21 @@ import typer
 
 from secateur.commands.apply import apply
 from secateur.commands.ends import fail, fail_without_the_others
+from secateur.commands.eval import eval
 from secateur.commands.inspect import inspect
 from secateur.commands.place import place
+from secateur.commands.plan import plan
 from secateur.commands.pretrain import pretrain
+from secateur.commands.prune import prune
 from secateur.commands.report import report
 from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, place, apply, report, inspect, verify)
+COMMANDS = (pretrain, place, report, inspect, plan, apply, verify, prune, eval)
 
 app = typer.Typer(
     name="secateur",
-    help="Prune the experts of Mixture-of-Experts models while they pre-train.",
+    help="Prune the experts of Mixture-of-Experts models: while they pre-train, and as checkpoints.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

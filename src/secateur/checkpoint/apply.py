@@ -13,8 +13,9 @@ from secateur.checkpoint.card import card
 from secateur.checkpoint.compare import verify_written
 from secateur.checkpoint.config import edited_config
 from secateur.checkpoint.copy import Shard, into_shards, write_index, write_shard
+from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import CONFIG, Folder, read_folder
-from secateur.checkpoint.report import describe, page
+from secateur.checkpoint.report import STATS, VERIFIED, describe, page
 from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors, layer_plan
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.undo import write_undo
@@ -40,6 +41,7 @@ def apply_to_model(
     mtp: str | None = None,
     dry_run: bool = False,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    finish: Callable[[Path], None] = lambda written: None,
 ) -> dict[str, JSON]:
     """Write `source` with the experts that `plan` keeps, in its order, to the new folder `out`.
 
@@ -53,6 +55,7 @@ def apply_to_model(
             they must end up with the count that config.json gives.
         dry_run: check and report, write nothing.
         on_bytes: called with (bytes written, bytes to write).
+        finish: called with the complete folder before it gets its name; what it raises undoes everything.
 
     Returns:
         The report, which is also written as report.json.
@@ -99,6 +102,7 @@ def apply_to_model(
         if side is not None:
             write_undo(found.folder, plan, mtp, into_shards(dropped, _largest_file(found.folder), stem="dropped"), side,
                        copied, more)  # fmt: skip
+        finish(beside)
     return report
 
 
@@ -124,6 +128,7 @@ def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None
     if mtp is not None and named:
         raise SecateurError(f"--mtp {mtp}: the plan names the layers {named} itself; expected one of the two")
     model = found.model
+    _check_model(found, plan)
     check_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
     for layer in found.counts:
         count = layer_plan(found, plan, layer).experts_after
@@ -133,8 +138,21 @@ def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None
             )
 
 
+def _check_model(found: Survey, plan: Plan) -> None:
+    """Compare the model that a plan was made for with the one at hand, where the plan tells."""
+    steps = plan.details.get("steps")
+    first: Any = steps[0].get("details") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
+    told: Any = (first if isinstance(first, dict) else plan.details).get("model")
+    here = facts(found)
+    if isinstance(told, dict) and told.get("digest") != here.digest:
+        raise SecateurError(
+            f"plan: it was made for a {told.get('model_type')} model whose tensors have other names, types or shapes "
+            f"than those of {found.folder.path}, a {here.model_type}"
+        )
+
+
 def _files_to_copy(folder: Folder) -> list[PurePosixPath]:
-    made_here = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE)}
+    made_here = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS)}
     return [relative for relative in folder.others if relative not in made_here]
 
 

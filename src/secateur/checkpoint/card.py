@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur import __version__
+from secateur.checkpoint.recipe import recipe
 
 SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."
 DIFFERENT = (
@@ -39,6 +40,7 @@ def _recipe(report: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {layer['experts_before']} | {layer['experts_after']} |" for name, layer in layers.items()
     )
+    how = "\n".join(f"| {name} | {_cell(value)} |" for name, value in recipe(report["plan"]))
     lines = [
         f"# {report['name']}, pruned",
         f"{after} of {before} experts were kept by the criterion `{report['criterion']}` "
@@ -46,10 +48,16 @@ def _recipe(report: dict[str, Any]) -> str:
         f"{report['bytes_after'] / 1e9:.2f} GB. No weight was changed: every tensor is a copy of the original's bytes.",
         SAME if len(counts) == 1 else DIFFERENT,
         MTP.get(report["mtp"] or "", ""),
+        f"| how the experts were chosen | |\n|---|---|\n{how}",
         f"| layer | experts before | experts kept |\n|---|---|---|\n{rows}",
-        "`plan.json` says which experts they are; made with `secateur apply MODEL plan.json --out DIR`.",
+        "`plan.json` says which experts they are; `secateur apply MODEL plan.json --out DIR` makes the model again.",
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _split_head(text: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.checkpoint.card import DIFFERENT, MTP, SAME
+from secateur.checkpoint.recipe import recipe
 from secateur.checkpoint.rewrite import Made, layer_plan
 from secateur.checkpoint.survey import Survey
 from secateur.plan import JSON, Plan
@@ -15,6 +16,9 @@ from secateur.report.html import document, section, table
 from secateur.surgery.dcp_report import FORMAT, VERSION
 
 FORMAT_OF_FOLDER = "Hugging Face safetensors"
+# What `prune` leaves beside the files of `apply`; the first not beside config.json, where vLLM takes every
+# *.safetensors for weights if there is no index.
+STATS, VERIFIED = "observed/stats.safetensors", "verify.json"
 
 
 def describe(
@@ -59,7 +63,7 @@ def describe(
         "bytes_before": survey.folder.num_bytes,
         "bytes_after": after,
         "files_copied": list(files_copied),
-        "files_left_out": [str(relative) for relative in survey.folder.left_out],
+        "files_left_out": [str(relative) for relative in survey.folder.left_out if str(relative) != STATS],
         "configs_edited": ["config.json"],
         "mtp": mtp,
     }
@@ -91,6 +95,7 @@ def page(report: dict[str, Any]) -> str:
             f"<h1>{escape(report['name'])}, pruned</h1>",
             f'<p class="lead">{escape(lead)}</p>',
             *(f'<p class="note">{escape(note)}</p>' for note in notes if note),
+            section("How the experts were chosen", table(("what", "value"), recipe(report["plan"]))),
             section("Layers", table(("layer", "experts before", "kept", "dropped"), rows)),
             section("Files left out", table(("file",), [(name,) for name in report["files_left_out"]])),
         ],

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.plan import Plan
 from secateur.stats import RouterStats
@@ -49,8 +50,13 @@ class Job:
         """Call after an optimizer step: what a pruning will need of the training loop is there.
 
         Raises:
-            SecateurError: see `DDPFinder.ready`.
+            SecateurError: the process group was made after this object; see also `DDPFinder.ready`.
         """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.ranks.size:
+            raise SecateurError(
+                f"found {dist.get_world_size()} processes in the job, but {self.ranks.size} when LAEP was made; "
+                "make it after torch.distributed.init_process_group"
+            )
         if self._finder is not None:
             self._finder.ready()
 

@@ -1,0 +1,217 @@
+"""All stages in one: observe where the criterion needs data, plan, apply, verify. A start after a kill goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint.apply import apply_to_model, check_target_pair
+from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome
+from secateur.checkpoint.facts import facts
+from secateur.checkpoint.folder import read_folder, read_object
+from secateur.checkpoint.report import STATS, VERIFIED
+from secateur.checkpoint.source import Source, of_observation
+from secateur.checkpoint.survey import Survey, survey
+from secateur.checkpoint.undo import RECORD, holds_undo
+from secateur.checkpoint.verify import as_json, check_tokens, verify_model
+from secateur.checkpoint.work import Work, work_folder
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+from secateur.observation import Observation
+from secateur.out_folder import check_target, copy_file
+from secateur.plan import Plan
+
+# (model folder, folder for what an unfinished pass keeps) -> statistics
+Observe = Callable[[Path, Path], Observation]
+Progress = Callable[[str, int, int], None]
+
+
+def prune(
+    model: Path,
+    out: Path,
+    choice: Choice,
+    *,
+    observe: Observe | None = None,
+    data: Mapping[str, Any] | None = None,
+    undo: Path | None = None,
+    mtp: str | None = None,
+    verify_tokens: int = 32,
+    dry_run: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Prune a model folder into the new folder `out`.
+
+    What is finished lies in a hidden folder beside `out` until all is; a start with the same data goes on from there,
+    also with another criterion or another number of experts, since the statistics serve them all.
+
+    Args:
+        observe: takes the statistics, where `choice` needs data; must go on by itself after a kill.
+        data: JSON values that say what `observe` runs the model on; a start with others is refused.
+        undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
+        dry_run: check everything and say what would be done; write nothing.
+        on_progress: called with ("reading" | "writing" | "verifying", bytes done, bytes in all).
+
+    Returns:
+        {"outcome": see `decide.outcome`, "verified": see `verify.as_json`, "report": see `apply_to_model`}; of a dry
+        run without "verified", and where data would decide, only the "outcome" as far as it is known, or None.
+
+    Raises:
+        SecateurError: the model cannot be pruned like that, `out` or `undo` is not free, or what was written failed
+            a check; then nothing is left under their names.
+        OSError: the disk refused.
+    """
+    check_tokens(verify_tokens)
+    found = survey(read_folder(model))
+    source = Source(facts=facts(found), found=found)
+    if choice.needs_data and observe is None:
+        raise SecateurError(f"criterion {choice.criterion!r} needs data to run the model on (--data)")
+    if found.mtp_counts and mtp is None:
+        raise SecateurError(
+            f"layers {sorted(found.mtp_counts)} predict further tokens (MTP) and are not pruned with the others: say "
+            "what becomes of them with --mtp whole or --mtp drop"
+        )
+    counts = check_choice(source, choice)
+    if dry_run:
+        _check_targets(model, out, undo)
+        return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
+    asked = {
+        "model": _state(found),
+        "data": dict(data) if choice.needs_data and data is not None else None,
+        "choice": _as_json(choice),
+        "undo": None if undo is None else str(undo.resolve()),
+        "mtp": mtp,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(out) as work:
+        if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
+            work.remove()
+            return _finished(out, source)
+        _check_same(work, asked)
+        _remove_unfinished_undo(work, asked, undo, out)
+        _check_targets(model, out, undo)
+        work.note(asked)
+        if choice.needs_data:
+            assert observe is not None
+            source = _observed(work, found, model, observe)
+        plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
+        plan.save(work.plan)
+
+        def finish(written: Path) -> None:
+            if work.stats.is_file() and choice.needs_data:
+                copy_file(work.stats, written / STATS)
+            checks = verify_model(
+                model,
+                written,
+                num_tokens=verify_tokens,
+                on_bytes=lambda done, total: on_progress("verifying", done, total),
+            )
+            failed = [f"{check.claim} ({check.detail})" for check in checks if check.passed is False]
+            if failed:
+                raise SecateurError(f"what was written failed: {'; '.join(failed)}; nothing was left at {out}")
+            atomic_write(written / VERIFIED, json.dumps(as_json(model, out, checks), indent=2) + "\n")
+
+        apply_to_model(
+            model,
+            plan,
+            out,
+            expert_parallel=choice.multiple_of,
+            undo=undo,
+            mtp=mtp,
+            on_bytes=lambda done, total: on_progress("writing", done, total),
+            finish=finish,
+        )
+        work.remove()
+    return _finished(out, source)
+
+
+def _check_targets(model: Path, out: Path, undo: Path | None) -> None:
+    check_target(model, out)
+    if undo is not None:
+        check_target(model, undo, "--undo")
+        check_target_pair(out, undo)
+
+
+def _foreseen(
+    source: Source,
+    choice: Choice,
+    counts: Plan | None,
+    out: Path,
+    undo: Path | None,
+    mtp: str | None,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Of a dry run: everything where no data decide, else what is known without them."""
+    if choice.needs_data:
+        known = None if counts is None else outcome(source, counts) | {"criterion": choice.criterion}
+        return {"outcome": known, "report": None}
+    assert source.found is not None
+    plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
+    report = apply_to_model(source.found.folder.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
+                            dry_run=True)  # fmt: skip
+    return {"outcome": outcome(source, plan), "report": report}
+
+
+def _observed(work: Work, found: Survey, model: Path, observe: Observe) -> Source:
+    if not work.stats.is_file():
+        observation = observe(model, work.observing)
+        observation.save(work.stats)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(work.observing)
+    return of_observation(Observation.load(work.stats), found, str(work.stats))
+
+
+def _finished(out: Path, source: Source) -> dict[str, Any]:
+    report = read_object(out / "report.json")
+    if source.stats is None and (out / STATS).is_file():
+        source = dataclasses.replace(source, stats=Observation.load(out / STATS).stats)
+    return {
+        "outcome": outcome(source, Plan.from_json(report["plan"])),
+        "verified": read_object(out / VERIFIED),
+        "report": report,
+    }
+
+
+def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
+    for key in ("model", "data"):
+        if work.before is not None and work.before.get(key) != asked[key]:
+            raise SecateurError(
+                f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} "
+                f"({work.before.get(key)!r:.200}, now {asked[key]!r:.200}); give what was given then, or remove the "
+                "folder to begin anew"
+            )
+
+
+def _remove_unfinished_undo(work: Work, asked: Mapping[str, Any], undo: Path | None, out: Path) -> None:
+    """Of a start that was killed after the undo folder got its name and before the result did."""
+    if undo is None or out.exists() or work.before is None or work.before.get("undo") != asked["undo"]:
+        return
+    if holds_undo(undo) and work.plan.is_file():
+        written = read_object(undo / RECORD).get("plan")
+        if written == Plan.load(work.plan).to_json():
+            shutil.rmtree(undo)
+
+
+def _state(found: Survey) -> dict[str, Any]:
+    """By which a model is known to be the same, unchanged."""
+    folder = found.folder
+    files = {name: (folder.path / name).stat() for name in folder.headers}
+    return {
+        "path": str(folder.path.resolve()),
+        "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
+    }
+
+
+def _as_json(choice: Choice) -> dict[str, Any]:
+    """As it comes back from a file."""
+    plain = dataclasses.asdict(choice)
+    values = {
+        "keep": choice.keep.to_json() if choice.keep else None,
+        "rule": choice.rule.to_json() if choice.rule else None,
+    }
+    loaded: dict[str, Any] = json.loads(json.dumps(plain | values))
+    return loaded

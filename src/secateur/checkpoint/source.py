@@ -1,0 +1,83 @@
+"""What a plan is made from: a statistics file, a training run's loads, or a model folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint.facts import facts
+from secateur.checkpoint.folder import read_folder
+from secateur.checkpoint.survey import Survey, survey
+from secateur.errors import SecateurError
+from secateur.observation import ModelFacts, Observation
+from secateur.stats import RouterStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Args:
+    facts: of the model to prune. stats: of its layers, where there are any, and the `data` they were taken on.
+    found: its folder, where that is at hand; weights are read from it.
+    """
+
+    facts: ModelFacts
+    stats: RouterStats | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    found: Survey | None = None
+
+
+def read_source(path: Path, model: Path | None = None) -> Source:
+    """A statistics file, or a model folder.
+
+    Args:
+        model: the folder of the model that the statistics are of; needed where the file does not say which, and for
+            criteria that read weights.
+
+    Raises:
+        SecateurError: neither of the two, a damaged one, or statistics that are not of `model`.
+    """
+    if path.is_dir():
+        if model is not None:
+            raise SecateurError(f"--model {model}: {path} is a folder and taken as the model itself; give one of them")
+        found = survey(read_folder(path))
+        return Source(facts=facts(found), found=found)
+    if not path.exists():
+        raise SecateurError(f"{path}: not there, expected a statistics file or the folder of a model")
+    return of_observation(Observation.load(path), None if model is None else survey(read_folder(model)), str(path))
+
+
+def of_observation(observation: Observation, found: Survey | None, name: str) -> Source:
+    """Statistics and the model they are of; `name` is theirs, for messages.
+
+    Raises:
+        SecateurError: nothing says which model that is, or it is not the model of `found`.
+    """
+    known = None if found is None else facts(found)
+    told = observation.model
+    if known is None and told is None:
+        raise SecateurError(f"{name}: it does not say which model the statistics are of; name its folder with --model")
+    if known is not None and told is not None and known.digest != told.digest:
+        raise SecateurError(
+            f"{name}: statistics of a {told.model_type} model with {_counts(told)}, but --model is a "
+            f"{known.model_type} with {_counts(known)}, or one with tensors of other names, types or shapes"
+        )
+    model = known or told
+    assert model is not None
+    # An observation checks its own facts; those of a folder are compared here.
+    observation = Observation(stats=observation.stats, model=model, data=observation.data)
+    return Source(facts=model, stats=observation.stats, data=observation.data, found=found)
+
+
+def of_loads(loads: Mapping[int, Sequence[float]], model: Path) -> Source:
+    """Tokens of each expert in a training run, and the model that it left."""
+    found = survey(read_folder(model))
+    known = facts(found)
+    counts = {layer: [int(count) for count in one] for layer, one in loads.items()}
+    num_tokens = sum(map(sum, counts.values())) // (known.top_k * max(len(counts), 1))
+    return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), found, "loads")
+
+
+def _counts(model: ModelFacts) -> str:
+    return f"{sum(model.num_experts.values())} experts in {len(model.num_experts)} layers"

@@ -1,0 +1,105 @@
+"""Where the hidden states are while one layer takes the place of another: in memory, or in files that outlive a kill.
+
+A stage is what one layer is given; stage L, after the last of L layers, is what that one returned.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import safetensors.torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+from secateur.safetensors_header import with_sorted_metadata
+
+
+class States(Protocol):
+    """Hidden states of every batch.
+
+    first: the stage that `get` can give from the start; 0, the first layer's, is never kept.
+    form: how layers return hidden states, see `stream_relay`; None while no layer has run.
+    """
+
+    first: int
+    form: str | None
+
+    def get(self, stage: int, index: int) -> Tensor:
+        """What batch `index` brings to the stage, on the host."""
+
+    def put(self, stage: int, index: int, hidden: Tensor) -> None:
+        """Keep it."""
+
+    def finish(self, stage: int) -> None:
+        """All batches have been put to the stage; the ones before it are not needed any more."""
+
+
+class MemoryStates:
+    """In the memory of this process."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.form: str | None = None
+        self._hidden: dict[int, Tensor] = {}  # a batch's next state takes the place of the last
+
+    def get(self, stage: int, index: int) -> Tensor:
+        return self._hidden[index]
+
+    def put(self, stage: int, index: int, hidden: Tensor) -> None:
+        self._hidden[index] = _plain(hidden)
+
+    def finish(self, stage: int) -> None:
+        pass
+
+
+class DiskStates:
+    """In a folder, one file a batch; a stage counts once it is finished, and the last finished one is kept.
+
+    While a layer runs, two stages are on the disk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            SecateurError: something else is in the folder.
+            OSError: it cannot be made or read.
+        """
+        self._folder, self._record = folder, folder / "stage.json"
+        self.first, self.form = 0, None
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._record.exists():
+            try:
+                content = json.loads(self._record.read_text(encoding="utf-8"))
+                self.first, self.form = int(content["stage"]), str(content["form"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise SecateurError(f"{self._record}: not what an unfinished run writes ({error})") from error
+        self._keep_only(self.first)
+
+    def get(self, stage: int, index: int) -> Tensor:
+        tensor = safetensors.torch.load_file(self._path(stage, index))["hidden"]
+        return tensor.clone()  # a mapped file begins at any address, and matrix products round by that
+
+    def put(self, stage: int, index: int, hidden: Tensor) -> None:
+        path = self._path(stage, index)
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, with_sorted_metadata(safetensors.torch.save({"hidden": _plain(hidden)})))
+
+    def finish(self, stage: int) -> None:
+        atomic_write(self._record, json.dumps({"stage": stage, "form": self.form}))
+        self._keep_only(stage)
+
+    def _path(self, stage: int, index: int) -> Path:
+        return self._folder / f"{stage:05}" / f"{index:06}.safetensors"
+
+    def _keep_only(self, stage: int) -> None:
+        for path in self._folder.iterdir():
+            if path.is_dir() and path.name != f"{stage:05}":
+                shutil.rmtree(path)
+
+
+def _plain(hidden: Tensor) -> Tensor:
+    return hidden.detach().cpu().contiguous()

@@ -1,0 +1,77 @@
+"""What an unfinished pruning keeps beside its target, so that the next start goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint.folder import read_object
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
+
+ASKED, STATS, PLAN, OBSERVING = "asked.json", "stats.safetensors", "plan.json", "observing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The folder of one pruning. `before` is what its last start was asked for, None at the first."""
+
+    path: Path
+    before: Mapping[str, Any] | None
+
+    @property
+    def stats(self) -> Path:
+        return self.path / STATS
+
+    @property
+    def plan(self) -> Path:
+        return self.path / PLAN
+
+    @property
+    def observing(self) -> Path:
+        """Where an unfinished pass over data keeps what it has."""
+        return self.path / OBSERVING
+
+    def note(self, asked: Mapping[str, Any]) -> None:
+        """Write down what this start is asked for."""
+        atomic_write(self.path / ASKED, json.dumps(asked, indent=2, sort_keys=True) + "\n")
+
+    def remove(self) -> None:
+        """Take the folder away, the note last: as long as it is there, the next start knows what was done."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == ASKED):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.path.rmdir()
+
+
+def place_of_work(out: Path) -> Path:
+    return out.parent / f".{out.name}.pruning"
+
+
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Work]:
+    """The work folder of `out`, for one process at a time; an empty one goes again.
+
+    Raises:
+        SecateurError: another process is at it, or what lies in it is damaged.
+    """
+    path = place_of_work(out)
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SecateurError(f"--out {out}: another process is pruning into it (it holds {path})") from error
+        noted = path / ASKED
+        yield Work(path=path, before=read_object(noted) if noted.is_file() else None)
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.rmdir()  # of a start that was refused before it began

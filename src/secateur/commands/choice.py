@@ -1,0 +1,105 @@
+"""The options of `secateur plan` and `secateur prune` that say which experts go and how many."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from secateur.criteria import CRITERIA
+
+if TYPE_CHECKING:
+    from secateur.checkpoint.decide import Choice
+
+LAEP_HELP = "LAEP's thresholds on the loads, which also decide how many go (2601.14327)"
+ALLOCATION_HELP = {
+    "uniform": "the same for all layers",
+    "global": "different numbers, so that the smallest sum of scores goes, each layer's scores as shares of their sum",
+    "laep": "different numbers by LAEP's threshold on the loads, just high enough",
+}
+
+
+def _listed(table: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in table.items())
+
+
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        "--criterion",
+        help="Which experts stay, those of the highest score: "
+        + _listed({name: one.help for name, one in CRITERIA.items()} | {"laep": LAEP_HELP})
+        + ".",
+    ),
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        help="How many stay: a share of the experts (0.75), a number of each layer (48), as many as fit with the rest "
+        "of the model in so many bytes (24GB, 22GiB), or a number for every layer (0:48,1:40).",
+    ),
+]
+Allocation = Annotated[str, typer.Option("--allocation", help=f"How many of each layer. {_listed(ALLOCATION_HELP)}.")]
+ExpertParallel = Annotated[
+    int, typer.Option("--ep", min=1, help="Expert-parallel ranks to serve on: every layer's count is a multiple.")
+]
+MinExperts = Annotated[int, typer.Option("--min-experts", min=1, help="Every layer keeps at least so many.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the criterion random.")]
+Protect = Annotated[
+    bool | None,
+    typer.Option(
+        "--protect/--no-protect",
+        help="Keep super-experts, whose outputs are so large that dropping one breaks a model, whatever their score. "
+        "Left out: wherever the statistics show them.",
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", help="laep: an expert goes only if its load is at most so many times the layer's mean."),
+]
+Beta = Annotated[
+    float | None,
+    typer.Option("--beta", help="laep: the least used go only while together they have less than this share."),
+]
+TargetParams = Annotated[
+    float | None,
+    typer.Option("--target-params", help="laep: keep at most this share of the model, counted in bytes."),
+]
+MaxRerouted = Annotated[
+    float | None,
+    typer.Option("--max-rerouted", help="laep: at most this share of the routed tokens loses its expert."),
+]
+
+
+def choice_of(
+    criterion: str,
+    *,
+    keep: str | None,
+    alpha: float | None,
+    beta: float | None,
+    target_params: float | None,
+    max_rerouted: float | None,
+    allocation: str,
+    expert_parallel: int,
+    min_experts: int,
+    seed: int,
+    protect: bool | None,
+) -> Choice:
+    """What the options say; a SecateurError where they contradict each other."""
+    from secateur.checkpoint.decide import Choice
+    from secateur.decide import Rule
+    from secateur.keep import Keep
+
+    goals = {"alpha": alpha, "beta": beta, "target_params": target_params, "max_rerouted": max_rerouted}
+    has_rule = any(value is not None for value in goals.values())
+    return Choice(
+        criterion=criterion,
+        keep=None if keep is None else Keep.parse(keep),
+        rule=Rule(**goals) if has_rule else None,
+        allocation=allocation,
+        multiple_of=expert_parallel,
+        min_experts=min_experts,
+        seed=seed,
+        protect=protect,
+    )

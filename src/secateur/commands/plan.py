@@ -1,0 +1,131 @@
+"""`secateur plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.commands import choice as options
+from secateur.commands.progress import bytes_bar
+from secateur.errors import SecateurError
+
+if TYPE_CHECKING:
+    from secateur.checkpoint.source import Source
+
+LOADS = "loads.jsonl"  # of a training run
+LISTED = 12  # layers in a message
+
+
+def plan(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Statistics that `secateur observe` wrote; the folder of a model, for criteria without data; or a "
+            "folder that `secateur pretrain` wrote."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")] = None,
+    criterion: options.Criterion = None,
+    keep: options.Keep = None,
+    allocation: options.Allocation = "uniform",
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="The model that the statistics are of; criteria that read weights need it."),
+    ] = None,
+    expert_parallel: options.ExpertParallel = 1,
+    min_experts: options.MinExperts = 1,
+    seed: options.Seed = 0,
+    protect: options.Protect = None,
+    alpha: options.Alpha = None,
+    beta: options.Beta = None,
+    target_params: options.TargetParams = None,
+    max_rerouted: options.MaxRerouted = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the plan would do; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan and what it does as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Decide which experts stay, and write that down as a plan.
+
+    Without `--criterion` it is reap for statistics and aimer for a model without data; with an option of laep it is
+    laep. Statistics serve every criterion: plans for other criteria or numbers cost seconds.
+
+    Example: `secateur plan stats.safetensors --criterion reap --keep 0.75 --out plan.json`
+    """
+    from secateur.checkpoint.decide import decide_plan, outcome
+
+    if out is None and not dry_run:
+        raise SecateurError("--out names the file for the plan; it is missing (or use --dry-run)")
+    if out is not None and out.is_dir():
+        raise SecateurError(f"--out {out}: a folder, expected a file to write")
+    has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
+    asked = options.choice_of(
+        criterion or ("laep" if has_rule else "aimer" if _is_model(source) else "reap"),
+        keep=keep,
+        alpha=alpha,
+        beta=beta,
+        target_params=target_params,
+        max_rerouted=max_rerouted,
+        allocation=allocation,
+        expert_parallel=expert_parallel,
+        min_experts=min_experts,
+        seed=seed,
+        protect=protect,
+    )
+    given = _read(source, model)
+    with bytes_bar("reading weights", show=not (quiet or as_json)) as on_bytes:
+        decided = decide_plan(given, asked, on_bytes=on_bytes)
+    if out is not None and not dry_run:
+        decided.save(out)
+    result = outcome(given, decided)
+    if as_json:
+        print(json.dumps(result | {"plan": decided.to_json()}, indent=2))
+    elif not quiet:
+        print("\n".join([f"{'would write' if dry_run else 'wrote'} {out or 'a plan'}", *outcome_lines(result)]))
+
+
+def outcome_lines(result: dict[str, Any]) -> list[str]:
+    """What a plan does to a model, in words; see `decide.outcome`."""
+    from secateur.checkpoint.card import DIFFERENT
+
+    layers = {name: (one["experts_before"], one["experts_after"]) for name, one in result["layers"].items()}
+    size = [f"{result[f'bytes_{when}'] / 1e9:.3f} GB" for when in ("before", "after")]
+    lines = [
+        f"{result['criterion']}: experts {result['experts_before']} -> {result['experts_after']} in {len(layers)} "
+        f"layers, {size[0]} -> {size[1]}"
+    ]
+    if len(set(layers.values())) == 1:
+        before, after = next(iter(layers.values()))
+        lines.append(f"every layer: {before} -> {after}")
+    else:
+        lines += [f"layer {name}: {before} -> {after}" for name, (before, after) in [*layers.items()][:LISTED]]
+        lines += [f"... and {len(layers) - LISTED} more layers"] if len(layers) > LISTED else []
+    if result["rerouted_share"] is not None:
+        lines.append(f"{100 * result['rerouted_share']:.2f} % of the routed tokens lose their expert")
+    if result["super_experts"] is not None:
+        protected, rescued = (_by_layer(result["super_experts"][key]) for key in ("protected", "rescued"))
+        lines.append(f"super-experts protected: {protected}; of these the criterion would have dropped: {rescued}")
+    if result["never_routed"]:
+        lines.append(f"never routed to: {result['never_routed']} experts, {result['never_routed_dropped']} of them go")
+    if len({after for _, after in layers.values()}) > 1:
+        lines.append(DIFFERENT)
+    return lines
+
+
+def _read(source: Path, model: Path | None) -> Source:
+    from secateur.checkpoint.source import of_loads, read_source
+    from secateur.commands.place import read_loads
+
+    if (source / LOADS).is_file():
+        return of_loads(read_loads(source / LOADS), model or source / "model")
+    return read_source(source, model)
+
+
+def _is_model(source: Path) -> bool:
+    return source.is_dir() and not (source / LOADS).is_file()
+
+
+def _by_layer(found: dict[str, list[int]]) -> str:
+    return "; ".join(f"layer {layer}: {' '.join(map(str, ids))}" for layer, ids in found.items()) or "none"
