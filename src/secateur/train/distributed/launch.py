@@ -56,10 +56,23 @@ def join() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(_attempt(), store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise SecateurError(f"cannot meet the other processes of the job (started by torchrun?): {error}") from None
+
+
+def _attempt() -> str:
+    """What tells the keys of this try from those of earlier ones, which torchrun's store still holds.
+
+    Without it a process may read where another one listened before the restart (pytorch issue 135712). Only the
+    processes of one node are sure to agree on it; docs/devices.md says what to do on several.
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 'any'}"
 
 
 def leave() -> None:
