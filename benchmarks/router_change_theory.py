@@ -1,0 +1,193 @@
+"""The theory of pruning by router change (arXiv 2405.16646), put to the test on its own data model.
+
+    python benchmarks/router_change_theory.py
+
+Four starting points (V0 to V3, see synthetic_experts.py), many seeds, expert choice and token choice. Then two claims
+that go further: how the change of irrelevant experts falls with the number of patterns d (the theorem: like
+1 / sqrt(d)), in several settings, with the slope fitted to log-log medians and its 95 % range over resampled seeds; and
+whether fine-tuning brings accuracy back when more than the irrelevant experts are pruned. Stores
+results/router_change_theory.json and docs/images/router-change-*.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+import synthetic_experts as toy
+from record import show, store
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+WIDTHS = (32, 64, 128, 256, 512, 1024)
+# what is changed -> the settings, by d
+SCALING = {
+    "as V0": lambda d: toy.Setting(d=d),
+    "10 times the steps": lambda d: toy.Setting(d=d, steps=3000),
+    "steps in proportion to d": lambda d: toy.Setting(d=d, steps=300 * d // 64),
+    "noise of 1 / sqrt(d)": lambda d: toy.Setting(d=d, noise=0.16 / math.sqrt(d)),
+    "batch in proportion to d": lambda d: toy.Setting(d=d, batch=d),
+    "a quarter of the patterns in a sample": lambda d: toy.Setting(d=d, n=d // 4, tokens=4, steps=300),
+    "irrelevant experts start without a pattern": lambda d: toy.Setting(d=d, irrelevant_size=0.0),
+}
+KEEPS = (8, 6, 4, 3, 2, 1)
+COLUMNS = ["experiment", "quantity", "value"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=60, help="of each variant")
+    parser.add_argument("--scaling-seeds", type=int, default=20, help="of each number of patterns")
+    arguments = parser.parse_args()
+    rows: list[list[str]] = []
+    record: dict[str, Any] = {"seeds": arguments.seeds, "scaling_seeds": arguments.scaling_seeds}
+    for routing in toy.GATES:
+        for name, setting in toy.VARIANTS.items():
+            found = variant(replace(setting, routing=routing), arguments.seeds)
+            record[f"{name}, {routing} choice"] = found
+            rows += [[f"{name}, {routing} choice", quantity, value] for quantity, value in shown(found)]
+            print(rows[-1], flush=True)
+    record["scaling"] = {}
+    for name, make in SCALING.items():
+        found = scaling([make(d) for d in WIDTHS], arguments.scaling_seeds)
+        record["scaling"][name] = found
+        rows.append([f"change with d: {name}", "slope of log change over log d", interval(found)])
+        print(rows[-1], flush=True)
+    for routing in toy.GATES:
+        found = beyond(toy.Setting(routing=routing), arguments.seeds)
+        record[f"beyond, {routing} choice"] = found
+        for keep, one in found.items():
+            text = f"{one['before']:.3f} -> {one['after']:.3f} (worst {one['worst_after']:.3f})"
+            rows.append([f"keep {keep} of 8, {routing} choice", "mean accuracy before -> after fine-tuning", text])
+    show("router change on the published data model", COLUMNS, rows)
+    print(store("router_change_theory", record | {"table": [COLUMNS, *rows]}))
+    draw(record)
+
+
+def variant(setting: toy.Setting, seeds: int) -> dict[str, Any]:
+    begin = toy.start(setting, range(seeds))
+    end = toy.train(begin, torch.Generator().manual_seed(1))
+    scores = end.scores(begin)
+    change = scores["signed change"]
+    relevant = torch.zeros(toy.EXPERTS, dtype=torch.bool)
+    relevant[list(toy.RELEVANT)] = True
+    results = {
+        which: toy.on_new_samples(end, torch.Generator().manual_seed(2), kept)
+        for which, kept in (
+            ("none removed", None),
+            ("4 lowest removed", toy.kept_by(change, 4)),
+            ("4 highest removed", toy.kept_by(-change, 4)),
+        )
+    }
+    return {
+        "least change of a relevant expert": float(change[:, relevant].min()),
+        "largest change of an irrelevant expert": float(change[:, ~relevant].max()),
+        "runs that find the relevant experts": {
+            name: int(toy.finds_relevant(one).sum()) for name, one in scores.items()
+        },
+        "accuracy": {which: numbers(one["accuracy"]) for which, one in results.items()},
+        "hinge": {which: numbers(one["hinge"]) for which, one in results.items()},
+        "runs": seeds,
+    }
+
+
+def numbers(values: Tensor) -> dict[str, float]:
+    return {"least": float(values.min()), "mean": float(values.mean()), "most": float(values.max())}
+
+
+def shown(found: dict[str, Any]) -> list[tuple[str, str]]:
+    right = found["runs that find the relevant experts"]
+    accuracy = found["accuracy"]
+    return [
+        ("least change of a relevant expert", f"{found['least change of a relevant expert']:+.4f}"),
+        ("largest change of an irrelevant expert", f"{found['largest change of an irrelevant expert']:+.4f}"),
+        *((f"relevant experts found by {name}", f"{count} of {found['runs']}") for name, count in right.items()),
+        ("accuracy, none removed (worst run)", f"{accuracy['none removed']['least']:.3f}"),
+        ("accuracy, 4 lowest removed (worst run)", f"{accuracy['4 lowest removed']['least']:.3f}"),
+        (
+            "accuracy, 4 highest removed (mean; best run)",
+            f"{accuracy['4 highest removed']['mean']:.3f}; {accuracy['4 highest removed']['most']:.3f}",
+        ),
+    ]
+
+
+def scaling(settings: list[toy.Setting], seeds: int) -> dict[str, Any]:
+    """The largest |change| of an irrelevant expert, by seed and d, and the slope of its median over d."""
+    largest = []
+    for setting in settings:
+        begin = toy.start(setting, range(seeds))
+        end = toy.train(begin, torch.Generator().manual_seed(1))
+        change = end.scores(begin)["signed change"]
+        irrelevant = [expert for expert in range(toy.EXPERTS) if expert not in toy.RELEVANT]
+        largest.append(change[:, irrelevant].abs().amax(dim=1))
+    values = torch.stack(largest)  # (widths, seeds)
+    widths = torch.tensor([float(setting.d) for setting in settings])
+    draws = torch.Generator().manual_seed(0)
+    slopes = torch.tensor(
+        [slope(widths, values[:, torch.randint(seeds, (seeds,), generator=draws)]) for _ in range(2000)]
+    )
+    return {
+        "d": widths.tolist(),
+        "medians": values.median(dim=1).values.tolist(),
+        "slope": slope(widths, values),
+        "low": float(slopes.quantile(0.025)),
+        "high": float(slopes.quantile(0.975)),
+    }
+
+
+def slope(widths: Tensor, values: Tensor) -> float:
+    x, y = widths.log(), values.median(dim=1).values.log()
+    x = x - x.mean()
+    return float((x * (y - y.mean())).sum() / x.square().sum())
+
+
+def interval(found: dict[str, Any]) -> str:
+    return f"{found['slope']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+
+
+def beyond(setting: toy.Setting, seeds: int) -> dict[str, dict[str, float]]:
+    """Accuracy with fewer and fewer experts, before and after fine-tuning for as many steps as training took."""
+    begin = toy.start(setting, range(seeds))
+    end = toy.train(begin, torch.Generator().manual_seed(1))
+    change = end.scores(begin)["signed change"]
+    found = {}
+    for keep in KEEPS:
+        kept = toy.kept_by(change, keep)
+        tuned = toy.train(end, torch.Generator().manual_seed(3), kept=kept)
+        before, after = (
+            toy.on_new_samples(one, torch.Generator().manual_seed(2), kept)["accuracy"] for one in (end, tuned)
+        )
+        found[str(keep)] = {
+            "before": float(before.mean()),
+            "after": float(after.mean()),
+            "worst_after": float(after.min()),
+        }
+    return found
+
+
+def draw(record: dict[str, Any]) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, found in record["scaling"].items():
+        left.loglog(found["d"], found["medians"], marker="o", label=f"{name}: {found['slope']:+.2f}")
+    left.set(xlabel="patterns d", ylabel="largest |change| of an irrelevant expert (median)")
+    left.legend(fontsize=7)
+    for routing in toy.GATES:
+        found = record[f"beyond, {routing} choice"]
+        removed = [1 - int(keep) / toy.EXPERTS for keep in found]
+        for when, style in (("before", "--"), ("after", "-")):
+            label = f"{routing} choice, {when} fine-tuning"
+            right.plot(removed, [one[when] for one in found.values()], style, marker="o", label=label)
+    right.axvline(0.5, color="grey", linewidth=0.8)
+    right.set(xlabel="share of experts pruned (line: the irrelevant ones)", ylabel="mean accuracy")
+    right.legend(fontsize=7)
+    figure.savefig(IMAGES / "router-change-theory.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
