@@ -63,6 +63,26 @@ def weight_stats(
     return dict(sorted(sums.items()))
 
 
+def router_rows(found: Survey) -> dict[int, dict[str, Tensor]]:
+    """{decoder layer with experts: {rule of a router tensor: (E, ...) a row for each expert, as stored}}.
+
+    Raises:
+        SecateurError: a router that is quantised.
+    """
+    rows: dict[int, dict[str, list[Tensor]]] = {}
+    for name, place in found.located.items():
+        tensor = found.folder.tensors[name]
+        if place.role != "router" or place.layer not in found.counts or not _is_matrix(tensor, place):
+            continue
+        _check_types("router weights", {name: tensor})
+        path = found.folder.path / tensor.file
+        mine = rows.setdefault(place.layer, {}).setdefault(place.key, [])
+        with path.open("rb") as opened:
+            for _, ranges in _by_expert(name, tensor, place, found.counts[place.layer]):
+                mine.append(_read(opened, path, ranges, DTYPES[tensor.dtype]))
+    return {layer: {key: torch.stack(one) for key, one in keys.items()} for layer, keys in sorted(rows.items())}
+
+
 def _check_types(needs: str, tensors: dict[str, Stored]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
