@@ -111,7 +111,7 @@ def test_scores_of_a_folder_are_those_worked_out_by_hand(tmp_path: Path) -> None
         tensors["model.layers.1.mlp.gate.weight"][2] = torch.tensor([3.0, 4.0] + [0.0] * 30)
 
     found = qwen(tmp_path, change)
-    counts = {layer: 8 for layer in range(3)}
+    counts = dict.fromkeys(range(3), 8)
     weights = weight_stats(found, "expert weights")
     aimer = score_layers("aimer", counts, weights=weights)[1].tolist()
     assert aimer[:3] == pytest.approx([-5 / 3 / math.sqrt(11 / 3), -math.sqrt(2 / 3), -1.0])
@@ -132,7 +132,9 @@ def test_narrow_types_are_read_exactly(dtype: torch.dtype, tmp_path: Path) -> No
     stats = weight_stats(found, "expert weights")[2]
     name = "model.layers.2.mlp.experts.5."
     mine = [value for key, value in tensors_of(tmp_path / "model").items() if key.startswith(name)]
-    assert float(stats.square_sum[5]) == pytest.approx(sum(float(one.double().square().sum()) for one in mine), rel=1e-12)
+    assert float(stats.square_sum[5]) == pytest.approx(
+        sum(float(one.double().square().sum()) for one in mine), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,9 @@ def test_quantised_experts_are_refused_by_name_and_their_routers_still_read(
         tensors[name] = tensors[name].to(dtype)
 
     found = qwen(tmp_path, change)
-    with pytest.raises(SecateurError, match=rf"{name} has type {title}.*do without them: .*reap, router_row_norm, random"):
+    with pytest.raises(
+        SecateurError, match=rf"{name} has type {title}.*do without them: .*reap, router_row_norm, random"
+    ):
         weight_stats(found, "expert weights")
     assert weight_stats(found, "router weights").keys() == {0, 1, 2}
 

@@ -14,7 +14,7 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 PURE = ("stats", "criteria", "allocate", "decide", "keep", "choose", "knapsack", "plan", "placement", "train.phases")
-FOUNDATION = ("errors", "files")
+FOUNDATION = ("errors", "files", "safetensors_header")
 
 
 def module_name(path: Path) -> str:

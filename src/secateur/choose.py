@@ -128,15 +128,14 @@ def plan_by_criterion(
         values, safe = scores[layer].tolist(), protected.get(layer, ())
         layers[layer] = LayerPlan(experts_before=num_experts[layer], order=_kept(values, limits[layer], count, safe))
         rescued[layer] = sorted(set(safe) - set(_kept(values, limits[layer], count, ())))
-    needs = find_criterion(criterion).needs
     details: dict[str, JSON] = {
         "source": find_criterion(criterion).source,
         "keep": keep.to_json(),
         "allocation": allocation,
-        "seed": seed if needs == "nothing" else None,
+        "seed": seed if find_criterion(criterion).needs == "nothing" else None,
         "super_experts": {"protected": _json(protected), "rescued": _json(rescued)} if protect else None,
         "never_routed": _json(never_routed(stats)) if stats is not None else None,
-        "zero_weights": _json(zero_weights(weights)) if weights is not None and needs == "expert weights" else None,
+        "zero_weights": _json(zero_weights(weights)) if weights is not None and _has_experts(weights) else None,
     }
     digest = None if stats is None else stats.digest()
     return Plan(layers=layers, criterion=criterion, details=details, stats_digest=digest)
@@ -268,6 +267,11 @@ def _unreachable(task: Task) -> SecateurError:
         f"keep: {task.need} {unit} must go, but at most {most} can: the layers keep at least {floors} experts"
         f"{''.join(f'; layer {layer}{text}' for layer, text in named.items())}"
     )
+
+
+def _has_experts(weights: Weights) -> bool:
+    """Whether more than routers was read."""
+    return any(bool(one.num_weights.any()) for one in weights.values())
 
 
 def _super_experts(protected: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from secateur.stats import RouterStats
 
 NUMBERS = ("top_k", "num_groups", "min_experts", "total_bytes")
 TEXTS = ("model_type", "digest")
+FLAG = "has_one_count"
 BY_LAYER = ("num_experts", "bytes_per_expert")
 
 
@@ -23,7 +24,8 @@ class ModelFacts:
     """What a plan needs to know of a model.
 
     Args:
-        digest: sha256 (hex) of its tensors' names, types and shapes: not of their values.
+        digest: sha256 (hex) of its kind and of the shapes of its routers; variants of a model have the same.
+        has_one_count: whether all layers must keep the same number of experts.
         num_experts: {MoE layer: E}. bytes_per_expert: {the same: bytes that go with an expert, router row included}.
         top_k, num_groups, min_experts: of its routers, see `MoEModel`. total_bytes: of all tensors.
     """
@@ -34,6 +36,7 @@ class ModelFacts:
     num_groups: int
     min_experts: int
     total_bytes: int
+    has_one_count: bool
     num_experts: Mapping[int, int]
     bytes_per_expert: Mapping[int, int]
 
@@ -54,7 +57,7 @@ class ModelFacts:
         }
 
     def to_json(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in (*TEXTS, *NUMBERS)}
+        plain = {name: getattr(self, name) for name in (*TEXTS, *NUMBERS, FLAG)}
         return plain | {name: {str(layer): n for layer, n in getattr(self, name).items()} for name in BY_LAYER}
 
     @classmethod
@@ -64,11 +67,12 @@ class ModelFacts:
         Raises:
             SecateurError: a missing or unknown entry, or one of another kind; or layers that disagree.
         """
-        names = {*TEXTS, *NUMBERS, *BY_LAYER}
+        names = {*TEXTS, *NUMBERS, FLAG, *BY_LAYER}
         if not isinstance(data, dict) or data.keys() != names:
             raise SecateurError(f"facts of a model: found {data!r:.80}, expected {', '.join(sorted(names))}")
         wrong = [name for name in TEXTS if not isinstance(data[name], str)]
         wrong += [name for name in NUMBERS if not _is_count(data[name])]
+        wrong += [FLAG] * (not isinstance(data[FLAG], bool))
         wrong += [name for name in BY_LAYER if not _is_by_layer(data[name])]
         if wrong or data["num_experts"].keys() != data["bytes_per_expert"].keys():
             name = wrong[0] if wrong else "bytes_per_expert"
@@ -131,4 +135,6 @@ def _is_by_layer(value: Any) -> bool:
 def _expected(name: str) -> str:
     if name in BY_LAYER:
         return "layers and whole numbers above 0, the same layers in both"
+    if name == FLAG:
+        return "true or false"
     return "a text" if name in TEXTS else "a whole number above 0"

@@ -14,8 +14,8 @@ from secateur.checkpoint.compare import verify_written
 from secateur.checkpoint.config import edited_config
 from secateur.checkpoint.copy import Shard, into_shards, write_index, write_shard
 from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import CONFIG, Folder, read_folder
-from secateur.checkpoint.report import STATS, VERIFIED, describe, page
+from secateur.checkpoint.folder import CONFIG, STATS, Folder, read_folder
+from secateur.checkpoint.report import VERIFIED, describe, page
 from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors, layer_plan
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.undo import write_undo
@@ -146,7 +146,7 @@ def _check_model(found: Survey, plan: Plan) -> None:
     here = facts(found)
     if isinstance(told, dict) and told.get("digest") != here.digest:
         raise SecateurError(
-            f"plan: it was made for a {told.get('model_type')} model whose tensors have other names, types or shapes "
+            f"plan: it was made for a {told.get('model_type')} model with other layers or routers "
             f"than those of {found.folder.path}, a {here.model_type}"
         )
 

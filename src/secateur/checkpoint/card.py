@@ -50,7 +50,7 @@ def _recipe(report: dict[str, Any]) -> str:
         MTP.get(report["mtp"] or "", ""),
         f"| how the experts were chosen | |\n|---|---|\n{how}",
         f"| layer | experts before | experts kept |\n|---|---|---|\n{rows}",
-        "`plan.json` says which experts they are; `secateur apply MODEL plan.json --out DIR` makes the model again.",
+        "`plan.json` says which experts they are; made with `secateur apply MODEL plan.json --out DIR`.",
     ]
     return "\n\n".join(line for line in lines if line)
 

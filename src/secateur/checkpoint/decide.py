@@ -89,7 +89,9 @@ def decide_plan(
         SecateurError: what is needed is not there, or the model cannot keep so few experts.
     """
     if source.stats is None and choice.needs_data:
-        raise SecateurError(f"{_who(choice)} needs statistics of the model on data; make them with `secateur observe`")
+        raise SecateurError(
+            f"{who_needs_data(choice)} needs statistics of the model on data; make them with `secateur observe`"
+        )
     _check_allocation(source, choice)
     facts = source.facts
     limits = facts.limits(multiple_of=choice.multiple_of, min_experts=choice.min_experts)
@@ -167,7 +169,8 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _who(choice: Choice) -> str:
+def who_needs_data(choice: Choice) -> str:
+    """What asks for statistics, for messages."""
     if choice.criterion == LAEP or find_criterion(choice.criterion).needs_data:
         return f"criterion {choice.criterion!r}"
     return "--allocation laep" if choice.allocation == LAEP else "--protect"
@@ -192,7 +195,7 @@ def _origin(source: Source, plan: Plan) -> dict[str, JSON]:
 
 
 def _check_allocation(source: Source, choice: Choice) -> None:
-    if choice.allocation != "uniform" and source.found is not None and source.found.model.is_nested:
+    if choice.allocation != "uniform" and source.facts.has_one_count:
         raise SecateurError(
             f"--allocation {choice.allocation}: the experts are in the text model inside a "
             f"{source.facts.model_type!r}, which can only have one count for all layers; expected uniform"
@@ -201,7 +204,7 @@ def _check_allocation(source: Source, choice: Choice) -> None:
 
 def _check_one_count(source: Source, plan: Plan) -> None:
     counts = {layer: one.experts_after for layer, one in plan.layers.items()}
-    if source.found is not None and source.found.model.is_nested and len(set(counts.values())) > 1:
+    if source.facts.has_one_count and len(set(counts.values())) > 1:
         raise SecateurError(
             f"keep: layers would have {counts} experts, but those of a {source.facts.model_type!r} are in the text "
             "model inside it, which can only have one count for all layers"

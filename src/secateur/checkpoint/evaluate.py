@@ -12,9 +12,10 @@ import torch
 from secateur.checkpoint import run
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.perplexity import BlockLosses, block_losses, difference, summary
-from secateur.checkpoint.stream import Batch, StreamedModel
+from secateur.checkpoint.stream import StreamedModel
 from secateur.checkpoint.stream_states import MemoryStates
 from secateur.checkpoint.survey import Survey, survey
+from secateur.data.batch import Batch
 from secateur.errors import SecateurError
 
 Progress = Callable[[int, int], None]
@@ -26,6 +27,7 @@ def evaluate(
     domains: Sequence[str],
     *,
     stream: bool | None = None,
+    device: str = "cpu",
     seed: int = 0,
     on_step: Callable[[Path], Progress] = lambda model: lambda done, total: None,
 ) -> list[dict[str, Any]]:
@@ -34,7 +36,7 @@ def evaluate(
     Args:
         domains: of every block, in the order of the batches.
         stream: read the models layer by layer; left out: those that do not fit in memory.
-        seed: of the bootstrap.
+        device: where models, or their layers, run. seed: of the bootstrap.
         on_step: gives for a model what is called with (steps done, steps in all).
 
     Raises:
@@ -51,7 +53,7 @@ def evaluate(
     first: BlockLosses | None = None
     for model, found in surveys.items():
         streamed = run.why_not_loaded(found) is not None if stream is None else stream
-        lost = (streamed_losses if streamed else loaded_losses)(found, batches, on_step(model))
+        lost = (streamed_losses if streamed else loaded_losses)(found, batches, device, on_step(model))
         more = None if first is None else difference(lost, first, seed=seed)
         first = first or lost
         results.append({
@@ -66,16 +68,17 @@ def evaluate(
     return results
 
 
-def loaded_losses(found: Survey, batches: Sequence[Batch], on_step: Progress) -> BlockLosses:
+def loaded_losses(found: Survey, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
     """Of the model in memory."""
     model, problems = run.load(found.folder.path, found)
     if problems:
         raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
-    model.eval()
+    model.to(device).eval()  # type: ignore[arg-type]
     parts = []
     with torch.no_grad():
         for step, batch in enumerate(batches, start=1):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            moved = batch.to(device)
+            output = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False)
             parts.append(block_losses(output.logits, batch.input_ids, batch.attention_mask))
             on_step(step, len(batches))
     del model, output
@@ -83,9 +86,9 @@ def loaded_losses(found: Survey, batches: Sequence[Batch], on_step: Progress) ->
     return BlockLosses.joined(parts)
 
 
-def streamed_losses(found: Survey, batches: Sequence[Batch], on_step: Progress) -> BlockLosses:
+def streamed_losses(found: Survey, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
     """Of the model read layer by layer; the same numbers."""
-    streamed = StreamedModel(found)
+    streamed = StreamedModel(found, device=device)
     states = MemoryStates()
     parts: dict[int, BlockLosses] = {}
 

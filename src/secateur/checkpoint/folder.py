@@ -14,6 +14,7 @@ from secateur.errors import SecateurError
 from secateur.safetensors_header import Header, read_header
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+STATS = "observed/stats.safetensors"  # what `secateur prune` leaves in its result
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -167,6 +168,7 @@ def _other_files(path: Path, weights: list[str]) -> tuple[tuple[PurePosixPath, .
             if not (path / relative).is_file():
                 raise SecateurError(f"{path / relative}: not a regular file, or a link to nothing")
             is_weight = relative.suffix in WEIGHTS or name.endswith(".safetensors.index.json")
+            is_weight = is_weight and str(relative) != STATS
             (left_out if is_weight else others).append(relative)
     return tuple(sorted(others)), tuple(sorted(left_out))
 

@@ -126,7 +126,7 @@ def as_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     domains = list(models[0]["domains"])
     shown = domains if len(domains) > 1 else []
     head = ["model", "perplexity", "loss a token", *shown]
-    head += ["more loss than the first (95 % range)"] if len(models) > 1 else []
+    head += ["minus the first (95 % range)"] if len(models) > 1 else []
     rows = [head]
     for one in models:
         error = one["standard_error"]

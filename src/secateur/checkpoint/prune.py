@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -11,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint.apply import apply_to_model, check_target_pair
-from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome
+from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome, who_needs_data
 from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import read_folder, read_object
-from secateur.checkpoint.report import STATS, VERIFIED
+from secateur.checkpoint.folder import STATS, read_folder, read_object
+from secateur.checkpoint.report import VERIFIED
 from secateur.checkpoint.source import Source, of_observation
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.undo import RECORD, holds_undo
 from secateur.checkpoint.verify import as_json, check_tokens, verify_model
-from secateur.checkpoint.work import Work, work_folder
+from secateur.checkpoint.work import Work, place_of_work, work_folder
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.observation import Observation
 from secateur.out_folder import check_target, copy_file
 from secateur.plan import Plan
 
-# (model folder, folder for what an unfinished pass keeps) -> statistics
-Observe = Callable[[Path, Path], Observation]
+# (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
+Observe = Callable[[Survey, Path], tuple[Mapping[str, Any], Callable[[], object]]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -37,7 +36,6 @@ def prune(
     choice: Choice,
     *,
     observe: Observe | None = None,
-    data: Mapping[str, Any] | None = None,
     undo: Path | None = None,
     mtp: str | None = None,
     verify_tokens: int = 32,
@@ -50,8 +48,7 @@ def prune(
     also with another criterion or another number of experts, since the statistics serve them all.
 
     Args:
-        observe: takes the statistics, where `choice` needs data; must go on by itself after a kill.
-        data: JSON values that say what `observe` runs the model on; a start with others is refused.
+        observe: prepares the pass over data, where `choice` needs one.
         undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("reading" | "writing" | "verifying", bytes done, bytes in all).
@@ -69,25 +66,24 @@ def prune(
     found = survey(read_folder(model))
     source = Source(facts=facts(found), found=found)
     if choice.needs_data and observe is None:
-        raise SecateurError(f"criterion {choice.criterion!r} needs data to run the model on (--data)")
+        raise SecateurError(f"{who_needs_data(choice)} needs data to run the model on")
     if found.mtp_counts and mtp is None:
         raise SecateurError(
             f"layers {sorted(found.mtp_counts)} predict further tokens (MTP) and are not pruned with the others: say "
             "what becomes of them with --mtp whole or --mtp drop"
         )
     counts = check_choice(source, choice)
-    if dry_run:
+    if dry_run or not place_of_work(out).is_dir():
         _check_targets(model, out, undo)
+        stand_in = counts or Plan.identity(found.counts)
+        apply_to_model(model, stand_in, out, undo=undo, mtp=mtp, dry_run=True)
+    if dry_run:
+        if choice.needs_data and observe is not None:
+            observe(found, place_of_work(out) / STATS)
         return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
-    asked = {
-        "model": _state(found),
-        "data": dict(data) if choice.needs_data and data is not None else None,
-        "choice": _as_json(choice),
-        "undo": None if undo is None else str(undo.resolve()),
-        "mtp": mtp,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(out) as work:
+        data, take = observe(found, work.stats) if choice.needs_data and observe is not None else (None, None)
+        asked = _asked(found, choice, data, undo, mtp)
         if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
             work.remove()
             return _finished(out, source)
@@ -95,25 +91,17 @@ def prune(
         _remove_unfinished_undo(work, asked, undo, out)
         _check_targets(model, out, undo)
         work.note(asked)
-        if choice.needs_data:
-            assert observe is not None
-            source = _observed(work, found, model, observe)
+        if take is not None:
+            if not work.stats.is_file():
+                take()
+            source = of_observation(Observation.load(work.stats), found, str(work.stats))
         plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
         plan.save(work.plan)
 
         def finish(written: Path) -> None:
-            if work.stats.is_file() and choice.needs_data:
+            if take is not None:
                 copy_file(work.stats, written / STATS)
-            checks = verify_model(
-                model,
-                written,
-                num_tokens=verify_tokens,
-                on_bytes=lambda done, total: on_progress("verifying", done, total),
-            )
-            failed = [f"{check.claim} ({check.detail})" for check in checks if check.passed is False]
-            if failed:
-                raise SecateurError(f"what was written failed: {'; '.join(failed)}; nothing was left at {out}")
-            atomic_write(written / VERIFIED, json.dumps(as_json(model, out, checks), indent=2) + "\n")
+            _verify(model, written, out, verify_tokens, on_progress)
 
         apply_to_model(
             model,
@@ -156,13 +144,18 @@ def _foreseen(
     return {"outcome": outcome(source, plan), "report": report}
 
 
-def _observed(work: Work, found: Survey, model: Path, observe: Observe) -> Source:
-    if not work.stats.is_file():
-        observation = observe(model, work.observing)
-        observation.save(work.stats)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(work.observing)
-    return of_observation(Observation.load(work.stats), found, str(work.stats))
+def _verify(model: Path, written: Path, out: Path, num_tokens: int, on_progress: Progress) -> None:
+    """Leave the checks in the folder, which will be `out`; refuse it where one failed."""
+    checks = verify_model(
+        model,
+        written,
+        num_tokens=num_tokens,
+        on_bytes=lambda done, total: on_progress("verifying", done, total),
+    )
+    failed = [f"{check.claim} ({check.detail})" for check in checks if check.passed is False]
+    if failed:
+        raise SecateurError(f"what was written failed: {'; '.join(failed)}; nothing was left at {out}")
+    atomic_write(written / VERIFIED, json.dumps(as_json(model, out, checks), indent=2) + "\n")
 
 
 def _finished(out: Path, source: Source) -> dict[str, Any]:
@@ -206,12 +199,16 @@ def _state(found: Survey) -> dict[str, Any]:
     }
 
 
-def _as_json(choice: Choice) -> dict[str, Any]:
-    """As it comes back from a file."""
-    plain = dataclasses.asdict(choice)
-    values = {
-        "keep": choice.keep.to_json() if choice.keep else None,
-        "rule": choice.rule.to_json() if choice.rule else None,
+def _asked(
+    found: Survey, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None
+) -> dict[str, Any]:
+    """All that decides the result, as it comes back from a file."""
+    plain = {
+        "model": _state(found),
+        "data": data,
+        "choice": dataclasses.asdict(choice),
+        "undo": None if undo is None else str(undo.resolve()),
+        "mtp": mtp,
     }
-    loaded: dict[str, Any] = json.loads(json.dumps(plain | values))
-    return loaded
+    asked: dict[str, Any] = json.loads(json.dumps(plain))
+    return asked

@@ -7,6 +7,8 @@ from typing import Any
 
 from secateur.criteria import CRITERIA
 
+LOCAL = ("specs", "file")  # paths of whoever made the plan: in plan.json, but not on a card for everybody
+
 
 def recipe(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, its value) for all that the JSON of a plan tells of its making; what it does not tell has no row."""
@@ -17,7 +19,7 @@ def recipe(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rule", _pairs(details.get("rule"))),
         ("counts of the layers", details.get("allocation")),
         ("seed", details.get("seed")),
-        ("calibration data", _pairs(details.get("data"))),
+        *((f"calibration: {name.replace('_', ' ')}", _short(value)) for name, value in _data(details)),
         ("routed tokens that lose their expert", _share(details.get("rerouted_share"))),
         ("super-experts protected", _by_layer(details.get("super_experts"), "protected")),
         ("of these the criterion would have dropped", _by_layer(details.get("super_experts"), "rescued")),
@@ -30,7 +32,9 @@ def recipe(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _criterion(name: str) -> str:
     known = CRITERIA.get(name)
-    return f"{name}: {known.help} ({known.source})" if known else name
+    if known is None:
+        return name
+    return f"{name}: {known.help} ({'arXiv ' if known.source[0].isdigit() else ''}{known.source})"
 
 
 def _keep(keep: Any) -> str | None:
@@ -46,6 +50,11 @@ def _keep(keep: Any) -> str | None:
     return words.get(kind)
 
 
+def _data(details: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    data = details.get("data")
+    return [(name, value) for name, value in data.items() if name not in LOCAL] if isinstance(data, Mapping) else []
+
+
 def _share(value: Any) -> str | None:
     return f"{100 * value:.2f} %" if isinstance(value, float) else None
 
@@ -59,7 +68,7 @@ def _pairs(value: Any) -> str | None:
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"({_pairs(value)})"
+        return f"({_pairs(value) or ''})"
     if isinstance(value, list):
         return " ".join(map(_short, value)) if len(value) <= 4 else f"({len(value)} entries)"
     return str(value)

@@ -18,7 +18,7 @@ from secateur.surgery.dcp_report import FORMAT, VERSION
 FORMAT_OF_FOLDER = "Hugging Face safetensors"
 # What `prune` leaves beside the files of `apply`; the first not beside config.json, where vLLM takes every
 # *.safetensors for weights if there is no index.
-STATS, VERIFIED = "observed/stats.safetensors", "verify.json"
+VERIFIED = "verify.json"
 
 
 def describe(
@@ -63,7 +63,7 @@ def describe(
         "bytes_before": survey.folder.num_bytes,
         "bytes_after": after,
         "files_copied": list(files_copied),
-        "files_left_out": [str(relative) for relative in survey.folder.left_out if str(relative) != STATS],
+        "files_left_out": [str(relative) for relative in survey.folder.left_out],
         "configs_edited": ["config.json"],
         "mtp": mtp,
     }

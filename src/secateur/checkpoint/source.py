@@ -61,7 +61,7 @@ def of_observation(observation: Observation, found: Survey | None, name: str) ->
     if known is not None and told is not None and known.digest != told.digest:
         raise SecateurError(
             f"{name}: statistics of a {told.model_type} model with {_counts(told)}, but --model is a "
-            f"{known.model_type} with {_counts(known)}, or one with tensors of other names, types or shapes"
+            f"{known.model_type} with {_counts(known)}, or one with other routers"
         )
     model = known or told
     assert model is not None

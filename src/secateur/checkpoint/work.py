@@ -16,7 +16,7 @@ from secateur.checkpoint.folder import read_object
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 
-ASKED, STATS, PLAN, OBSERVING = "asked.json", "stats.safetensors", "plan.json", "observing"
+ASKED, STATS, PLAN = "asked.json", "stats.safetensors", "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,12 @@ class Work:
 
     @property
     def stats(self) -> Path:
+        """The statistics, once they are finished; an unfinished pass keeps what it has beside them."""
         return self.path / STATS
 
     @property
     def plan(self) -> Path:
         return self.path / PLAN
-
-    @property
-    def observing(self) -> Path:
-        """Where an unfinished pass over data keeps what it has."""
-        return self.path / OBSERVING
 
     def note(self, asked: Mapping[str, Any]) -> None:
         """Write down what this start is asked for."""
@@ -70,8 +66,10 @@ def work_folder(out: Path) -> Iterator[Work]:
         except OSError as error:
             raise SecateurError(f"--out {out}: another process is pruning into it (it holds {path})") from error
         noted = path / ASKED
-        yield Work(path=path, before=read_object(noted) if noted.is_file() else None)
+        try:
+            yield Work(path=path, before=read_object(noted) if noted.is_file() else None)
+        finally:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # of a start that was refused before it began
     finally:
         os.close(descriptor)
-        with contextlib.suppress(OSError):
-            path.rmdir()  # of a start that was refused before it began

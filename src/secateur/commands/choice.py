@@ -91,12 +91,12 @@ def choice_of(
     from secateur.decide import Rule
     from secateur.keep import Keep
 
-    goals = {"alpha": alpha, "beta": beta, "target_params": target_params, "max_rerouted": max_rerouted}
-    has_rule = any(value is not None for value in goals.values())
+    has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
+    rule = Rule(alpha=alpha, beta=beta, target_params=target_params, max_rerouted=max_rerouted) if has_rule else None
     return Choice(
         criterion=criterion,
         keep=None if keep is None else Keep.parse(keep),
-        rule=Rule(**goals) if has_rule else None,
+        rule=rule,
         allocation=allocation,
         multiple_of=expert_parallel,
         min_experts=min_experts,

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands.calibration_options import BatchSize, Data, Samples, SequenceLength
+from secateur.commands.calibration_options import (
+    BatchSize,
+    Data,
+    Device,
+    Pack,
+    Samples,
+    SequenceLength,
+    Split,
+    TextKey,
+)
+from secateur.commands.layers_bar import layers_bar
+from secateur.commands.observe import _device
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
@@ -22,8 +34,11 @@ def eval(
     ],
     data: Data = None,
     samples: Samples = 128,
-    sequence_length: SequenceLength = 2048,
-    batch_size: BatchSize = 4,
+    sequence_length: SequenceLength = 512,
+    batch_size: BatchSize = 8,
+    pack: Pack = True,
+    text_key: TextKey = "text",
+    split: Split = "train",
     seed: Annotated[int, typer.Option("--seed", help="Of the choice of text, and of the ranges.")] = 0,
     stream: Annotated[
         bool | None,
@@ -32,6 +47,7 @@ def eval(
             help="Read a model layer by layer, or load it whole. Left out: as it fits in memory.",
         ),
     ] = None,
+    device: Device = "auto",
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", help="Tasks of the package lm-eval, such as arc_easy,hellaswag; needs it installed."),
@@ -46,8 +62,12 @@ def eval(
 
     Example: `secateur eval models/Qwen3-30B-A3B pruned --data code=code.jsonl --data prose=prose.jsonl`
     """
+    from transformers.utils import logging
+
+    from secateur.checkpoint.evaluate import evaluate
     from secateur.checkpoint.lm_harness import check_installed, run_tasks
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there are bars of our own
     if not data and lm_eval is None:
         raise SecateurError("nothing to measure: give text with --data, tasks with --lm-eval, or both")
     if len(set(models)) < len(models):
@@ -59,11 +79,33 @@ def eval(
             raise SecateurError(f"--lm-eval {lm_eval!r}: it names no task")
     result: dict[str, Any] = {"format": "secateur-eval", "version": 1, "data": None, "models": [], "lm_eval": {}}
     if data:
-        blocks = same_blocks(models, data, samples=samples, sequence_length=sequence_length, seed=seed)
-        result["data"] = blocks.about
-        result["models"] = _measured(
-            models, blocks, batch_size=batch_size, stream=stream, seed=seed, show=not (quiet or as_json)
+        drawn = same_sequences(
+            models,
+            data,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            pack=pack,
+            text_key=text_key,
+            split=split,
         )
+        result["data"] = drawn.to_json()
+        show = not (quiet or as_json)
+        with contextlib.ExitStack() as bars:
+
+            def bar(model: Path) -> Callable[[int, int], None]:
+                bars.close()  # one at a time
+                return bars.enter_context(layers_bar(model.name, num_batches=-(-samples // batch_size), show=show))
+
+            result["models"] = evaluate(
+                models,
+                drawn.batches(batch_size),
+                [domain for domain, count in drawn.domains.items() for _ in range(count)],
+                stream=stream,
+                device=_device(device),
+                seed=seed,
+                on_step=bar,
+            )
     for model in models if tasks else ():
         result["lm_eval"][str(model)] = run_tasks(model, tasks, batch_size=batch_size)
     if as_json:
@@ -72,63 +114,34 @@ def eval(
         _show(result)
 
 
-def same_blocks(
-    models: Sequence[Path], data: Sequence[str], *, samples: int, sequence_length: int, seed: int
-) -> Calibration:
-    """The blocks of tokens that every model's own tokenizer makes of the text.
+def same_sequences(models: Sequence[Path], data: Sequence[str], **options: Any) -> Calibration:
+    """The sequences that every model's own tokenizer makes of the text; `options` are those of `calibrate`.
 
     Raises:
         SecateurError: two of them make different ones, so that losses a token cannot be compared.
     """
-    from secateur.data.calibration import calibration
+    from secateur.data.calibration import calibrate
     from secateur.data.tokenizer import load_tokenizer
 
-    first: Calibration | None = None
-    for model in models:
-        found = calibration(load_tokenizer(model), data, samples=samples, sequence_length=sequence_length, seed=seed)
-        if first is not None and found.digest != first.digest:
+    first, *others = (calibrate(load_tokenizer(model), data, **options) for model in models)
+    for model, found in zip(models[1:], others, strict=True):
+        if found.digest != first.digest:
             raise SecateurError(
                 f"{model}: its tokenizer makes other tokens of the text than that of {models[0]}; a loss a token "
                 "cannot be compared"
             )
-        first = first or found
-    assert first is not None
     return first
 
 
-def _measured(
-    models: Sequence[Path], blocks: Calibration, *, batch_size: int, stream: bool | None, seed: int, show: bool
-) -> list[dict[str, Any]]:
-    from contextlib import ExitStack
-
-    from secateur.checkpoint.evaluate import evaluate
-    from secateur.commands.layers_bar import layers_bar
-
-    with ExitStack() as bars:
-        return evaluate(
-            models,
-            blocks.batches(batch_size),
-            blocks.domains,
-            stream=stream,
-            seed=seed,
-            on_step=lambda model: bars.enter_context(layers_bar(model.name, show=show)),
-        )
-
-
 def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from secateur.checkpoint.perplexity import as_rows
 
     if result["models"]:
-        head, *rows = as_rows(result["models"])
-        first = result["models"][0]
+        first, rows = result["models"][0], as_rows(result["models"])
         print(f"{first['blocks']} blocks, {first['tokens']} tokens to predict")
-        table = Table(*head)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for model, tasks in result["lm_eval"].items():
         for task, metrics in tasks.items():
             numbers = ", ".join(f"{name} {value}" for name, value in metrics.items() if isinstance(value, int | float))

@@ -6,15 +6,29 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur.commands import choice as options
-from secateur.commands.calibration_options import BatchSize, Data, Samples, SequenceLength
+from secateur.commands.calibration_options import (
+    BatchSize,
+    Data,
+    Device,
+    Pack,
+    Samples,
+    SequenceLength,
+    Split,
+    TextKey,
+)
+from secateur.commands.layers_bar import layers_bar
+from secateur.commands.observe import Activations, _device
 from secateur.commands.plan import outcome_lines
 from secateur.commands.progress import bytes_bar
 from secateur.commands.verify import WORDS
+
+if TYPE_CHECKING:
+    from secateur.checkpoint.survey import Survey
 
 
 def prune(
@@ -24,8 +38,15 @@ def prune(
     criterion: options.Criterion = None,
     data: Data = None,
     samples: Samples = 128,
-    sequence_length: SequenceLength = 2048,
-    batch_size: BatchSize = 4,
+    sequence_length: SequenceLength = 512,
+    batch_size: BatchSize = 8,
+    pack: Pack = True,
+    text_key: TextKey = "text",
+    split: Split = "train",
+    activations: Annotated[
+        Activations, typer.Option("--activations", help="Where they wait between layers, see `secateur observe`.")
+    ] = Activations.auto,
+    device: Device = "auto",
     allocation: options.Allocation = "uniform",
     expert_parallel: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
@@ -56,13 +77,17 @@ def prune(
 ) -> None:
     """Make a smaller model of a model: observe it on data, plan, apply the plan, verify what was written.
 
-    Without `--criterion` it is reap, which needs `--data`; aimer, weight_norm, router_row_norm and random need none.
-    After a kill the same command goes on where it was. The result is checked before it gets its name.
+    Without `--criterion` it is reap, which runs the model on text; without `--data` that is Python's own standard
+    library. aimer, weight_norm, router_row_norm and random need no text. After a kill the same command goes on where
+    it was. The result is checked before it gets its name.
 
     Example: `secateur prune models/Qwen3-30B-A3B --keep 0.75 --data calibration.jsonl --out pruned`
     """
+    from transformers.utils import logging
+
     from secateur.checkpoint import prune as program
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there are bars of our own
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     choice = options.choice_of(
         criterion or ("laep" if has_rule else "reap"),
@@ -78,14 +103,36 @@ def prune(
         protect=protect,
     )
     show = not (quiet or as_json)
-    about = {"data": data, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+
+    def observe(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
+        from secateur.checkpoint.observe import Run
+        from secateur.data.calibration import calibrate
+        from secateur.data.tokenizer import load_tokenizer
+
+        drawn = calibrate(
+            load_tokenizer(model),
+            data or [],
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            pack=pack,
+            text_key=text_key,
+            split=split,
+        )
+        ready = Run(found, drawn, stats, batch_size=batch_size, activations=activations.value, device=_device(device))
+
+        def take() -> None:
+            with layers_bar("observing", num_batches=-(-samples // batch_size), show=show) as on_step:
+                ready.observe(on_step=on_step)
+
+        return drawn.to_json() | {"batch_size": batch_size}, take
+
     with _bars(show=show) as on_progress:
         result = program.prune(
             model,
             out,
             choice,
-            observe=None,
-            data=about,
+            observe=observe,
             undo=undo,
             mtp=mtp,
             verify_tokens=verify_tokens,

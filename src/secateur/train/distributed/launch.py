@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import SecateurError
 from secateur.train.distributed.ranks import broadcast_text
@@ -58,7 +59,7 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         store = dist.PrefixStore(_attempt(), store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
