@@ -1,4 +1,4 @@
-"""Tell transformers' AutoConfig the model type of pruned models, without importing transformers ourselves."""
+"""Tell transformers' AutoConfig our model types, pruned models and V-MoE, without importing transformers ourselves."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def _register() -> None:
     # transformers is half imported at this moment: its config base class is there, its model classes are not.
     from transformers.configuration_utils import PreTrainedConfig
 
+    from secateur.vision.configuration import VMoEConfig
+
     class PrunedMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Entry for `AutoConfig`: gives the pruned config class of the family that config.json names."""
 
@@ -37,7 +39,8 @@ def _register() -> None:
 
             return read_pruned_config(config_dict, **kwargs)
 
-    sys.modules[AUTO].AutoConfig.register(MODEL_TYPE, PrunedMoeConfig, exist_ok=True)
+    for config_class in (PrunedMoeConfig, VMoEConfig):
+        sys.modules[AUTO].AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 class _WaitForAuto(MetaPathFinder):

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from secateur.commands.apply import apply
+from secateur.commands.convert_vmoe import convert_vmoe
 from secateur.commands.ends import fail, fail_without_the_others
 from secateur.commands.eval import eval
 from secateur.commands.inspect import inspect
+from secateur.commands.observe import observe
 from secateur.commands.place import place
 from secateur.commands.plan import plan
 from secateur.commands.pretrain import pretrain
@@ -19,7 +21,7 @@ from secateur.commands.report import report
 from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, place, report, inspect, plan, apply, verify, prune, eval)
+COMMANDS = (pretrain, place, report, inspect, observe, plan, apply, verify, prune, eval, convert_vmoe)
 
 app = typer.Typer(
     name="secateur",

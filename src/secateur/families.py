@@ -155,8 +155,12 @@ def router_needs(config: PreTrainedConfig, top_k: int) -> tuple[int, int]:
 
     Group-limited routers (DeepSeek-V3, arXiv 2412.19437 section 2.1.2) score a group by its two best experts and take
     top-k from `topk_group` groups, so every group keeps at least two and the chosen groups hold at least top-k.
-    DeepSeek-V2 groups only when topk_method says so.
+    DeepSeek-V2 groups only when topk_method says so. Each member of an ensemble (E3, arXiv 2110.03360) has experts of
+    its own and takes top-k from them.
     """
+    members = getattr(config, "ensemble_size", None) or 1
+    if members > 1:
+        return members, members * top_k
     num_groups = getattr(config, "n_group", None) or 1
     if config.model_type == "deepseek_v2" and getattr(config, "topk_method", None) != "group_limited_greedy":
         num_groups = 1

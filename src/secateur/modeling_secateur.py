@@ -27,6 +27,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "secateur_moe"
@@ -125,9 +126,10 @@ def find_expert_layout(
 
 
 def probe_counts(config: PreTrainedConfig) -> tuple[int, int]:
-    """Two small expert counts that routers of this config accept (top-k and router groups respected)."""
-    groups = max(1, *(int(_get(config, key) or 1) for key in ("n_group", "num_expert_groups")))
+    """Two small expert counts that routers of this config accept (top-k, router groups, ensemble members respected)."""
+    groups = max(1, *(int(_get(config, key) or 1) for key in ("n_group", "num_expert_groups", "ensemble_size")))
     top_k = max(1, *(int(_get(config, key) or 1) for key in ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k")))
+    top_k *= int(_get(config, "ensemble_size") or 1)  # each member has experts of its own
     first = max(2 * groups, -(-top_k // groups) * groups)
     return first, first + groups
 
@@ -190,9 +192,10 @@ def pruned_config_class(native: Any) -> type[PreTrainedConfig]:
 
 @functools.cache
 def pruned_model_class(native: Any) -> type[PreTrainedModel]:
-    """The class of pruned models of a native class; registers its weight conversions and its config with AutoModel."""
+    """The class of pruned models of a native class; registers its weight conversions, and it with its auto class."""
     config_class = pruned_config_class(native.config_class)
     name = PREFIX + native.__name__
+    auto = auto_class(native)
 
     def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         counts = counts_in(config)
@@ -208,7 +211,7 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
         "__module__": __name__,
         "config_class": config_class,
         "native_class": native,
-        "_auto_class": "AutoModelForCausalLM",
+        "_auto_class": auto.__name__,
     }
     # transformers answers these from the source file of the class, which would be this one; without, experts run slowly
     for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
@@ -221,8 +224,30 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
     conversions = find(native.__name__) or find(native.config_class.model_type)
     if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-    AutoModelForCausalLM.register(config_class, pruned, exist_ok=True)
+    auto.register(config_class, pruned, exist_ok=True)
     return pruned
+
+
+def class_named(name: str) -> Any:
+    """The class of transformers that has this name, or one that its auto classes were told of; None without either."""
+    told = [*_content(CONFIG_MAPPING), *(one for auto in _auto_classes() for one in _content(auto._model_mapping))]
+    native = {one.__name__: one for one in told if isinstance(one, type) and not hasattr(one, "native_class")}
+    return getattr(transformers, name, native.get(name))
+
+
+def auto_class(native: Any) -> Any:
+    """The auto class that was told of a model class; that of causal language models for transformers' own."""
+    return next((auto for auto in _auto_classes() if native in _content(auto._model_mapping)), AutoModelForCausalLM)
+
+
+def _auto_classes() -> Iterator[Any]:
+    found = (one for one in vars(modeling_auto).values() if isinstance(one, type))
+    return (one for one in found if getattr(one, "_model_mapping", None) is not None)
+
+
+def _content(mapping: Any) -> list[Any]:
+    """What was registered with a mapping of transformers, beside what is its own."""
+    return list(mapping._extra_content.values())
 
 
 def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -244,18 +269,19 @@ def read_pruned_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
     base = str(config_dict.get("base_model_type"))
     if base not in CONFIG_MAPPING:
         raise ValueError(f"config.json: base_model_type {base!r} is not a model type of this transformers release")
+    native: Any = CONFIG_MAPPING[base]
+    config = pruned_config_class(native).from_dict(config_dict, **kwargs)
     architecture = (config_dict.get("architectures") or [None])[0]
     try:
-        __getattr__(str(architecture))  # makes the model class and registers it with AutoModelForCausalLM
+        __getattr__(str(architecture))  # makes the model class and registers it with its auto class
     except AttributeError as error:
         raise ValueError(f"config.json: architectures: {error}") from error
-    native: Any = CONFIG_MAPPING[base]
-    return pruned_config_class(native).from_dict(config_dict, **kwargs)
+    return config
 
 
 def __getattr__(name: str) -> type:
-    """`PrunedX...` -> the pruned class of `transformers.X...`, for the names in a checkpoint's `auto_map`."""
-    native: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    """`PrunedX...` -> the pruned class of `X...`, see `class_named`, for the names in a checkpoint's `auto_map`."""
+    native: Any = class_named(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     makers = ((PreTrainedModel, pruned_model_class), (PreTrainedConfig, pruned_config_class))
     for base, make in makers if isinstance(native, type) else ():
         if issubclass(native, base):

@@ -124,11 +124,16 @@ def tokens_and_mask(
         signature: of the model's forward.
 
     Raises:
-        SecateurError: a mask of another shape or kind.
+        SecateurError: a mask of another shape or kind, or a model that is called with images.
     """
     given = signature.bind_partial(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
     mask, tokens = given.get("attention_mask"), given.get("input_ids")
+    if tokens is None and "inputs_embeds" not in given:
+        raise SecateurError(
+            f"expected a call with input_ids or inputs_embeds, found {sorted(given)}; the experts of a model of images "
+            "are observed one layer at a time, with observe_activations.LayerObserver"
+        )
     tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
     if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
         return tokens, mask

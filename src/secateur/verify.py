@@ -54,13 +54,18 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
             step()
 
 
-def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits (B, S, vocabulary) in evaluation mode without gradient; the mode of every module is restored."""
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits in evaluation mode without gradient; the mode of every module is restored.
+
+    inputs: what the model's forward takes first: (B, S) token ids, or the pixels of images.
+    """
+    name = getattr(model, "main_input_name", "input_ids")
+    options = {"use_cache": False} if name == "input_ids" else {}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+            logits: Tensor = model(**{name: inputs}, **options).logits
     finally:
         for module, training in modes:
             module.training = training

@@ -18,12 +18,14 @@ from secateur.families import TOP_K_KEYS, router_needs
 from secateur.modeling_secateur import (
     MODEL_TYPE,
     PREFIX,
+    class_named,
     counts_in,
     expert_count_key,
     probe_counts,
     with_expert_count,
 )
 from secateur.surgery.model_config import has_expert_count
+from secateur.vision import modeling as _vision  # noqa: F401  tells transformers' auto classes of our own
 
 # model type -> why no plan can be applied to its files
 REFUSED = {
@@ -143,7 +145,7 @@ def _model_class(native: Mapping[str, Any]) -> Any:
     names = native.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise SecateurError(f"architectures is {names!r:.100}, expected one class")
-    found = getattr(transformers, names[0], None)
+    found = class_named(names[0])
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or found is PreTrainedModel:
         raise SecateurError(f"{names[0]!r:.100} is no model class of transformers {transformers.__version__}")
     return found

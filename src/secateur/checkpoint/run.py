@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.oracle import barred
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
-from secateur.modeling_secateur import MODEL_TYPE
+from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 from secateur.plan import Plan
 from secateur.verify import logits_of
 
@@ -49,7 +49,8 @@ def load(folder: Path, survey: Survey) -> tuple[PreTrainedModel, dict[str, list[
     Nothing but transformers' own classes is loaded, whatever the folder's auto_map says.
     """
     pruned = survey.folder.config.get("model_type") == MODEL_TYPE
-    loader: Any = AutoModelForCausalLM if pruned else survey.model.model_class
+    native = survey.model.model_class
+    loader: Any = pruned_model_class(native) if pruned else native
     model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto")
     with torch.no_grad():
         for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
@@ -57,11 +58,21 @@ def load(folder: Path, survey: Survey) -> tuple[PreTrainedModel, dict[str, list[
     return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
-def tokens_for(folder: Path, survey: Survey, num_tokens: int, text: Path | None, seed: int) -> Tensor:
-    """(1, num_tokens) token ids: of a text through the folder's tokenizer, or random ones."""
+def sample_for(folder: Path, survey: Survey, num_tokens: int, text: Path | None, seed: int) -> Tensor:
+    """What the models are run on: (1, num_tokens) token ids, of a text through the folder's tokenizer or random ones.
+
+    For a model of images, the random pixels of as many images as it takes to have `num_tokens` patches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = survey.model.text
+    if survey.model.model_class.main_input_name == "pixel_values":
+        if text is not None:
+            raise SecateurError(f"--text {text}: a {survey.model.model_type!r} model reads images; leave it out")
+        num_images = -(-num_tokens // (config.image_size // config.patch_size) ** 2)
+        shape = (num_images, config.num_channels, config.image_size, config.image_size)
+        return torch.randn(shape, generator=generator)
     if text is None:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(1, int(survey.model.text.vocab_size), (1, num_tokens), generator=generator)
+        return torch.randint(1, int(config.vocab_size), (1, num_tokens), generator=generator)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :num_tokens]
     if ids.shape[1] < 2:
@@ -69,18 +80,20 @@ def tokens_for(folder: Path, survey: Survey, num_tokens: int, text: Path | None,
     return torch.as_tensor(ids)
 
 
-def barred_logits(folder: Path, survey: Survey, plan: Plan, tokens: Tensor) -> Tensor:
+def barred_logits(folder: Path, survey: Survey, plan: Plan, sample: Tensor) -> Tensor:
     """Logits of the source whose routers may not choose the experts that the plan drops."""
     model, _ = load(folder, survey)
     with barred(model, survey, plan):
-        logits = logits_of(model, tokens)
+        logits = logits_of(model, sample)
     del model
     gc.collect()
     return logits
 
 
-def generated(model: PreTrainedModel, tokens: Tensor) -> list[int]:
-    """What the model says after the tokens, greedily."""
+def generated(model: PreTrainedModel, tokens: Tensor) -> list[int] | None:
+    """What the model says after the tokens, greedily; None for a model that does not speak."""
+    if not model.can_generate():
+        return None
     with torch.no_grad():
         found: Any = model.generate(  # type: ignore[operator]
             tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False

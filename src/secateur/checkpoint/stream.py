@@ -2,7 +2,7 @@
 
 Every layer is loaded once, all batches go through it, and it is released; what a visitor sees of it, and the logits at
 the end, are bit for bit those of the whole model. What does not fit in memory this way: the tensors outside the layers
-(embedding, LM head), one layer - for a while about 2.3 times, where its experts lie in files of their own and are
+(embedding, LM head), one layer - for a while about 1.7 times, where its experts lie in files of their own and are
 stacked -, the hidden states of all batches unless they are kept on the disk, and what a forward of one batch needs.
 """
 
@@ -43,10 +43,10 @@ class StreamedModel:
         """
         self._parts, self._device, self._found = PartModel(found, device), device, found
         self.model, self.text, self.layers_path = self._parts.model, self._parts.text, self._parts.layers_path
-        self.num_layers = len(self._parts.layers)
+        self.num_layers, self.dtype = len(self._parts.layers), self._parts.dtype
 
     def part_bytes(self) -> dict[str | int, int]:
-        """Bytes in the files: "outside" the layers, of the "head", and of each layer by its number."""
+        """Bytes in the files: "outside" the layers, of an LM head that is not tied, and of each layer by its number."""
         return self._parts.part_bytes()
 
     @torch.no_grad()
@@ -106,27 +106,28 @@ class StreamedModel:
         relay = Relay(self._parts.layers, states.form)
         with self._parts.outside(), self._parts.head(), relay.installed():
             for index, batch in enumerate(batches):
-                given = states.get(self.num_layers, index).to(self._device)
-                moved = batch.to(self._device)
-                output, _ = relay.run(self.num_layers, given, lambda moved=moved: self._call(moved), checks=False)  # type: ignore[misc]
-                if index == 0 and not bool(_real(output.logits, moved).isfinite().all()):
-                    raise SecateurError(f"{self._name}: its logits are not finite, or depend on more than the last layer")
+                output, _ = self._run(relay, self.num_layers, index, batch, states)
+                if not bool(_real(output.logits, batch).isfinite().all()):
+                    raise SecateurError(f"{self._name}: its logits are not finite, or need more than the last layer")
                 use(index, batch, output.logits)
                 on_step(index + 1, len(batches))
 
     def _through(self, relay: Relay, number: int, index: int, batch: Batch, states: States) -> Tensor:
-        given = states.get(number, index).to(self._device) if number else None
-        moved = batch.to(self._device)
-        try:
-            _, hidden = relay.run(number, given, lambda: self._call(moved), checks=index == 0)
-        except SecateurError as error:
-            raise SecateurError(f"{self._name}: {error}") from error
-        if not bool(_real(hidden, moved).isfinite().all()):
+        _, hidden = self._run(relay, number, index, batch, states)
+        if not bool(_real(hidden, batch).isfinite().all()):
             raise SecateurError(
                 f"{self._name}: what decoder layer {number} hands on is not finite; either its weights are not, or the "
                 "next layer is given more than its output"
             )
         return hidden
+
+    def _run(self, relay: Relay, stage: int, index: int, batch: Batch, states: States) -> tuple[Any, Tensor]:
+        given = states.get(stage, index).to(self._device) if stage else None
+        moved = batch.to(self._device)
+        try:
+            return relay.run(stage, given, lambda: self._call(moved), checks=index == 0)
+        except SecateurError as error:
+            raise SecateurError(f"{self._name}: {error}") from error
 
     def _call(self, batch: Batch) -> Any:
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -143,4 +144,4 @@ def _unseen() -> AbstractContextManager[Callable[[Batch], None]]:
 def _real(values: Tensor, batch: Batch) -> Tensor:
     """(B, S, ...) values of tokens that are not padding, which may be anything."""
     mask = batch.attention_mask
-    return values if mask is None or values.shape[:2] != mask.shape else values[mask.bool()]
+    return values if mask is None or values.shape[:2] != mask.shape else values[mask.bool().to(values.device)]

@@ -52,21 +52,20 @@ class PartModel:
         """
         _refuse_quantised(found)
         self._folder, self._device = found.folder, device
-        self.model, self._dtype = _build(found)
+        self.model, self.dtype = _build(found)
         self.text = _text_model(self.model, found)
         self._text_path = _path_of(self.model, self.text)
         self.layers_path, self.layers = self._find_layers(found)
-        self._empty = {name: tensor for name, tensor in _tensors(self.model)}
-        head = self.model.get_output_embeddings()
+        self._empty = dict(_tensors(self.model))
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head_path = _path_of(self.model, head) if head is not None else None
         self._transforms: list[Any] = get_model_conversion_mapping(self.model)
         self._names = self._sort_names(found)
 
     def part_bytes(self) -> dict[Part, int]:
-        """Bytes in the files of every part."""
-        return {
-            part: sum(self._folder.tensors[name].length for name in names) for part, names in self._names.items()
-        }
+        """Bytes in the files of every part; a tied LM head counts as outside."""
+        sizes = {part: sum(self._folder.tensors[name].length for name in names) for part, names in self._names.items()}
+        return {**sizes, "outside": sizes["outside"] + sizes["head"], "head": 0} if self._is_tied else sizes
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -173,8 +172,8 @@ class PartModel:
     def _load(self, names: list[str]) -> None:
         state = {name: LazyTensor(self._folder.path, name, self._folder.tensors[name]) for name in names}
         config = LoadStateDictConfig(
-            dtype=self._dtype,
-            dtype_plan=self.model._get_dtype_plan(self._dtype),
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._transforms,
             device_map={"": self._device},
         )
@@ -183,7 +182,7 @@ class PartModel:
         wrong = [str(one) for one in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
         if wrong:
             raise SecateurError(f"{self._folder.path}: transformers cannot load {wrong[0]}")
-        for name, tensor in _tensors(self.model):
+        for _, tensor in _tensors(self.model):
             if tensor.device.type != "meta" and tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor.data = tensor.data.clone()  # a piece of a larger one, which it would keep in memory
 
@@ -234,7 +233,7 @@ def _build(found: Survey) -> tuple[PreTrainedModel, torch.dtype]:
         model_class: Any = pruned_model_class(found.model.model_class)
     else:
         config, model_class = copy.deepcopy(found.model.config), found.model.model_class
-    dtype = config.dtype or get_state_dict_dtype(
+    dtype = config.dtype or get_state_dict_dtype(  # type: ignore[no-untyped-call]
         {
             name: torch.empty(0, dtype=DTYPES[one.dtype], device="meta")
             for name, one in found.folder.tensors.items()
@@ -252,7 +251,8 @@ def _build(found: Survey) -> tuple[PreTrainedModel, torch.dtype]:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model: PreTrainedModel = model_class(config)
-    return model.eval(), dtype
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, dtype
 
 
 def _text_model(model: PreTrainedModel, found: Survey) -> PreTrainedModel:
@@ -270,7 +270,7 @@ def _has_experts(layer: nn.Module) -> bool:
 
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return str(next(name for name, module in model.named_modules() if module is wanted))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -285,9 +285,9 @@ def _is_in(name: str, path: str) -> bool:
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from types import EllipsisType
 
@@ -29,7 +30,7 @@ class LazyTensor:
     """What transformers' loader takes in the place of a tensor: `[...]` reads it.
 
     The loader maps files into memory, where a tensor begins at any address; matrix products round by that. Here every
-    tensor begins where torch puts a new one, so that nothing depends on the place in a file.
+    tensor begins at a page, so that nothing depends on its place in a file.
     """
 
     def __init__(self, folder: Path, name: str, stored: Stored) -> None:
@@ -43,8 +44,11 @@ class LazyTensor:
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
         stored = self._stored
-        flat = torch.empty(stored.length, dtype=torch.uint8)
-        view, done = memoryview(flat.numpy()), 0
+        if not stored.length:
+            return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        # Memory of its own from the system, which gets it back with the tensor; of a heap, layers leave holes behind.
+        memory = mmap.mmap(-1, stored.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        view, done = memoryview(memory), 0
         with self._path.open("rb", buffering=0) as file:
             file.seek(stored.start)
             while done < stored.length:  # the system reads at most 2 GB at once
@@ -52,4 +56,4 @@ class LazyTensor:
                 if not count:
                     raise SecateurError(f"{self._path}: it has become shorter while it was read")
                 done += count
-        return flat.view(DTYPES[stored.dtype]).reshape(stored.shape)
+        return torch.frombuffer(memory, dtype=DTYPES[stored.dtype]).reshape(stored.shape)

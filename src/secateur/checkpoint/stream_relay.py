@@ -82,7 +82,7 @@ class Relay:
         self._called += 1
         hidden = args[0] if args else kwargs.get(HIDDEN)
         if not isinstance(hidden, Tensor):
-            raise SecateurError(f"decoder layer {number} is called with {type(hidden).__name__}, expected hidden states")
+            raise SecateurError(f"decoder layer {number} is called with {type(hidden).__name__}, expected a tensor")
         if number > self._stage:
             self._taken = hidden
             raise LayerDone
@@ -101,7 +101,8 @@ class Relay:
     def _work(
         self, number: int, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        others = {**dict(enumerate(args[1:], start=1)), **{key: value for key, value in kwargs.items() if key != HIDDEN}}
+        others: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        del others[0 if args else HIDDEN]
         if self._checks:
             _refuse_poisoned(number, others)
         before = _sizes(others) if self._checks else None

@@ -99,12 +99,12 @@ def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path 
     reason = "--tokens 0" if num_tokens == 0 else run.why_not_loaded(before)
     if reason is not None:
         return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
-    tokens = run.tokens_for(before.folder.path, before, num_tokens, text, seed)
-    expected = run.barred_logits(before.folder.path, before, plan, tokens)
+    sample = run.sample_for(before.folder.path, before, num_tokens, text, seed)
+    expected = run.barred_logits(before.folder.path, before, plan, sample)
     try:
         model, problems = run.load(after.folder.path, after)
-        found = logits_of(model, tokens)
-        said = run.generated(model, tokens)
+        found = logits_of(model, sample)
+        said = run.generated(model, sample)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
     ascending = all(layer_plan(before, plan, layer).is_ascending for layer in before.counts)
@@ -112,10 +112,12 @@ def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path 
     same = torch.equal(found, expected)
     close = difference <= run.ROUNDING * max(float(expected.abs().max()), 1.0)
     how = "bit for bit" if same else f"largest difference {difference:.3g}"
+    seen = f"{len(sample)} images" if sample.is_floating_point() else f"{sample.shape[1]} tokens"
+    speech = "it is no language model" if said is None else " ".join(map(str, said))
     return [
         Check(claim=loads, passed=not problems, detail=str(problems)[:500] if problems else type(model).__name__),
-        Check(claim=equal, passed=same if ascending else close, detail=f"{tokens.shape[1]} tokens, {how}"),
-        Check(claim=speaks, passed=len(said) == run.NEW_TOKENS, detail=" ".join(map(str, said))),
+        Check(claim=equal, passed=same if ascending else close, detail=f"{seen}, {how}"),
+        Check(claim=speaks, passed=None if said is None else len(said) == run.NEW_TOKENS, detail=speech),
     ]
 
 

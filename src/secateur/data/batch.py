@@ -22,6 +22,4 @@ class Batch:
     def to(self, device: str) -> Batch:
         """The same on another device."""
         mask = self.attention_mask
-        return Batch(
-            input_ids=self.input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
-        )
+        return Batch(input_ids=self.input_ids.to(device), attention_mask=None if mask is None else mask.to(device))

@@ -9,10 +9,9 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
-from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX
+from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX, auto_class, class_named
 
 MODULE = "modeling_secateur"
-AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 
 def has_expert_count(config: Mapping[str, Any]) -> bool:
@@ -65,10 +64,13 @@ def _as_pruned(config: dict[str, Any], blocks: list[int], from_native: bool) -> 
                 "differ need one architecture of transformers' own"
             )
         name = PREFIX + architectures[0]
-        classes = (_config_class(config["model_type"]), name)
+        classes = {
+            "AutoConfig": _config_class(config["model_type"]),
+            auto_class(class_named(architectures[0])).__name__: name,
+        }
         config["base_model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
         config["architectures"] = [name]
-        config["auto_map"] = {auto: f"{MODULE}.{found}" for auto, found in zip(AUTO_CLASSES, classes, strict=True)}
+        config["auto_map"] = {auto: f"{MODULE}.{found}" for auto, found in classes.items()}
     return config
 
 

@@ -1,0 +1,48 @@
+"""`secateur convert-vmoe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def convert_vmoe(
+    prefix: Annotated[Path, typer.Argument(help="Path of the checkpoint's files, without .index and .data-*.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the model.")],
+    top_k: Annotated[int, typer.Option("--top-k", help="Experts a token: 2 in the published V-MoE, 1 in E3.")],
+    capacity_factor: Annotated[
+        float, typer.Option("--capacity-factor", help="Places of an expert, relative to an even load.")
+    ] = 1.05,
+    group_images: Annotated[int, typer.Option("--group-images", help="Images that are routed together.")] = 8,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Make a model folder of a V-MoE or E3 checkpoint that its authors published (flax, msgpack).
+
+    The folder is one of a transformers model: every other command takes it.
+
+    Example: `secateur convert-vmoe vmoe_b16_imagenet21k_randaug_strong --top-k 2 --out vmoe-b16`
+    """
+    from secateur.errors import SecateurError
+    from secateur.out_folder import written_beside
+    from secateur.vision.flax_checkpoint import read_vmoe
+
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise SecateurError(f"--out {out}: it is there already and not an empty folder")
+    model: Any = read_vmoe(
+        prefix.with_name(prefix.name.removesuffix(".index")),
+        num_experts_per_tok=top_k,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=capacity_factor,
+        group_images=group_images,
+    )
+    with written_beside(out) as beside:
+        model.save_pretrained(beside)
+    if not quiet:
+        config = model.config
+        print(
+            f"{out}: {sum(one.numel() for one in model.parameters()) / 1e6:.1f} M parameters, "
+            f"{config.num_experts} experts in {len(config.moe_layers)} of {config.num_hidden_layers} blocks"
+            + (f", {config.ensemble_size} members" if config.ensemble_size > 1 else "")
+        )

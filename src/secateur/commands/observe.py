@@ -1,0 +1,190 @@
+"""`secateur observe`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.commands.calibration_options import (
+    BatchSize,
+    Data,
+    Device,
+    Pack,
+    Samples,
+    SequenceLength,
+    Split,
+    TextKey,
+)
+from secateur.commands.layers_bar import layers_bar
+from secateur.errors import SecateurError
+
+if TYPE_CHECKING:
+    from secateur.checkpoint.survey import Survey
+    from secateur.observation import Observation
+
+
+class Activations(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
+def observe(
+    model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model; it is only read.")],
+    out: Annotated[Path, typer.Option("--out", help="The statistics file to write, such as stats.safetensors.")],
+    data: Data = None,
+    samples: Samples = 128,
+    sequence_length: SequenceLength = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the sequences.")] = 0,
+    batch_size: BatchSize = 8,
+    pack: Pack = True,
+    text_key: TextKey = "text",
+    split: Split = "train",
+    activations: Annotated[
+        Activations,
+        typer.Option(
+            "--activations",
+            help="Where they wait between layers: disk (beside --out; a killed run goes on from there), memory, or "
+            "auto: memory for a model that would fit there as a whole.",
+        ),
+    ] = Activations.auto,
+    device: Device = "auto",
+    sglang: Annotated[
+        Path | None,
+        typer.Option("--sglang", help="Run nothing; take the counts that SGLang recorded in this .pt file."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over --out if it is there.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what it takes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Run a model on text and record what its experts do, for all criteria at once.
+
+    Without `--data` the text is Python's own standard library and its reference.
+    One decoder layer at a time is in memory, so the model may be larger than that. A run that was killed goes on at
+    the layer it had reached when it is started again with the same arguments. Layers that predict further tokens
+    (multi-token prediction) are not run.
+
+    Example: `secateur observe models/Qwen3-30B-A3B --data code=src --data chats.jsonl --out stats.safetensors`
+    """
+    from secateur.checkpoint.folder import read_folder
+    from secateur.checkpoint.survey import survey
+
+    if out.is_dir() or (out.exists() and not force):
+        raise SecateurError(f"--out {out}: it is there already; --force writes over a file")
+    if not out.parent.is_dir():
+        raise SecateurError(f"--out {out}: no folder {out.parent}")
+    if sglang is not None and data:
+        raise SecateurError("--sglang and --data: a recording needs no text")
+    found = survey(read_folder(model))
+    if sglang is not None:
+        result = _recorded(found, sglang, out, dry_run)
+    else:
+        from secateur.checkpoint.observe import Run
+        from secateur.data.calibration import calibrate
+        from secateur.data.tokenizer import load_tokenizer
+
+        drawn = calibrate(
+            load_tokenizer(model),
+            data or [],
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            pack=pack,
+            text_key=text_key,
+            split=split,
+        )
+        run = Run(found, drawn, out, batch_size=batch_size, activations=activations.value, device=_device(device))
+        result = _about(run.costs, drawn.to_json(), found, goes_on=run.goes_on and not restart)
+        if not dry_run:
+            show = not (quiet or as_json)
+            with layers_bar("observing", num_batches=-(-samples // batch_size), show=show) as on_step:
+                result |= _seen(run.observe(restart=restart, on_step=on_step))
+    result = {"format": "secateur-observe", "version": 1, "model": str(model), "out": str(out), **result}
+    if as_json:
+        print(json.dumps(result | {"dry_run": dry_run}, indent=2))
+    elif not quiet:
+        print(_summary(result, dry_run))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SecateurError(f"--device {name}: {error}") from error
+    return name
+
+
+def _recorded(found: Survey, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
+    from secateur.checkpoint.facts import facts
+    from secateur.observation import Observation
+    from secateur.sglang import read_recording, stats_of_recording
+
+    recorded, about = read_recording(path)
+    model = found.model
+    stats = stats_of_recording(recorded, found.counts, num_layers=model.num_layers, top_k=model.top_k)
+    observation = Observation(stats=stats, model=facts(found), data={**about, "file": path.name})
+    if not dry_run:
+        observation.save(out)
+    return {"layers": model.num_layers, "moe_layers": list(found.counts), "data": about, **_seen(observation)}
+
+
+def _about(costs: Any, data: dict[str, Any], found: Survey, *, goes_on: bool) -> dict[str, Any]:
+    return {
+        "layers": costs.num_layers,
+        "moe_layers": costs.moe_layers,
+        "mtp_layers_not_run": list(found.mtp_counts),
+        "data": data,
+        "bytes_to_read": costs.read_bytes,
+        "activation_bytes": costs.hidden_bytes,
+        "activations": "memory" if costs.in_memory else "disk",
+        "peak_memory_bytes_estimated": costs.peak_bytes,
+        "goes_on": goes_on,
+    }
+
+
+def _seen(observation: Observation) -> dict[str, Any]:
+    never = {
+        str(layer): [expert for expert, count in enumerate(loads) if not count]
+        for layer, loads in observation.stats.loads().items()
+    }
+    return {
+        "stats_digest": observation.stats.digest(),
+        "sums": ["token_count", *observation.stats.sums],
+        "never_routed": {layer: experts for layer, experts in never.items() if experts},
+    }
+
+
+def _summary(result: dict[str, Any], dry_run: bool) -> str:
+    data = result["data"]
+    lines = [
+        f"{'would write' if dry_run else 'wrote'} {result['out']}: {len(result['moe_layers'])} MoE layers of "
+        f"{result['layers']} decoder layers"
+    ]
+    if "tokens" in data:
+        shares = ", ".join(f"{name} {one['sequences']}" for name, one in data["domains"].items())
+        lines.append(f"{data['tokens']:,} tokens; sequences: {shares}")
+        lines.append(
+            f"{result['bytes_to_read'] / 1e9:.3f} GB read, one layer at a time; about "
+            f"{result['peak_memory_bytes_estimated'] / 1e9:.3f} GB of memory and what one batch needs; "
+            f"{result['activation_bytes'] / 1e9:.3f} GB of activations "
+            f"{'in memory' if result['activations'] == 'memory' else 'on the disk, twice that for a while'}"
+        )
+    if result.get("goes_on"):
+        lines.append(f"{'would go' if dry_run else 'went'} on with an interrupted run")
+    if result.get("mtp_layers_not_run"):
+        listed = ", ".join(map(str, result["mtp_layers_not_run"]))
+        lines.append(f"not run: layers that predict further tokens ({listed})")
+    if never := result.get("never_routed"):
+        count = sum(map(len, never.values()))
+        lines.append(f"{count} experts in {len(never)} layers got no token: more text tells more about them")
+    return "\n".join(lines)

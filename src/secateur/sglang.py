@@ -1,0 +1,87 @@
+"""Recordings of SGLang's expert distribution recorder as statistics: how many tokens each expert got while serving.
+
+SGLang (0.5, srt/eplb/expert_distribution.py, modes `stat` and `stat_approx`) writes with torch.save a dictionary whose
+`logical_count` has shape (steps, layers, experts), with a row for every decoder layer; rows of layers without experts
+are 0. A table (layers, experts), as `--init-expert-location` takes it, is accepted as well, and one with rows for the
+MoE layers only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.stats import LayerStats, RouterStats
+
+KEY = "logical_count"
+
+
+def read_recording(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """(logical_count summed over steps: (layers, experts) int64, what to say of the file as JSON).
+
+    Nothing but tensors and plain values is read from the file: it is pickled, and code in it is not run.
+
+    Raises:
+        SecateurError: no such file, not a recording, or counts that are not whole numbers of 0 or more.
+    """
+    if not path.is_file():
+        raise SecateurError(f"recording {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the archive, of the pickle in it, or of what that asks for
+        message = str(error).strip().partition("\n")[0]
+        raise SecateurError(f"recording {path}: cannot be read as tensors and plain values ({message:.200})") from error
+    if isinstance(content, dict) and "records" in content:
+        raise SecateurError(
+            f"recording {path}: written by the mode per_pass or per_token; expected one of the mode stat or stat_approx"
+        )
+    count = content.get(KEY) if isinstance(content, dict) else None
+    if not isinstance(count, Tensor) or count.ndim not in (2, 3) or count.is_floating_point() or count.is_complex():
+        found = f"{count.dtype} {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+        raise SecateurError(
+            f"recording {path}: {KEY} is {found}, expected whole numbers of shape (steps, layers, experts)"
+        )
+    if bool((count < 0).any()):
+        raise SecateurError(f"recording {path}: {KEY} has negative counts, such as {int(count.min())}")
+    steps = count.shape[0] if count.ndim == 3 else 1
+    about = {"format": "sglang", "digest": hashlib.sha256(path.read_bytes()).hexdigest(), "steps": steps}
+    return count.reshape(-1, *count.shape[-2:]).sum(dim=0), about
+
+
+def stats_of_recording(recorded: Tensor, counts: Mapping[int, int], *, num_layers: int, top_k: int) -> RouterStats:
+    """Statistics of the MoE layers.
+
+    The number of tokens is not recorded; it is taken to be the counts of a layer by `top_k`.
+
+    Args:
+        recorded: (layers, experts). counts: experts of every MoE layer. num_layers: decoder layers.
+
+    Raises:
+        SecateurError: rows or experts that do not fit the model, counts where a layer has no experts, or none where it
+            has.
+    """
+    rows, experts = recorded.shape
+    layers = list(range(num_layers)) if rows == num_layers else sorted(counts)
+    if rows != len(layers):
+        raise SecateurError(
+            f"recording: {rows} layers, but the model has {num_layers} decoder layers, {len(counts)} with experts"
+        )
+    found = {}
+    for layer, row in zip(layers, recorded, strict=True):
+        total = int(row.sum())
+        if layer not in counts:
+            if total:
+                raise SecateurError(f"recording: {total} tokens for experts of layer {layer}, which has none")
+            continue
+        if counts[layer] != experts:
+            raise SecateurError(f"recording: {experts} experts a layer, but layer {layer} has {counts[layer]}")
+        if not total:
+            raise SecateurError(f"recording: no token for layer {layer}, which has experts")
+        found[layer] = LayerStats(num_tokens=max(1, total // top_k), token_count=row)
+    return RouterStats(layers=found)
