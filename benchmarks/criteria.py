@@ -2,11 +2,12 @@
 
     python benchmarks/fetch_text.py TEXT && python benchmarks/criteria.py TEXT --work WORK
 
-A MoE is pre-trained by `secateur pretrain` on four domains. Two of them are calibrated on, with other blocks of text
-for every seed; loss is measured on held-out text of these two and of the other two. The three parts of a domain, to
-train, to calibrate and to hold out, share no document. The experts that a plan drops are barred from the routers, which
-computes what the pruned model would, bit for bit (tests/test_checkpoint_families.py). A finished training in WORK is
-not repeated. Stores results/criteria.json, with how the model was made.
+Two MoEs are pre-trained by `secateur pretrain` on four domains, one without and one with a balance loss. Two domains
+are calibrated on, with other blocks of text for every seed; loss is measured on held-out text of these two and of the
+other two. The three parts of a domain, to train, to calibrate and to hold out, share no document. The experts that a
+plan drops are barred from the routers, which computes what the pruned model would, bit for bit
+(tests/test_checkpoint_families.py). A finished training in WORK is not repeated. Stores results/criteria.json, with how
+the models were made.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from secateur.verify import barred_experts
 
 CALIBRATED, OTHER = ("code", "manuals"), ("dictionary", "speeches")
 PARTS = {"training": 8, "calibration": 1, "held-out": 1}  # shares of the documents, in tenths
+MODELS = {"no balance loss": "none", "Mixtral's balance loss": "mixtral"}
 SHARES = (0.75, 0.5)
 LENGTH, BATCH = 256, 8
 
@@ -60,8 +62,30 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     parts = split(arguments.text, arguments.work)
-    command = train(parts["training"], arguments.work / "run", arguments.steps)
-    folder = arguments.work / "run" / "model"
+    models = {
+        name: results_of(arguments, parts, arguments.work / f"run-{balance}", balance)
+        for name, balance in MODELS.items()
+    }
+    columns = ["model", "criterion", "experts kept", "same domains", "other domains"]
+    rows = [[name, *row(one, found["unpruned_loss"])] for name, found in models.items() for one in found["results"]]
+    show("more loss a token than the model before pruning", columns, rows)
+    record = {
+        "sources": json.loads((arguments.text / "sources.json").read_text()),
+        "calibrated_on": CALIBRATED,
+        "not_calibrated_on": OTHER,
+        "tokens_a_calibration": arguments.samples * LENGTH,
+        "held_out_tokens_a_domain": arguments.samples * LENGTH,
+        "models": models,
+    }
+    print(store("criteria", {**record, "table": [columns, *rows]}))
+
+
+def results_of(
+    arguments: argparse.Namespace, parts: dict[str, dict[str, Path]], run: Path, balance: str
+) -> dict[str, Any]:
+    """One model, pruned in every way."""
+    command = train(parts["training"], run, arguments.steps, balance)
+    folder = run / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     moe = describe_moe(model)
@@ -69,7 +93,6 @@ def main() -> None:
         domain: blocks(tokenizer, parts["held-out"], (domain,), arguments.samples, 0)
         for domain in (*CALIBRATED, *OTHER)
     }
-    whole = losses(model, held_out)
     stats = [
         observed(moe, blocks(tokenizer, parts["calibration"], CALIBRATED, arguments.samples, seed))
         for seed in range(arguments.seeds)
@@ -94,22 +117,17 @@ def main() -> None:
                 )
                 runs.append({"seed": seed, "loss": pruned_losses(moe, plan, held_out), "dropped": dropped(plan)})
             results.append({"criterion": name, "keep": share, "runs": runs})
-            print(f"{name}, keep {share}: {[round(mean(one['loss'], CALIBRATED), 4) for one in runs]}", flush=True)
-    columns = ["criterion", "experts kept", "same domains", "other domains"]
-    rows = [row(one, whole) for one in results]
-    show(f"more loss a token than unpruned ({mean(whole, CALIBRATED):.4f} and {mean(whole, OTHER):.4f})", columns, rows)
-    record = {
+            print(
+                f"{balance}, {name}, keep {share}: {[round(mean(one['loss'], CALIBRATED), 4) for one in runs]}",
+                flush=True,
+            )
+    return {
         "pretrain": command,
-        "sources": json.loads((arguments.text / "sources.json").read_text()),
-        "calibrated_on": CALIBRATED,
-        "not_calibrated_on": OTHER,
-        "tokens_a_calibration": arguments.samples * LENGTH,
-        "held_out_tokens_a_domain": arguments.samples * LENGTH,
         "model": facts(found).to_json(),
-        "unpruned_loss": whole,
+        "loads": {str(layer): loads for layer, loads in stats[0].loads().items()},
+        "unpruned_loss": losses(model, held_out),
         "results": results,
     }
-    print(store("criteria", {**record, "table": [columns, *rows]}))
 
 
 def split(text: Path, work: Path) -> dict[str, dict[str, Path]]:
@@ -128,10 +146,11 @@ def split(text: Path, work: Path) -> dict[str, dict[str, Path]]:
     return files
 
 
-def train(texts: dict[str, Path], out: Path, steps: int) -> list[str]:
+def train(texts: dict[str, Path], out: Path, steps: int, balance: str) -> list[str]:
     """Pre-train, unless it is done; the command without folders."""
     data = [word for domain, path in texts.items() for word in ("--data", f"{domain}={path}")]
     sizes = ["--steps", str(steps), "--max-data-bytes", "12000000", "--vocab-size", "2048", "--no-prune"]
+    sizes += ["--balance", balance]
     if not (out / "report.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "secateur", "pretrain", *data, *sizes, "--out", str(out), "--quiet"]

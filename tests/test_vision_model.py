@@ -51,14 +51,18 @@ def test_the_auto_classes_know_it() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_imports_nothing_but_secateur_loads_it(tmp_path: Path) -> None:
-    tiny_vmoe("ensemble").save_pretrained(tmp_path)
+def test_a_process_that_imports_nothing_but_secateur_loads_it_whole_and_pruned(tmp_path: Path) -> None:
+    model = tiny_vmoe("token choice")
+    model.save_pretrained(tmp_path / "whole")
+    prune_model_(describe_moe(model), plan_of([0, 2, 5], layers=(2,)))
+    model.save_pretrained(tmp_path / "pruned")
     code = (
-        "import secateur\nfrom transformers import AutoModelForImageClassification\n"
-        f"print(type(AutoModelForImageClassification.from_pretrained({str(tmp_path)!r})).__name__)"
+        "import sys, secateur\nfrom transformers import AutoModelForImageClassification\n"
+        "print(type(AutoModelForImageClassification.from_pretrained(sys.argv[1])).__name__)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["VMoEForImageClassification"]
+    for name, expected in (("whole", "VMoEForImageClassification"), ("pruned", "PrunedVMoEForImageClassification")):
+        words = [sys.executable, "-c", code, str(tmp_path / name)]
+        assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == [expected]
 
 
 def test_an_image_alone_is_classified_as_among_others_where_it_is_a_group_of_its_own() -> None:

@@ -77,7 +77,7 @@ def parse_header(data: bytes, size: int, path: Path) -> Header:
 
 
 def with_sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with the texts of its header in order of their names: as the library writes it, that varies."""
+    """A safetensors file with the texts of its header in order of their names; the library's order varies."""
     (length,) = LENGTH.unpack(data[: LENGTH.size])
     header = json.loads(data[LENGTH.size : LENGTH.size + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))

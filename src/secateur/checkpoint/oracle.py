@@ -28,7 +28,7 @@ def barred(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]
     Layers that the model does not have, such as multi-token-prediction layers, are passed over.
     """
     layers = {layer: layer_plan(survey, plan, layer) for layer in survey.counts}
-    text = _text_model(model, survey)
+    text = text_model(model, survey)
     with ExitStack() as stack:
         if survey.model.text.model_type == RUNS_EVERY_EXPERT:
             for name, module in text.named_modules():
@@ -41,7 +41,8 @@ def barred(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]
         yield
 
 
-def _text_model(model: PreTrainedModel, survey: Survey) -> PreTrainedModel:
+def text_model(model: PreTrainedModel, survey: Survey) -> PreTrainedModel:
+    """The model that holds the decoder layers: `model` itself, or one inside it."""
     if not survey.model.is_nested:
         return model
     wanted = survey.model.text.model_type

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.oracle import barred
@@ -43,6 +46,18 @@ def _free_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@contextlib.contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """While it lasts, transformers shows no bars beside our own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def load(folder: Path, survey: Survey) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """(model, what transformers reports of the load: missing, unexpected and mismatched tensors, errors).
 
@@ -51,7 +66,8 @@ def load(folder: Path, survey: Survey) -> tuple[PreTrainedModel, dict[str, list[
     pruned = survey.folder.config.get("model_type") == MODEL_TYPE
     native = survey.model.model_class
     loader: Any = pruned_model_class(native) if pruned else native
-    model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    with no_loading_bars():
+        model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto")
     with torch.no_grad():
         for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
             tensor.data = tensor.data.clone()

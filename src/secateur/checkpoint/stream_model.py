@@ -23,9 +23,10 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig, get_state_dict_dtype
-from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from secateur.checkpoint.oracle import text_model
+from secateur.checkpoint.run import no_loading_bars
 from secateur.checkpoint.stream_read import DTYPES, LazyTensor
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
@@ -53,7 +54,7 @@ class PartModel:
         _refuse_quantised(found)
         self._folder, self._device = found.folder, device
         self.model, self.dtype = _build(found)
-        self.text = _text_model(self.model, found)
+        self.text = text_model(self.model, found)
         self._text_path = _path_of(self.model, self.text)
         self.layers_path, self.layers = self._find_layers(found)
         self._empty = dict(_tensors(self.model))
@@ -177,7 +178,7 @@ class PartModel:
             weight_mapping=self._transforms,
             device_map={"": self._device},
         )
-        with _no_progress_bar():
+        with no_loading_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
         wrong = [str(one) for one in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
         if wrong:
@@ -255,16 +256,6 @@ def _build(found: Survey) -> tuple[PreTrainedModel, torch.dtype]:
     return model, dtype
 
 
-def _text_model(model: PreTrainedModel, found: Survey) -> PreTrainedModel:
-    if not found.model.is_nested:
-        return model
-    wanted = found.model.text.model_type
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config.model_type == wanted:
-            return module
-    raise SecateurError(f"{type(model).__name__}: no {wanted} model inside it")
-
-
 def _has_experts(layer: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "experts" for name, _ in layer.named_modules())
 
@@ -280,14 +271,3 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _is_in(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,10 +1,12 @@
-"""The options of `secateur prune` and `secateur eval` that say which text a model is run on, and how."""
+"""The options of `observe`, `prune` and `eval` that say which text a model is run on, and how."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+
+from secateur.errors import SecateurError
 
 Data = Annotated[
     list[str] | None,
@@ -23,3 +25,20 @@ Pack = Annotated[
 TextKey = Annotated[str, typer.Option("--text-key", help="Where the text is in .jsonl, .parquet, hf:.")]
 Split = Annotated[str, typer.Option("--split", help="The split of an hf: dataset.")]
 Device = Annotated[str, typer.Option("--device", help="Where layers run: auto, cpu, cuda.")]
+
+
+def device_named(name: str) -> str:
+    """The device of `--device`.
+
+    Raises:
+        SecateurError: this machine has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SecateurError(f"--device {name}: {error}") from error
+    return name

@@ -20,7 +20,7 @@ def convert_vmoe(
 ) -> None:
     """Make a model folder of a V-MoE or E3 checkpoint that its authors published (flax, msgpack).
 
-    The folder is one of a transformers model: every other command takes it.
+    The folder is one of a transformers model: `inspect`, `plan`, `apply` and `verify` take it.
 
     Example: `secateur convert-vmoe vmoe_b16_imagenet21k_randaug_strong --top-k 2 --out vmoe-b16`
     """

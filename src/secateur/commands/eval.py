@@ -19,9 +19,9 @@ from secateur.commands.calibration_options import (
     SequenceLength,
     Split,
     TextKey,
+    device_named,
 )
 from secateur.commands.layers_bar import layers_bar
-from secateur.commands.observe import _device
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
@@ -62,12 +62,10 @@ def eval(
 
     Example: `secateur eval models/Qwen3-30B-A3B pruned --data code=code.jsonl --data prose=prose.jsonl`
     """
-    from transformers.utils import logging
 
     from secateur.checkpoint.evaluate import evaluate
     from secateur.checkpoint.lm_harness import check_installed, run_tasks
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there are bars of our own
     if not data and lm_eval is None:
         raise SecateurError("nothing to measure: give text with --data, tasks with --lm-eval, or both")
     if len(set(models)) < len(models):
@@ -102,7 +100,7 @@ def eval(
                 drawn.batches(batch_size),
                 [domain for domain, count in drawn.domains.items() for _ in range(count)],
                 stream=stream,
-                device=_device(device),
+                device=device_named(device),
                 seed=seed,
                 on_step=bar,
             )

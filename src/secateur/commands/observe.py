@@ -18,6 +18,7 @@ from secateur.commands.calibration_options import (
     SequenceLength,
     Split,
     TextKey,
+    device_named,
 )
 from secateur.commands.layers_bar import layers_bar
 from secateur.errors import SecateurError
@@ -99,7 +100,7 @@ def observe(
             text_key=text_key,
             split=split,
         )
-        run = Run(found, drawn, out, batch_size=batch_size, activations=activations.value, device=_device(device))
+        run = Run(found, drawn, out, batch_size=batch_size, activations=activations.value, device=device_named(device))
         result = _about(run.costs, drawn.to_json(), found, goes_on=run.goes_on and not restart)
         if not dry_run:
             show = not (quiet or as_json)
@@ -110,18 +111,6 @@ def observe(
         print(json.dumps(result | {"dry_run": dry_run}, indent=2))
     elif not quiet:
         print(_summary(result, dry_run))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise SecateurError(f"--device {name}: {error}") from error
-    return name
 
 
 def _recorded(found: Survey, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:

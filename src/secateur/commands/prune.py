@@ -20,9 +20,10 @@ from secateur.commands.calibration_options import (
     SequenceLength,
     Split,
     TextKey,
+    device_named,
 )
 from secateur.commands.layers_bar import layers_bar
-from secateur.commands.observe import Activations, _device
+from secateur.commands.observe import Activations
 from secateur.commands.plan import outcome_lines
 from secateur.commands.progress import bytes_bar
 from secateur.commands.verify import WORDS
@@ -83,11 +84,9 @@ def prune(
 
     Example: `secateur prune models/Qwen3-30B-A3B --keep 0.75 --data calibration.jsonl --out pruned`
     """
-    from transformers.utils import logging
 
     from secateur.checkpoint import prune as program
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there are bars of our own
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     choice = options.choice_of(
         criterion or ("laep" if has_rule else "reap"),
@@ -119,7 +118,9 @@ def prune(
             text_key=text_key,
             split=split,
         )
-        ready = Run(found, drawn, stats, batch_size=batch_size, activations=activations.value, device=_device(device))
+        ready = Run(
+            found, drawn, stats, batch_size=batch_size, activations=activations.value, device=device_named(device)
+        )
 
         def take() -> None:
             with layers_bar("observing", num_batches=-(-samples // batch_size), show=show) as on_step:
