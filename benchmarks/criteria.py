@@ -103,6 +103,8 @@ def results_of(
     results: list[dict[str, Any]] = []
     for share in SHARES:
         for name, criterion in CRITERIA.items():
+            if criterion.needs == "router change":
+                continue  # these models were not fine-tuned from others
             draws = range(arguments.seeds) if criterion.needs_data or criterion.needs == "nothing" else range(1)
             runs = []
             for seed in draws:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from secateur.criteria import CRITERIA
+from secateur.criteria.router_change import RouterChange
 from secateur.criteria.score import never_routed, score_layers
 from secateur.criteria.super_experts import super_experts
 from secateur.criteria.weights import WeightStats
@@ -16,7 +17,8 @@ from secateur.errors import SecateurError
 from secateur.stats import SUMS, LayerStats, RouterStats
 
 ON_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
-ON_WEIGHTS = [name for name in CRITERIA if name not in (*ON_DATA, "random")]
+ON_WEIGHTS = [name for name, criterion in CRITERIA.items() if str(criterion.needs).endswith("weights")]
+ON_CHANGE = [name for name, criterion in CRITERIA.items() if criterion.needs == "router change"]
 
 
 def stats_of(counts: list[int], *, without: tuple[str, ...] = (), layers: tuple[int, ...] = (0,)) -> RouterStats:
@@ -30,14 +32,23 @@ def weights_of(num_experts: int = 3) -> WeightStats:
     return WeightStats.of_experts("w", tensor) + WeightStats.of_router("r", tensor)
 
 
+def change_of(num_experts: int = 3) -> RouterChange:
+    before = torch.arange(1.0, 1 + 2 * num_experts).reshape(num_experts, 2)
+    return RouterChange.of_rows("r", before, before.flip(1) * 1.5)
+
+
+def read_for(name: str) -> WeightStats | RouterChange:
+    return change_of() if name in ON_CHANGE else weights_of()
+
+
 def score(name: str, **changes: object) -> object:
-    given = {"stats": stats_of([4, 5, 0]), "weights": {0: weights_of()}} | changes
+    given = {"stats": stats_of([4, 5, 0]), "weights": {0: read_for(name)}} | changes
     return score_layers(name, {0: 3}, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_scores_every_expert_with_a_finite_number(name: str) -> None:
-    scores = score_layers(name, {0: 3}, stats=stats_of([4, 5, 0]), weights={0: weights_of()}, seed=1)
+    scores = score_layers(name, {0: 3}, stats=stats_of([4, 5, 0]), weights={0: read_for(name)}, seed=1)
     assert scores[0].shape == (3,)
     assert scores[0].dtype == torch.float64
     assert bool(torch.isfinite(scores[0]).all())
@@ -81,6 +92,17 @@ def test_weights_are_needed_and_must_have_been_read(name: str) -> None:
     read = WeightStats.of_router if CRITERIA[name].needs == "expert weights" else WeightStats.of_experts
     with pytest.raises(SecateurError, match=f"criterion '{name}', layer 0: {CRITERIA[name].needs} are missing"):
         score(name, weights={0: read("w", torch.ones(3, 2))})
+
+
+@pytest.mark.parametrize("name", [*ON_WEIGHTS, *ON_CHANGE])
+def test_what_another_criterion_reads_does_not_do(name: str) -> None:
+    other = weights_of() if name in ON_CHANGE else change_of()
+    with pytest.raises(
+        SecateurError, match=f"criterion '{name}' needs {CRITERIA[name].needs}, found {type(other).__name__}"
+    ):
+        score(name, weights={0: other})
+    with pytest.raises(SecateurError, match=f"criterion '{name}' needs {CRITERIA[name].needs}, found none"):
+        score(name, weights=None)
 
 
 def test_weights_of_one_expert_that_were_not_read_are_noticed() -> None:

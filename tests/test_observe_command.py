@@ -110,7 +110,7 @@ def test_it_writes_what_the_whole_model_shows_and_where_it_comes_from(folder: Pa
 def test_its_statistics_serve_every_criterion_that_needs_the_model_run(folder: Path, run: Run) -> None:
     assert run("--quiet")[0] == 0
     sums = {"token_count", *Observation.load(folder / "stats.safetensors").stats.sums}
-    needed = {one.needs for one in CRITERIA.values()} - {"nothing", "expert weights", "router weights"}
+    needed = {one.needs for one in CRITERIA.values()} - {"nothing", "expert weights", "router weights", "router change"}
     assert {need for need in needed if need in {"token_count", *SUMS}} <= sums
 
 

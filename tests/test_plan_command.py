@@ -27,6 +27,7 @@ from secateur.observation import ModelFacts, Observation
 from secateur.plan import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
 from test_checkpoint_layout import qwen3_5
+from test_checkpoint_router_change import finetuned
 from tiny_models import tiny_model
 
 Run = Callable[..., tuple[int, str, str]]
@@ -218,9 +219,10 @@ def test_the_document_lists_every_criterion_with_its_source_and_what_it_needs() 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and made-up statistics of it, in one folder."""
+    """A tiny model, one of other routers that it may have been made from, and made-up statistics, in one folder."""
     root = tmp_path_factory.mktemp("tiny")
     saved("qwen3_moe", root / "model")
+    finetuned("qwen3_moe").save_pretrained(root / "base")
     known = facts(survey(read_folder(root / "model")))
     layers = {number: layer([number + 1, *range(5, 12)]) for number in known.num_experts}
     Observation(stats=RouterStats(layers=layers), model=known).save(root / "stats.safetensors")
@@ -233,10 +235,14 @@ def test_every_criterion_runs_on_a_folder_and_its_plan_is_applied(
     criterion: str, run: Run, tiny: Path, tmp_path: Path
 ) -> None:
     words = ["--criterion", criterion, "--keep", "0.75", "--out", tmp_path / "plan.json"]
-    status, out, err = run(tiny / "stats.safetensors", "--model", tiny / "model", *words)
+    if CRITERIA[criterion].needs == "router change":
+        assert run(tiny / "model", *words)[0] == 2
+        status, out, err = run(tiny / "model", "--pretrained", tiny / "base", *words)
+    else:
+        status, out, err = run(tiny / "stats.safetensors", "--model", tiny / "model", *words)
+        alone, _, said = run(tiny / "model", *words)
+        assert alone == (2 if CRITERIA[criterion].needs_data else 0), said
     assert (status, "every layer: 8 -> 6" in out) == (0, True), err
-    alone, _, err = run(tiny / "model", *words)
-    assert alone == (2 if CRITERIA[criterion].needs_data else 0), err
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.criterion == criterion
     report = apply_to_model(tiny / "model", plan, tmp_path / "out", dry_run=True)

@@ -18,6 +18,7 @@ from secateur.allocate import LayerLimits, Limits
 from secateur.criteria.load import check_loads, exact
 from secateur.criteria.score import Weights, find_criterion, never_routed, score_layers, zero_weights
 from secateur.criteria.super_experts import super_experts
+from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.keep import Keep, Sizes
 from secateur.knapsack import cheapest_saving
@@ -271,7 +272,7 @@ def _unreachable(task: Task) -> SecateurError:
 
 def _has_experts(weights: Weights) -> bool:
     """Whether more than routers was read."""
-    return any(bool(one.num_weights.any()) for one in weights.values())
+    return any(isinstance(one, WeightStats) and bool(one.num_weights.any()) for one in weights.values())
 
 
 def _super_experts(protected: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.checkpoint.router_change import router_changes
 from secateur.checkpoint.source import Source
 from secateur.checkpoint.weights import weight_stats
 from secateur.choose import plan_by_criterion
@@ -180,9 +181,20 @@ def _weights(source: Source, choice: Choice, on_bytes: Callable[[int, int], None
     needs = find_criterion(choice.criterion).needs
     if isinstance(needs, tuple) or needs == "nothing":
         return None
+    if needs == "router change":
+        return _router_changes(source, choice)
     if source.found is None:
         raise SecateurError(f"criterion {choice.criterion!r} reads {needs}: name the folder of the model with --model")
     return weight_stats(source.found, needs, on_bytes=on_bytes)
+
+
+def _router_changes(source: Source, choice: Choice) -> Any:
+    if source.pretrained is None or source.finetuned is None:
+        raise SecateurError(
+            f"criterion {choice.criterion!r} compares a fine-tuned model with the one it was made from: give the "
+            "folder of the former, and name the latter with --pretrained"
+        )
+    return router_changes(source.finetuned, source.pretrained)
 
 
 def _origin(source: Source, plan: Plan) -> dict[str, JSON]:

@@ -11,11 +11,10 @@ from typing import Any
 
 from secateur.checkpoint.apply import apply_to_model, check_target_pair
 from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome, who_needs_data
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import STATS, read_folder, read_object
+from secateur.checkpoint.folder import STATS, read_object
 from secateur.checkpoint.report import VERIFIED
-from secateur.checkpoint.source import Source, of_observation
-from secateur.checkpoint.survey import Survey, survey
+from secateur.checkpoint.source import Source, of_folder, of_observation
+from secateur.checkpoint.survey import Survey
 from secateur.checkpoint.undo import RECORD, holds_undo
 from secateur.checkpoint.verify import as_json, check_tokens, verify_model
 from secateur.checkpoint.work import Work, place_of_work, work_folder
@@ -35,6 +34,7 @@ def prune(
     out: Path,
     choice: Choice,
     *,
+    pretrained: Path | None = None,
     observe: Observe | None = None,
     undo: Path | None = None,
     mtp: str | None = None,
@@ -48,6 +48,7 @@ def prune(
     also with another criterion or another number of experts, since the statistics serve them all.
 
     Args:
+        pretrained: the folder of the model that this one was fine-tuned from, where `choice` compares the two.
         observe: prepares the pass over data, where `choice` needs one.
         undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
         dry_run: check everything and say what would be done; write nothing.
@@ -63,8 +64,10 @@ def prune(
         OSError: the disk refused.
     """
     check_tokens(verify_tokens)
-    found = survey(read_folder(model))
-    source = Source(facts=facts(found), found=found)
+    source = of_folder(model, pretrained)
+    found = source.found
+    if found is None:
+        raise SecateurError(f"{model}: a LoRA adapter; merge it into its model (PEFT does) and prune the merged model")
     if choice.needs_data and observe is None:
         raise SecateurError(f"{who_needs_data(choice)} needs data to run the model on")
     if found.mtp_counts and mtp is None:
@@ -83,7 +86,7 @@ def prune(
         return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
     with work_folder(out) as work:
         data, take = observe(found, work.stats) if choice.needs_data and observe is not None else (None, None)
-        asked = _asked(found, choice, data, undo, mtp)
+        asked = _asked(source, choice, data, undo, mtp)
         if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
             work.remove()
             return _finished(out, source)
@@ -170,7 +173,7 @@ def _finished(out: Path, source: Source) -> dict[str, Any]:
 
 
 def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
-    for key in ("model", "data"):
+    for key in ("model", "pretrained", "data"):
         if work.before is not None and work.before.get(key) != asked[key]:
             raise SecateurError(
                 f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} "
@@ -200,11 +203,13 @@ def _state(found: Survey) -> dict[str, Any]:
 
 
 def _asked(
-    found: Survey, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None
+    source: Source, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None
 ) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
+    assert source.found is not None
     plain = {
-        "model": _state(found),
+        "model": _state(source.found),
+        "pretrained": None if source.pretrained is None else _state(source.pretrained),
         "data": data,
         "choice": dataclasses.asdict(choice),
         "undo": None if undo is None else str(undo.resolve()),

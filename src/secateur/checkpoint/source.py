@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.adapter import holds_adapter
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import Survey, survey
@@ -20,18 +21,22 @@ class Source:
     """Args:
     facts: of the model to prune. stats: of its layers, where there are any, and the `data` they were taken on.
     found: its folder, where that is at hand; weights are read from it.
+    finetuned, pretrained: the folder of the model or of its LoRA adapter, and the model it was fine-tuned from.
     """
 
     facts: ModelFacts
     stats: RouterStats | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     found: Survey | None = None
+    finetuned: Path | None = None
+    pretrained: Survey | None = None
 
 
-def read_source(path: Path, model: Path | None = None) -> Source:
-    """A statistics file, or a model folder.
+def read_source(path: Path, model: Path | None = None, pretrained: Path | None = None) -> Source:
+    """A statistics file, or the folder of a model or of a LoRA adapter.
 
     Args:
+        pretrained: the folder of the model that it was fine-tuned from.
         model: the folder of the model that the statistics are of; needed where the file does not say which, and for
             criteria that read weights.
 
@@ -41,11 +46,27 @@ def read_source(path: Path, model: Path | None = None) -> Source:
     if path.is_dir():
         if model is not None:
             raise SecateurError(f"--model {model}: {path} is a folder and taken as the model itself; give one of them")
-        found = survey(read_folder(path))
-        return Source(facts=facts(found), found=found)
+        return of_folder(path, pretrained)
+    if pretrained is not None:
+        raise SecateurError(f"--pretrained {pretrained}: for the folder of a fine-tuned model, but {path} is none")
     if not path.exists():
         raise SecateurError(f"{path}: not there, expected a statistics file or the folder of a model")
     return of_observation(Observation.load(path), None if model is None else survey(read_folder(model)), str(path))
+
+
+def of_folder(path: Path, pretrained: Path | None = None) -> Source:
+    """The folder of a model or of a LoRA adapter, and of the model it was fine-tuned from.
+
+    Raises:
+        SecateurError: neither of the two, a damaged one, or an adapter without `pretrained`.
+    """
+    base = None if pretrained is None else survey(read_folder(pretrained))
+    if not holds_adapter(path):
+        found = survey(read_folder(path))
+        return Source(facts=facts(found), found=found, finetuned=path, pretrained=base)
+    if base is None:
+        raise SecateurError(f"{path}: a LoRA adapter; name the folder of the model that it is for with --pretrained")
+    return Source(facts=facts(base), finetuned=path, pretrained=base)
 
 
 def of_observation(observation: Observation, found: Survey | None, name: str) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +31,13 @@ Criterion = Annotated[
         help="Which experts stay, those of the highest score: "
         + _listed({name: one.help for name, one in CRITERIA.items()} | {"laep": LAEP_HELP})
         + ".",
+    ),
+]
+Pretrained = Annotated[
+    Path | None,
+    typer.Option(
+        "--pretrained",
+        help="The folder of the model that this one was fine-tuned from, for the criteria that compare their routers.",
     ),
 ]
 Keep = Annotated[

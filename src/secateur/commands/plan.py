@@ -23,8 +23,8 @@ def plan(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Statistics that `secateur observe` wrote; the folder of a model, for criteria without data; or a "
-            "folder that `secateur pretrain` wrote."
+            help="Statistics that `secateur observe` wrote; the folder of a model or of a LoRA adapter, for criteria "
+            "without data; or a folder that `secateur pretrain` wrote."
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")] = None,
@@ -35,6 +35,7 @@ def plan(
         Path | None,
         typer.Option("--model", help="The model that the statistics are of; criteria that read weights need it."),
     ] = None,
+    pretrained: options.Pretrained = None,
     expert_parallel: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
     seed: options.Seed = 0,
@@ -49,8 +50,9 @@ def plan(
 ) -> None:
     """Decide which experts stay, and write that down as a plan.
 
-    Without `--criterion` it is reap for statistics and aimer for a model without data; with an option of laep it is
-    laep. Statistics serve every criterion: plans for other criteria or numbers cost seconds.
+    Without `--criterion` it is reap for statistics, aimer for a model without data, and router_norm_change for a
+    fine-tuned model with `--pretrained`; with an option of laep it is laep. Statistics serve every criterion: plans
+    for other criteria or numbers cost seconds.
 
     Example: `secateur plan stats.safetensors --criterion reap --keep 0.75 --out plan.json`
     """
@@ -62,7 +64,7 @@ def plan(
         raise SecateurError(f"--out {out}: a folder, expected a file to write")
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     asked = options.choice_of(
-        criterion or ("laep" if has_rule else "aimer" if _is_model(source) else "reap"),
+        criterion or _default(source, has_rule=has_rule, has_base=pretrained is not None),
         keep=keep,
         alpha=alpha,
         beta=beta,
@@ -74,7 +76,7 @@ def plan(
         seed=seed,
         protect=protect,
     )
-    given = _read(source, model)
+    given = _read(source, model, pretrained)
     with bytes_bar("reading weights", show=not (quiet or as_json)) as on_bytes:
         decided = decide_plan(given, asked, on_bytes=on_bytes)
     if out is not None and not dry_run:
@@ -114,17 +116,19 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _read(source: Path, model: Path | None) -> Source:
+def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:
     from secateur.checkpoint.source import of_loads, read_source
     from secateur.commands.place import read_loads
 
     if (source / LOADS).is_file():
         return of_loads(read_loads(source / LOADS), model or source / "model")
-    return read_source(source, model)
+    return read_source(source, model, pretrained)
 
 
-def _is_model(source: Path) -> bool:
-    return source.is_dir() and not (source / LOADS).is_file()
+def _default(source: Path, *, has_rule: bool, has_base: bool) -> str:
+    if has_rule or has_base:
+        return "laep" if has_rule else "router_norm_change"
+    return "aimer" if source.is_dir() and not (source / LOADS).is_file() else "reap"
 
 
 def _by_layer(found: dict[str, list[int]]) -> str:

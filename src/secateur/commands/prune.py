@@ -37,6 +37,7 @@ def prune(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")],
     keep: options.Keep = None,
     criterion: options.Criterion = None,
+    pretrained: options.Pretrained = None,
     data: Data = None,
     samples: Samples = 128,
     sequence_length: SequenceLength = 512,
@@ -79,8 +80,9 @@ def prune(
     """Make a smaller model of a model: observe it on data, plan, apply the plan, verify what was written.
 
     Without `--criterion` it is reap, which runs the model on text; without `--data` that is Python's own standard
-    library. aimer, weight_norm, router_row_norm and random need no text. After a kill the same command goes on where
-    it was. The result is checked before it gets its name.
+    library. aimer, weight_norm, router_row_norm and random need no text. With `--pretrained` it is router_norm_change,
+    which needs none either: the experts go whose router rows fine-tuning lengthened least. After a kill the same
+    command goes on where it was. The result is checked before it gets its name.
 
     Example: `secateur prune models/Qwen3-30B-A3B --keep 0.75 --data calibration.jsonl --out pruned`
     """
@@ -89,7 +91,7 @@ def prune(
 
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     choice = options.choice_of(
-        criterion or ("laep" if has_rule else "reap"),
+        criterion or ("laep" if has_rule else "reap" if pretrained is None else "router_norm_change"),
         keep=keep,
         alpha=alpha,
         beta=beta,
@@ -133,6 +135,7 @@ def prune(
             model,
             out,
             choice,
+            pretrained=pretrained,
             observe=observe,
             undo=undo,
             mtp=mtp,

@@ -1,7 +1,8 @@
 """Criteria: which experts of a layer may go. Each takes the statistics of one layer and knows no model family.
 
-To add one: a function in `activation.py` or `weights.py`, and one line in CRITERIA under the function's name. The
-command line and the tests read the table. Importing it loads no torch, so that `--help` stays quick.
+To add one: a function in `activation.py`, `weights.py` or `router_change.py`, and one line in CRITERIA under the
+function's name. The command line and the tests read the table. Importing it loads no torch, so that `--help` stays
+quick.
 (LAEP's rule, in `load.py`, is not a score: its thresholds also decide how many experts go.)
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Needs = tuple[str, ...] | Literal["expert weights", "router weights", "nothing"]
+Needs = tuple[str, ...] | Literal["expert weights", "router weights", "router change", "nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Criterion:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """(LayerStats) -> (E,), (WeightStats) -> (E,), or (E, seed=, layer=) -> (E,), by what it needs."""
+        """(LayerStats | WeightStats | RouterChange) -> (E,), or (E, seed=, layer=) -> (E,), by what it needs."""
         function: Callable[..., Any] = getattr(importlib.import_module(f"secateur.criteria.{self.home}"), self.name)
         return function
 
@@ -50,6 +51,10 @@ def _activation(name: str, source: str, needs: str, text: str) -> Criterion:
 
 def _weights(name: str, source: str, needs: Any, text: str) -> Criterion:
     return Criterion(name=name, home="weights", needs=needs, source=source, help=text)
+
+
+def _change(name: str, source: str, text: str) -> Criterion:
+    return Criterion(name=name, home="router_change", needs="router change", source=source, help=text)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -65,6 +70,9 @@ CRITERIA: dict[str, Criterion] = {
         _weights("aimer", "2603.18492", "expert weights", "how unequal the magnitudes of its weights are"),
         _weights("weight_norm", "plain baseline", "expert weights", "the norm of its weights"),
         _weights("router_row_norm", "2405.16646, surrogate", "router weights", "the norm of its router row"),
+        _change("router_norm_change", "2405.16646", "how much fine-tuning lengthened its router row"),
+        _change("router_norm_absolute_change", "option to compare", "how much its router row's norm changed"),
+        _change("router_difference_norm", "option to compare", "how far its router row moved"),
         _weights("random", "control", "nothing", "random numbers from a seed"),
     )
 }

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from secateur.criteria import CRITERIA, Criterion
+from secateur.criteria.router_change import RouterChange
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.stats import RouterStats
 
-Weights = Mapping[int, WeightStats]
+Weights = Mapping[int, WeightStats] | Mapping[int, RouterChange]
+KINDS = {"expert weights": WeightStats, "router weights": WeightStats, "router change": RouterChange}
 
 
 def find_criterion(name: str) -> Criterion:
@@ -39,7 +41,7 @@ def score_layers(
     Args:
         num_experts: {layer: E}, the layers to score.
         stats: of these layers, for criteria that need data.
-        weights: {layer: WeightStats}, for criteria that need weights.
+        weights: {layer: WeightStats}, for criteria that need weights, or {layer: RouterChange}.
         seed: of "random".
 
     Raises:
@@ -74,7 +76,7 @@ def never_routed(stats: RouterStats) -> dict[int, tuple[int, ...]]:
 
 def zero_weights(weights: Weights) -> dict[int, tuple[int, ...]]:
     """{layer: ids of the experts whose weights are all 0}, for layers that have any."""
-    return _where({layer: one.square_sum == 0 for layer, one in weights.items()})
+    return _where({layer: one.square_sum == 0 for layer, one in weights.items() if isinstance(one, WeightStats)})
 
 
 def _where(flags: Mapping[int, Tensor]) -> dict[int, tuple[int, ...]]:
@@ -101,7 +103,12 @@ def _checked_weights(where: str, needs: str, num_experts: Mapping[int, int], wei
     if weights is None:
         raise SecateurError(f"{where} needs {needs}, found none")
     for layer in num_experts:
-        read = weights[layer].num_weights if needs == "expert weights" else weights[layer].router_square_sum.any()[None]
+        one = weights[layer]
+        if not isinstance(one, KINDS[needs]):
+            raise SecateurError(f"{where} needs {needs}, found {type(one).__name__}")
+        if isinstance(one, RouterChange):
+            continue
+        read = one.num_weights if needs == "expert weights" else one.router_square_sum.any()[None]
         if not read.all():
             raise SecateurError(f"{where}, layer {layer}: {needs} are missing or, for a router, all 0")
     return weights
