@@ -164,7 +164,7 @@ def test_it_says_what_the_plan_does(run: Run, tmp_path: Path) -> None:
     words = [source, "--criterion", "frequency", "--keep", "2", "--out", tmp_path / "plan.json"]
     status, out, err = run(*words)
     assert (status, err) == (0, "")
-    assert "frequency: experts 8 -> 4 in 2 layers, 0.000 GB -> 0.000 GB" in out
+    assert "frequency: experts 8 -> 4 in 2 layers, 2 kB -> 1.8 kB" in out
     assert "every layer: 4 -> 2" in out
     assert "20.00 % of the routed tokens lose their expert" in out  # 0 + 20 and 20 + 0 of 200
     assert "never routed to: 2 experts, 2 of them go" in out

@@ -6,6 +6,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.checkpoint.recipe import recipe
+from secateur.sizes import in_words
 
 SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."
 DIFFERENT = (
@@ -44,8 +45,8 @@ def _recipe(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['name']}, pruned",
         f"{after} of {before} experts were kept by the criterion `{report['criterion']}` "
-        f"(Secateur {__version__}): {report['bytes_before'] / 1e9:.2f} GB became "
-        f"{report['bytes_after'] / 1e9:.2f} GB. No weight was changed: every tensor is a copy of the original's bytes.",
+        f"(Secateur {__version__}): {in_words(report['bytes_before'])} became "
+        f"{in_words(report['bytes_after'])}. No weight was changed: every tensor is a copy of the original's bytes.",
         SAME if len(counts) == 1 else DIFFERENT,
         MTP.get(report["mtp"] or "", ""),
         f"| how the experts were chosen | |\n|---|---|\n{how}",

@@ -67,6 +67,8 @@ def _pairs(value: Any) -> str | None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, Mapping):
         return f"({_pairs(value) or ''})"
     if isinstance(value, list):

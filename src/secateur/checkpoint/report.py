@@ -13,6 +13,7 @@ from secateur.checkpoint.rewrite import Made, layer_plan
 from secateur.checkpoint.survey import Survey
 from secateur.plan import JSON, Plan
 from secateur.report.html import document, section, table
+from secateur.sizes import in_words
 from secateur.surgery.dcp_report import FORMAT, VERSION
 
 FORMAT_OF_FOLDER = "Hugging Face safetensors"
@@ -73,7 +74,7 @@ def page(report: dict[str, Any]) -> str:
     """report.html."""
     layers = report["layers"]
     before, after = (sum(layer[f"experts_{when}"] for layer in layers.values()) for when in ("before", "after"))
-    gigabytes = [f"{report[f'bytes_{when}'] / 1e9:.2f} GB" for when in ("before", "after")]
+    gigabytes = [in_words(report[f"bytes_{when}"]) for when in ("before", "after")]
     lead = (
         f"{after} of {before} experts of this {report['model_type']} model were kept by the criterion "
         f"{report['criterion']}. {gigabytes[0]} became {gigabytes[1]}. Every tensor is a copy of the original's bytes."

@@ -20,6 +20,7 @@ from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 from secateur.plan import Plan
+from secateur.sizes import in_words
 from secateur.verify import logits_of
 
 NEW_TOKENS = 4  # that the pruned model generates
@@ -33,7 +34,7 @@ def why_not_loaded(survey: Survey) -> str | None:
         return "it is quantised, and its experts are compared as bytes only"
     need, free = survey.folder.num_bytes, _free_memory()
     if need > free:
-        return f"it needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        return f"it needs {in_words(need)} of memory, {in_words(free)} are free"
     return None
 
 

@@ -13,6 +13,7 @@ from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey, survey
 from secateur.errors import SecateurError
 from secateur.plan import Plan
+from secateur.sizes import in_words
 
 SHOWN = 5  # failures of one check in a message
 
@@ -81,7 +82,7 @@ def _bytes(
         on_bytes(done, total)
 
     found = [str(one) for one in differences(before, after, plan, without, on_bytes=more)]
-    detail = f"{len(after.folder.tensors)} tensors, {done / 1e9:.3f} GB"
+    detail = f"{len(after.folder.tensors)} tensors, {in_words(done)}"
     if found:
         detail = f"{len(found)} tensors are not: " + "; ".join(found[:SHOWN])
     return Check(claim="every kept tensor equals its source byte for byte", passed=not found, detail=detail)

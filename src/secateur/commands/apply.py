@@ -11,6 +11,7 @@ import typer
 
 from secateur.commands.progress import bytes_bar
 from secateur.errors import SecateurError
+from secateur.sizes import in_words
 
 if TYPE_CHECKING:
     from secateur.plan import Plan
@@ -136,7 +137,7 @@ def _restore(pruned: Path, undo: Path, out: Path, *, show: bool, as_json: bool, 
     if as_json:
         print(json.dumps(restored, indent=2))
     elif not quiet:
-        print(f"restored {out}: {len(restored['files'])} files, {restored['bytes'] / 1e9:.3f} GB of weights")
+        print(f"restored {out}: {len(restored['files'])} files, {in_words(restored['bytes'])} of weights")
 
 
 def _naming(names: str) -> Naming | None:
@@ -156,7 +157,7 @@ def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:
     layers = report["layers"].values()
     before, after = (sum(layer[f"experts_{when}"] for layer in layers) for when in ("before", "after"))
     tensors = sum(part["tensors_changed"] for part in report["checkpoints"])
-    size = [f"{report[f'bytes_{when}'] / 1e9:.3f} GB" for when in ("before", "after")]
+    size = [in_words(report[f"bytes_{when}"]) for when in ("before", "after")]
     lines = [
         f"{'would write' if dry_run else 'wrote'} {out}",
         f"experts {before} -> {after} in {len(layers)} layers, {tensors} tensors changed, {size[0]} -> {size[1]}",

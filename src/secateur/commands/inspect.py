@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.sizes import in_words
+
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model.")],
@@ -33,8 +35,8 @@ def _summary(found: dict[str, Any]) -> str:
         f"{found['path']}: {found['model_type']} ({found['class']})",
         f"{len(counts)} of {found['decoder_layers']} layers have experts, {experts} each, top-k {found['top_k']}"
         f"{groups}{shared}",
-        f"{total / 1e9:.3f} GB in {found['files']} files: "
-        + ", ".join(f"{part} {size[part] / 1e9:.3f} GB ({100 * size[part] / total:.1f} %)" for part in size),
+        f"{in_words(total)} in {found['files']} files: "
+        + ", ".join(f"{part} {in_words(size[part])} ({100 * size[part] / total:.1f} %)" for part in size),
         f"dtypes {', '.join(found['dtypes'])}; quantised: {found['quantisation'] or 'no'}; names {found['names']}",
     ]
     if found["mtp_experts"]:

@@ -22,6 +22,7 @@ from secateur.commands.calibration_options import (
 )
 from secateur.commands.layers_bar import layers_bar
 from secateur.errors import SecateurError
+from secateur.sizes import in_words
 
 if TYPE_CHECKING:
     from secateur.checkpoint.survey import Survey
@@ -163,9 +164,9 @@ def _summary(result: dict[str, Any], dry_run: bool) -> str:
         shares = ", ".join(f"{name} {one['sequences']}" for name, one in data["domains"].items())
         lines.append(f"{data['tokens']:,} tokens; sequences: {shares}")
         lines.append(
-            f"{result['bytes_to_read'] / 1e9:.3f} GB read, one layer at a time; about "
-            f"{result['peak_memory_bytes_estimated'] / 1e9:.3f} GB of memory and what one batch needs; "
-            f"{result['activation_bytes'] / 1e9:.3f} GB of activations "
+            f"{in_words(result['bytes_to_read'])} read, one layer at a time; about "
+            f"{in_words(result['peak_memory_bytes_estimated'])} of memory and what one batch needs; "
+            f"{in_words(result['activation_bytes'])} of activations "
             f"{'in memory' if result['activations'] == 'memory' else 'on the disk, twice that for a while'}"
         )
     if result.get("goes_on"):

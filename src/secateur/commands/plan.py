@@ -11,6 +11,7 @@ import typer
 from secateur.commands import choice as options
 from secateur.commands.progress import bytes_bar
 from secateur.errors import SecateurError
+from secateur.sizes import in_words
 
 if TYPE_CHECKING:
     from secateur.checkpoint.source import Source
@@ -93,7 +94,7 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
     from secateur.checkpoint.card import DIFFERENT
 
     layers = {name: (one["experts_before"], one["experts_after"]) for name, one in result["layers"].items()}
-    size = [f"{result[f'bytes_{when}'] / 1e9:.3f} GB" for when in ("before", "after")]
+    size = [in_words(result[f"bytes_{when}"]) for when in ("before", "after")]
     lines = [
         f"{result['criterion']}: experts {result['experts_before']} -> {result['experts_after']} in {len(layers)} "
         f"layers, {size[0]} -> {size[1]}"
