@@ -86,7 +86,7 @@ def main() -> None:
     result["peak_memory_bytes"] = max(one["apply"]["peak_memory_bytes"] for one in turns)
     if not arguments.no_transformers:
         result["transformers"] = child(TRANSFORMERS, source, plan, fresh(arguments.folder / "by-transformers"))
-    report(result)
+    result["table"] = report(result)
     print(f"stored in {store('apply_speed', result)}")
 
 
@@ -195,7 +195,8 @@ def write_weights(folder: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def report(result: dict[str, Any]) -> None:
+def report(result: dict[str, Any]) -> list[list[str]]:
+    """Print the table, and give it."""
     kept = result["kept_bytes"]
     rows = []
     for number, one in enumerate(result["turns"], start=1):
@@ -213,10 +214,12 @@ def report(result: dict[str, Any]) -> None:
                 f"{found['peak_memory_bytes'] / 2**20:.0f}" if seconds else "",
             ]
         )
+    columns = ["", "seconds", "GB/s", "peak MiB"]
     title = f"{result['source_bytes'] / 1e9:.2f} GB -> {kept / 1e9:.2f} GB"
-    show(title, ["", "seconds", "GB/s", "peak MiB"], rows)
+    show(title, columns, rows)
     for copy in ("copy", "copy_and_sync"):
         print(f"speed of apply over {copy.replace('_', ' ')}: {result[f'speed_over_{copy}']:.2f} (median of the turns)")
+    return [columns, *rows]
 
 
 if __name__ == "__main__":

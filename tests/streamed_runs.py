@@ -46,7 +46,6 @@ def random_data(lengths: Sequence[int] = LENGTHS, *, seed: int = 0) -> Calibrati
             random_tokens(length, seed=seed + place).to(torch.int32) for place, length in enumerate(lengths)
         ),
         packed=len(set(lengths)) == 1,
-        pad_id=0,
         domains={"random": len(lengths)},
         about={"seed": seed},
     )

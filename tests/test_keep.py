@@ -13,6 +13,7 @@ import torch
 from secateur.allocate import LayerLimits
 from secateur.choose import ALLOCATIONS, plan_by_criterion
 from secateur.criteria import CRITERIA
+from secateur.criteria.router_change import RouterChange
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.keep import Keep, Sizes
@@ -399,7 +400,10 @@ def test_every_criterion_makes_a_plan_that_permuting_the_experts_permutes(name: 
     for ids in (list(range(6)), order):
         sums = dict.fromkeys(("weight_sum", "norm_sum", "norm_square_sum", "weighted_norm_sum"), numbers[ids])
         stats = LayerStats(num_tokens=9, token_count=torch.tensor([3, 9, 4, 7, 1, 6])[ids], **sums)
+        weights: WeightStats | RouterChange
         weights = WeightStats.of_experts("w", tensor[ids]) + WeightStats.of_router("r", tensor[ids])
+        if CRITERIA[name].needs == "router change":
+            weights = RouterChange.of_rows("r", tensor[ids].flip(1) * numbers[ids, None], tensor[ids])
         plan = plan_by_criterion(
             name, Keep(count=3), limits_of(6), stats=RouterStats(layers={0: stats}), weights={0: weights}
         )

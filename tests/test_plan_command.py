@@ -95,7 +95,7 @@ def stats_file(folder: Path, layers: dict[int, LayerStats], data: dict[str, Any]
 def orders(run: Run, source: Path, *words: object) -> dict[int, tuple[int, ...]]:
     """The experts that the written plan keeps."""
     out = source.parent / "plan.json"
-    status, _, err = run(source, "--out", out, *words)
+    status, _, err = run(source, "--out", out, "--force", *words)
     assert status == 0, err
     return {number: one.order for number, one in Plan.load(out).layers.items()}
 
@@ -168,7 +168,8 @@ def test_it_says_what_the_plan_does(run: Run, tmp_path: Path) -> None:
     assert "every layer: 4 -> 2" in out
     assert "20.00 % of the routed tokens lose their expert" in out  # 0 + 20 and 20 + 0 of 200
     assert "never routed to: 2 experts, 2 of them go" in out
-    status, out, _ = run(*words, "--json")
+    assert "plan.json: it is there already; --force writes over a file" in run(*words)[2]
+    status, out, _ = run(*words, "--json", "--force")
     result = json.loads(out)
     assert (result["bytes_before"], result["bytes_after"], result["rerouted_share"]) == (2000, 1800, 0.2)
     plan = Plan.load(tmp_path / "plan.json")
@@ -234,7 +235,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_criterion_runs_on_a_folder_and_its_plan_is_applied(
     criterion: str, run: Run, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ["--criterion", criterion, "--keep", "0.75", "--out", tmp_path / "plan.json"]
+    words = ["--criterion", criterion, "--keep", "0.75", "--out", tmp_path / "plan.json", "--force"]
     if CRITERIA[criterion].needs == "router change":
         assert run(tiny / "model", *words)[0] == 2
         status, out, err = run(tiny / "model", "--pretrained", tiny / "base", *words)
@@ -322,6 +323,23 @@ def test_out_is_asked_for(run: Run, stats: Path) -> None:
     assert run(stats.parent / "nothing", "--keep", "3", "--dry-run")[2].endswith(
         "not there, expected a statistics file or the folder of a model"
     )
+
+
+def test_a_source_is_never_written_over_nor_a_file_put_into_a_model(run: Run, tiny: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
+    for source, out, more in (
+        ("stats.safetensors", "stats.safetensors", ()),
+        ("model", "model/config.json", ()),
+        ("stats.safetensors", "model/plan.json", ("--model", tiny / "model")),
+    ):
+        status, _, err = run(tiny / source, "--keep", "6", "--force", "--out", tiny / out, *more)
+        assert (status, "or inside it, which is only read" in err) == (2, True), err
+    assert before == {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
+
+
+def test_counts_that_the_ranks_cannot_share_are_refused_by_plan(run: Run, tiny: Path) -> None:
+    status, _, err = run(tiny / "model", "--keep", "0.95", "--ep", "3", "--dry-run")
+    assert (status, "layer 0 would keep 8 of 8 experts, expected a multiple of 3" in err) == (2, True), err
 
 
 def test_statistics_without_tokens_are_refused(run: Run, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_plan_from_an_adapter_is_that_of_the_merged_model(folders: Path, tmp_p
         run("plan", adapter, "--keep", "0.5", "--dry-run")
     with pytest.raises(SecateurError, match="merge it into its model"):
         run("prune", adapter, "--pretrained", tmp_path / "base", "--keep", "0.5", "--out", tmp_path / "out")
-    with pytest.raises(SecateurError, match="name the folder of the model with --model"):
+    with pytest.raises(SecateurError, match="criterion 'aimer' does not compare two models"):
         run("plan", adapter, "--pretrained", tmp_path / "base", "--criterion", "aimer", "--keep", "0.5", "--dry-run")
 
 

@@ -68,7 +68,7 @@ class Keep:
             SecateurError: something else, a layer listed twice, or a number out of range.
         """
         text = text.strip()
-        if re.fullmatch(r"\d+", text):
+        if re.fullmatch(r"\d{1,15}", text):
             return cls(count=int(text))
         if re.fullmatch(r"\d*\.\d+|\d+\.", text):
             return cls(share=float(text))

@@ -39,6 +39,7 @@ def written_beside(out: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refused, or `out` has been filled meanwhile; nothing new is left.
     """
+    out = out.resolve()  # "." has no name
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
     beside = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"

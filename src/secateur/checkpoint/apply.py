@@ -75,14 +75,13 @@ def apply_to_model(
     kept = kept_tensors(found, plan, without)
     copied = _files_to_copy(found.folder)
     report = describe(found, plan, kept, mtp, [str(relative) for relative in copied])
+    history = _history(source, plan)
     if dry_run:
         return report
     dropped = [] if undo is None else dropped_tensors(found, plan, without)
     limit = None if found.folder.index is None else _largest_file(found.folder)
     shards = into_shards(kept, limit)
     more = _counter(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
-    earlier = source / PLAN
-    history = Plan.load(earlier).compose(plan) if earlier.is_file() else plan
     with written_beside(out) as beside, _maybe(undo) as side:
         write_weights(found.folder, shards, beside, more)
         if limit is not None:
@@ -104,6 +103,17 @@ def apply_to_model(
                        copied, more)  # fmt: skip
         finish(beside)
     return report
+
+
+def _history(source: Path, plan: Plan) -> Plan:
+    """What was done to the model so far, this plan included."""
+    earlier = source / PLAN
+    if not earlier.is_file():
+        return plan
+    try:
+        return Plan.load(earlier).compose(plan)
+    except SecateurError as error:
+        raise SecateurError(f"{earlier}: expected the plan that made this model ({error}); take it away") from error
 
 
 def check_target_pair(out: Path, undo: Path) -> None:

@@ -117,7 +117,8 @@ class Writer:
     def _some(self, descriptor: int, start: int, length: int) -> int:
         if hasattr(os, "copy_file_range"):
             try:
-                return os.copy_file_range(descriptor, self._out, length, offset_src=start)
+                if copied := os.copy_file_range(descriptor, self._out, length, offset_src=start):
+                    return copied  # some file systems say 0 where they mean that they cannot
             except OSError as error:
                 if error.errno not in CANNOT:
                     raise

@@ -94,6 +94,7 @@ def decide_plan(
             f"{who_needs_data(choice)} needs statistics of the model on data; make them with `secateur observe`"
         )
     _check_allocation(source, choice)
+    _check_pretrained(source, choice)
     facts = source.facts
     limits = facts.limits(multiple_of=choice.multiple_of, min_experts=choice.min_experts)
     if choice.rule is not None:
@@ -115,6 +116,7 @@ def decide_plan(
             protect=choice.protect,
         )
     _check_one_count(source, plan)
+    _check_multiple(choice, plan)
     return dataclasses.replace(plan, details=plan.details | _origin(source, plan))
 
 
@@ -129,6 +131,7 @@ def check_choice(source: Source, choice: Choice) -> Plan | None:
         SecateurError: no model of this kind can keep so few or so many experts.
     """
     _check_allocation(source, choice)
+    _check_pretrained(source, choice)
     limits = source.facts.limits(multiple_of=choice.multiple_of, min_experts=choice.min_experts)
     if choice.keep is None:
         return None
@@ -138,6 +141,7 @@ def check_choice(source: Source, choice: Choice) -> Plan | None:
     )
     if uniform:
         _check_one_count(source, plan)
+        _check_multiple(choice, plan)
     return plan if uniform else None
 
 
@@ -188,6 +192,11 @@ def _weights(source: Source, choice: Choice, on_bytes: Callable[[int, int], None
     return weight_stats(source.found, needs, on_bytes=on_bytes)
 
 
+def _check_pretrained(source: Source, choice: Choice) -> None:
+    if source.pretrained is not None and (choice.rule or find_criterion(choice.criterion).needs != "router change"):
+        raise SecateurError(f"--pretrained: criterion {choice.criterion!r} does not compare two models; leave it out")
+
+
 def _router_changes(source: Source, choice: Choice) -> Any:
     if source.pretrained is None or source.finetuned is None:
         raise SecateurError(
@@ -212,6 +221,15 @@ def _check_allocation(source: Source, choice: Choice) -> None:
             f"--allocation {choice.allocation}: the experts are in the text model inside a "
             f"{source.facts.model_type!r}, which can only have one count for all layers; expected uniform"
         )
+
+
+def _check_multiple(choice: Choice, plan: Plan) -> None:
+    for layer, one in plan.layers.items():
+        if one.experts_after % choice.multiple_of:
+            raise SecateurError(
+                f"layer {layer} would keep {one.experts_after} of {one.experts_before} experts, expected a multiple of "
+                f"{choice.multiple_of} (--ep)"
+            )
 
 
 def _check_one_count(source: Source, plan: Plan) -> None:

@@ -49,6 +49,11 @@ def evaluate(
             raise SecateurError(
                 f"{model}: a token of id {largest}, but its vocabulary is {found.model.text.vocab_size}"
             )
+        if stream or run.why_not_loaded(found) is not None:
+            StreamedModel(found, device=device)  # what cannot be run shows before another is measured
+    short = [index for index, one in enumerate(domains) if _length(batches, index) < 2]
+    if short:
+        raise SecateurError(f"a sequence of {domains[short[0]]} has 1 token, expected 2 and more: one to predict")
     results: list[dict[str, Any]] = []
     first: BlockLosses | None = None
     for model, found in surveys.items():
@@ -66,6 +71,16 @@ def evaluate(
             "difference": more,
         })  # fmt: skip
     return results
+
+
+def _length(batches: Sequence[Batch], index: int) -> int:
+    """Tokens of a sequence, by its number over all batches."""
+    for batch in batches:
+        if index < len(batch.input_ids):
+            mask = batch.attention_mask
+            return batch.input_ids.shape[1] if mask is None else int(mask[index].sum())
+        index -= len(batch.input_ids)
+    raise SecateurError(f"{index} more domains than sequences")
 
 
 def loaded_losses(found: Survey, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -48,6 +49,11 @@ class Folder:
     index: Mapping[str, Any] | None
     others: tuple[PurePosixPath, ...]
     left_out: tuple[PurePosixPath, ...]
+
+    @property
+    def config_digest(self) -> str:
+        """sha256 (hex) of what config.json says."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:

@@ -74,7 +74,10 @@ def read_model(config: Mapping[str, Any]) -> Model:
         SecateurError: a family in REFUSED or unknown to this transformers release, a config without an expert count or
             top-k, or one that transformers does not accept.
     """
-    native = _as_native(config)
+    try:
+        native = _as_native(config)
+    except (TypeError, RecursionError) as error:
+        raise SecateurError(f"config.json: {error}") from error
     model_type = native.get("model_type")
     if not isinstance(model_type, str):
         raise SecateurError(f"config.json: model_type is {model_type!r:.60}, expected a name")

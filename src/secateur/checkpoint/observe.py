@@ -146,6 +146,7 @@ class Run:
         files = {name: (folder.path / name).stat() for name in folder.headers}
         return {
             "model": facts(self._found).digest,
+            "config": folder.config_digest,
             "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
             "data": self._data.to_json(),
             "batch size": self._batch_size,

@@ -39,6 +39,7 @@ def prune(
     undo: Path | None = None,
     mtp: str | None = None,
     verify_tokens: int = 32,
+    restart: bool = False,
     dry_run: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def prune(
         pretrained: the folder of the model that this one was fine-tuned from, where `choice` compares the two.
         observe: prepares the pass over data, where `choice` needs one.
         undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
+        restart: begin anew, whatever an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("reading" | "writing" | "verifying", bytes done, bytes in all).
 
@@ -79,12 +81,13 @@ def prune(
     if dry_run or not place_of_work(out).is_dir():
         _check_targets(model, out, undo)
         stand_in = counts or Plan.identity(found.counts)
-        apply_to_model(model, stand_in, out, undo=undo, mtp=mtp, dry_run=True)
+        multiple = 1 if counts is None else choice.multiple_of
+        apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, dry_run=True)
     if dry_run:
         if choice.needs_data and observe is not None:
             observe(found, place_of_work(out) / STATS)
         return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
-    with work_folder(out) as work:
+    with work_folder(out, restart=restart) as work:
         data, take = observe(found, work.stats) if choice.needs_data and observe is not None else (None, None)
         asked = _asked(source, choice, data, undo, mtp)
         if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
@@ -93,7 +96,8 @@ def prune(
         _check_same(work, asked)
         _remove_unfinished_undo(work, asked, undo, out)
         _check_targets(model, out, undo)
-        work.note(asked)
+        kept = (work.before or {}).get("data")  # of statistics that this start may not need, and the next one may
+        work.note(asked | {"data": asked["data"] or kept})
         if take is not None:
             if not work.stats.is_file():
                 take()
@@ -174,11 +178,12 @@ def _finished(out: Path, source: Source) -> dict[str, Any]:
 
 def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
     for key in ("model", "pretrained", "data"):
-        if work.before is not None and work.before.get(key) != asked[key]:
+        before = None if work.before is None else work.before.get(key)
+        if before is not None and asked[key] is not None and before != asked[key]:
             raise SecateurError(
                 f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} "
-                f"({work.before.get(key)!r:.200}, now {asked[key]!r:.200}); give what was given then, or remove the "
-                "folder to begin anew"
+                f"({before!r:.200}, now {asked[key]!r:.200}); give what was given then, or begin "
+                "anew with --restart"
             )
 
 
@@ -198,6 +203,7 @@ def _state(found: Survey) -> dict[str, Any]:
     files = {name: (folder.path / name).stat() for name in folder.headers}
     return {
         "path": str(folder.path.resolve()),
+        "config": folder.config_digest,
         "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
     }
 

@@ -91,10 +91,17 @@ def sample_for(folder: Path, survey: Survey, num_tokens: int, text: Path | None,
     if text is None:
         return torch.randint(1, int(config.vocab_size), (1, num_tokens), generator=generator)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :num_tokens]
+    ids = tokenizer(_text_of(text), return_tensors="pt")["input_ids"][:, :num_tokens]
     if ids.shape[1] < 2:
         raise SecateurError(f"--text {text}: {ids.shape[1]} tokens, expected at least 2")
     return torch.as_tensor(ids)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"--text {path}: not UTF-8 ({error})") from error
 
 
 def barred_logits(folder: Path, survey: Survey, plan: Plan, sample: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class WorkFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(file.fileno()), self._lock.stat()):  # its owner has just left
                     raise BlockingIOError
-            except OSError as error:
+            except BlockingIOError as error:
                 raise SecateurError(f"{self.path}: another process is at work for the same result") from error
             yield
 

@@ -150,7 +150,7 @@ class _Record:
                 copied=dict(data["copied"]),
             )  # fmt: skip
             _names([*record.weights, *record.copied])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise SecateurError(f"{undo / RECORD}: {error!r:.200}") from error
         return record
 

@@ -101,7 +101,10 @@ def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path 
     if reason is not None:
         return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
     sample = run.sample_for(before.folder.path, before, num_tokens, text, seed)
-    expected = run.barred_logits(before.folder.path, before, plan, sample)
+    try:
+        expected = run.barred_logits(before.folder.path, before, plan, sample)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise SecateurError(f"{before.folder.path}: the source itself cannot be run ({error})"[:500]) from error
     try:
         model, problems = run.load(after.folder.path, after)
         found = logits_of(model, sample)

@@ -47,12 +47,16 @@ class Work:
 
 
 def place_of_work(out: Path) -> Path:
+    out = out.resolve()  # "." has no name
     return out.parent / f".{out.name}.pruning"
 
 
 @contextlib.contextmanager
-def work_folder(out: Path) -> Iterator[Work]:
+def work_folder(out: Path, *, restart: bool = False) -> Iterator[Work]:
     """The work folder of `out`, for one process at a time; an empty one goes again.
+
+    Args:
+        restart: throw away what is in it.
 
     Raises:
         SecateurError: another process is at it, or what lies in it is damaged.
@@ -63,9 +67,13 @@ def work_folder(out: Path) -> Iterator[Work]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise SecateurError(f"--out {out}: another process is pruning into it (it holds {path})") from error
         noted = path / ASKED
+        if restart:
+            noted.unlink(missing_ok=True)  # first, so that what a kill leaves counts for nothing
+            for entry in path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield Work(path=path, before=read_object(noted) if noted.is_file() else None)
         finally:

@@ -21,6 +21,7 @@ from secateur.commands.calibration_options import (
     device_named,
 )
 from secateur.commands.layers_bar import layers_bar
+from secateur.commands.new_file import check_new_file
 from secateur.errors import SecateurError
 from secateur.sizes import in_words
 
@@ -77,10 +78,7 @@ def observe(
     from secateur.checkpoint.folder import read_folder
     from secateur.checkpoint.survey import survey
 
-    if out.is_dir() or (out.exists() and not force):
-        raise SecateurError(f"--out {out}: it is there already; --force writes over a file")
-    if not out.parent.is_dir():
-        raise SecateurError(f"--out {out}: no folder {out.parent}")
+    check_new_file(out, force, *(source for source in (model, sglang) if source is not None))
     if sglang is not None and data:
         raise SecateurError("--sglang and --data: a recording needs no text")
     found = survey(read_folder(model))

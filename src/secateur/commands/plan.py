@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.commands import choice as options
+from secateur.commands.new_file import check_new_file
 from secateur.commands.progress import bytes_bar
 from secateur.errors import SecateurError
 from secateur.sizes import in_words
@@ -45,6 +46,7 @@ def plan(
     beta: options.Beta = None,
     target_params: options.TargetParams = None,
     max_rerouted: options.MaxRerouted = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over --out if it is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the plan would do; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and what it does as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
@@ -61,8 +63,9 @@ def plan(
 
     if out is None and not dry_run:
         raise SecateurError("--out names the file for the plan; it is missing (or use --dry-run)")
-    if out is not None and out.is_dir():
-        raise SecateurError(f"--out {out}: a folder, expected a file to write")
+    if out is not None:
+        only_read = (None if (source / LOADS).is_file() else source, model, pretrained)
+        check_new_file(out, force, *(path for path in only_read if path is not None))
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     asked = options.choice_of(
         criterion or _default(source, has_rule=has_rule, has_base=pretrained is not None),
@@ -122,6 +125,8 @@ def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:
     from secateur.commands.place import read_loads
 
     if (source / LOADS).is_file():
+        if pretrained is not None:
+            raise SecateurError(f"--pretrained {pretrained}: for a fine-tuned model, but {source} is a training run")
         return of_loads(read_loads(source / LOADS), model or source / "model")
     return read_source(source, model, pretrained)
 

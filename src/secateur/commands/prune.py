@@ -27,6 +27,7 @@ from secateur.commands.observe import Activations
 from secateur.commands.plan import outcome_lines
 from secateur.commands.progress import bytes_bar
 from secateur.commands.verify import WORDS
+from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.checkpoint.survey import Survey
@@ -71,6 +72,7 @@ def prune(
             "--verify-tokens", help="Length of the sample that both models are run on at the end; 0 loads neither."
         ),
     ] = 32,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted pruning left.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
     ] = False,
@@ -103,6 +105,8 @@ def prune(
         seed=seed,
         protect=protect,
     )
+    if data and not choice.needs_data:
+        raise SecateurError(f"--data: criterion {choice.criterion!r} needs no text here; leave it out")
     show = not (quiet or as_json)
 
     def observe(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
@@ -136,6 +140,7 @@ def prune(
             out,
             choice,
             pretrained=pretrained,
+            restart=restart,
             observe=observe,
             undo=undo,
             mtp=mtp,

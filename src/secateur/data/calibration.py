@@ -38,13 +38,12 @@ BATCH_DOCUMENTS = 256  # tokenised at once
 class Calibration:
     """Sequences of tokens with their origin.
 
-    sequences: (S,) int32 each, all of one length where they are packed. pad_id: fills up the others.
+    sequences: (S,) int32 each, all of one length where they are packed. the others are filled up with token 0.
     domains: sequences of each, in their order. about: how they were made, as JSON.
     """
 
     sequences: tuple[Tensor, ...]
     packed: bool
-    pad_id: int
     domains: Mapping[str, int]
     about: Mapping[str, Any]
 
@@ -80,7 +79,7 @@ class Calibration:
 
     def _padded(self, group: Sequence[Tensor]) -> Tensor:
         rows = [one.to(torch.int64) for one in group]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _mask(self, group: Sequence[Tensor]) -> Tensor | None:
         if self.packed:
@@ -127,7 +126,6 @@ def calibrate(
     return Calibration(
         sequences=tuple(one for found in chosen.values() for one in found),
         packed=pack,
-        pad_id=next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(one, int)), 0),
         domains={domain: len(found) for domain, found in chosen.items()},
         about={
             "specs": list(specs or embedded_specs()),

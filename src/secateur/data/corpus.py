@@ -203,8 +203,8 @@ def _json_lines(path: Path, text_key: str) -> Texts:
                 raise SecateurError(f"{source}: found a JSON {type(row).__name__}, expected an object")
             if "messages" in row and text_key not in row:
                 raise SecateurError(
-                    f"{source}: found chat 'messages', which are not supported; "
-                    f"expected one string under the key {text_key!r}"
+                    f"{source}: found chat 'messages', expected one string under the key {text_key!r}; chats are read "
+                    "by observe, prune and eval, from a spec that names files of chats only"
                 )
             _check_key(text_key, list(row), source)
             yield _checked_text(row[text_key], text_key, source), source

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import SecateurError
 from secateur.train.distributed.ranks import broadcast_text
@@ -57,6 +56,8 @@ def join() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store, rank, size = next(rendezvous("env://"))
