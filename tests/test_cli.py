@@ -162,6 +162,7 @@ except SystemExit:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_both_names_are_the_same_program() -> None:
     script = Path(sys.executable).with_name("secateur")
     if not script.exists():
@@ -220,6 +221,7 @@ def test_the_result_says_what_was_pruned_and_where_it_is(
     assert str(tmp_path / "run" / "model") in out
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_is_written_again(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +299,7 @@ def interrupted(out: Path, words: list[str]) -> None:
     run_command(out, words)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_with_status_130(corpus: Path, tmp_path: Path) -> None:
     said = tmp_path / "stderr"
     assert in_child(interrupted, tmp_path / "run", [*arguments(options(corpus)), "--quiet"], stderr=said) == 130

@@ -134,6 +134,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name == "in the second layer" else pytest.param(name, marks=pytest.mark.slow) for name in KILLS]
 )

@@ -48,6 +48,7 @@ def test_equal_to_trying_every_order(case: tuple[list[int], int]) -> None:
     assert max(rank_loads(loads, solved.order, num_ranks)) == best_of_all(loads, num_ranks) == solved.lower_bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_experts", "num_ranks"), [(12, 4), (16, 4)])
 def test_better_than_swaps_where_those_are_not_the_best(num_experts: int, num_ranks: int) -> None:
     for loads in np.random.default_rng(0).integers(1, 1000, (5, num_experts)).tolist():

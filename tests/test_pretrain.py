@@ -260,6 +260,7 @@ def test_the_saved_model_and_its_tokenizer_load_again_and_generate(run: Path) ->
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_in_the_control_run_either(start: Any) -> None:
     start(steps=20, control=True, prune_at_step=7)  # which looks at what was said
 
@@ -375,6 +376,7 @@ def test_every_balance_changes_the_run_and_lasts_through_the_pruning(start: Any,
     assert last[1] < last[0]
 
 
+@pytest.mark.slow
 def test_bf16_trains_and_keeps_float32_weights(start: Any) -> None:
     run = start(precision="bf16")
     assert len(events(run)) == 1

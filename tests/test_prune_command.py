@@ -187,6 +187,54 @@ def test_an_unfinished_pruning_on_other_data_or_of_a_changed_model_is_not_taken_
     assert start(folder)["report"]["criterion"] == "reap"
 
 
+def test_statistics_outlive_a_start_that_needs_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "apply_to_model", refusing_to_write)
+        for choice in (HALF, Choice(criterion="aimer", keep=Keep(share=0.5))):
+            with pytest.raises(SecateurError, match="no more today"):
+                start(folder, choice=choice)
+    with pytest.raises(SecateurError, match=r"with another --data .*begin anew with --restart"):
+        start(folder, observe=lambda found, stats: ({"other": "text"}, lambda: pytest.fail("observed")))
+    start(folder, observe=not_again)
+    assert Plan.load(folder / "out/plan.json").criterion == "reap"
+
+
+def refusing_to_write(*_: Any, dry_run: bool = False, **options: Any) -> None:
+    if not dry_run:
+        raise SecateurError("no more today")
+
+
+def test_restart_throws_away_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "apply_to_model", refusing_to_write)
+        with pytest.raises(SecateurError, match="no more today"):
+            start(folder)
+    other = {"other": "text"}
+    start(folder, observe=lambda found, stats: (other, made_up(found, stats)[1]), restart=True)
+    assert not place_of_work(folder / "out").exists()
+
+
+def test_a_plan_in_the_source_that_is_not_its_own_shows_before_the_model_is_run(folder: Path) -> None:
+    Plan.identity({0: 5}).save(folder / "source/plan.json")
+    with pytest.raises(SecateurError, match=r"source/plan\.json: expected the plan that made this model"):
+        start(folder, observe=not_again)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--criterion", "aimer", "--data", "x.txt"], "criterion 'aimer' needs no text here"),
+        (["--criterion", "random", "--pretrained", "source"], "does not compare two models; leave it out"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    folder: Path, run: Callable[..., tuple[int, str, str]], words: list[str], message: str
+) -> None:
+    given = [folder / word if word == "source" else word for word in words]
+    status, _, err = run(folder, "--keep", "0.5", *given)
+    assert (status, message in err) == (2, True), err
+
+
 def test_what_fails_a_check_gets_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = Check(claim="it generates", passed=False, detail="no")
     monkeypatch.setattr(module, "verify_model", lambda *_, **__: [failed])

@@ -332,6 +332,7 @@ def command_resume(out: Path, *more: str) -> None:
     cli.main()
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_the_same_options_and_refuses_others(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
 ) -> None:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import synthetic_experts as toy
 
+pytestmark = pytest.mark.slow
 SEEDS = range(4)
 
 
