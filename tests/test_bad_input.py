@@ -196,6 +196,7 @@ def test_a_config_of_another_kind_of_model_is_named(
         assert part in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "shape", "tokenizer", "larger tokenizer"])
 def test_a_model_folder_that_does_not_fit_is_named_before_data_is_read(
     what: str, refusal: Callable[..., str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -361,6 +361,7 @@ def test_every_refused_argument_is_tried_and_exists() -> None:
     assert set(REFUSED_SETTINGS) == set(REFUSED_ARGUMENTS) <= set(TrainingArguments.__dataclass_fields__)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_compiles_is_refused_before_the_first_step(tmp_path: Path) -> None:
     refused(trainer_of(tmp_path, laep(), torch_compile=True), "torch_compile cannot be used")
 

@@ -66,7 +66,8 @@ def test_a_pruned_folder_computes_what_the_barred_source_computes(name: str, uni
     assert contents(tmp_path / "again") == contents(tmp_path / "source")
 
 
-@quick_packings
+@pytest.mark.slow
+@every_family
 def test_verify_passes_in_any_order_of_the_experts(name: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(name, tmp_path / "source"))
     apply_to_model(tmp_path / "source", random_plan(moe, seed=3, ascending=False), tmp_path / "out")

@@ -56,6 +56,7 @@ def same(left: RouterChange, right: RouterChange) -> bool:
     return all(torch.allclose(getattr(left, one), getattr(right, one), rtol=1e-6, atol=1e-7) for one in fields)
 
 
+@pytest.mark.slow
 @every_family
 def test_the_change_is_that_of_the_live_routers(name: str, tmp_path: Path) -> None:
     before, after = saved(name, tmp_path / "base"), finetuned(name)

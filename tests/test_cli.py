@@ -75,6 +75,7 @@ def test_the_default_command_line_is_the_default_run(monkeypatch: pytest.MonkeyP
     assert found == [PretrainOptions()]
 
 
+@pytest.mark.slow
 def test_every_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a value that is not the default, one by one, because some contradict one another."""
     found: list[PretrainOptions] = []
@@ -348,6 +349,7 @@ def run_on_terminal(out: Path, words: list[str]) -> None:
     run_command(out, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 140])
 def test_a_terminal_gets_a_bar_with_all_numbers_in_its_width(corpus: Path, tmp_path: Path, columns: int) -> None:
     master, slave = os.openpty()

@@ -58,6 +58,7 @@ def test_model_and_optimizer_equal_those_pruned_in_memory_and_so_does_the_next_s
         step(other, other_optimizer, seed=9)
 
 
+@pytest.mark.slow
 def test_pieces_of_a_few_bytes_give_the_same_checkpoint_as_whole_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ from secateur.surgery.optimizer import unwrap
 from secateur.train.distributed.ddp import DDPFinder, check_ddp, rebuild_ddp_
 from tiny_models import random_plan, random_tokens, tiny_model
 
+pytestmark = pytest.mark.slow
 RANKS, STEPS_BEFORE, STEPS_AFTER = 2, 3, 5
 MICRO_BATCHES, ROWS, LENGTH = 2, 2, 8  # a step; rows of one rank
 
@@ -376,7 +377,6 @@ def test_without_the_rebuild_ranks_drift_apart(tmp_path: Path) -> None:
     assert any("experts" in name for name in differing(one, other))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
@@ -419,7 +419,6 @@ def test_settings_hooks_and_ignored_parameters_stay(tmp_path: Path) -> None:
     assert "model.norm.weight" in differing(one, other)  # ignored, so everything else has drifted with it
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_buffers_are_broadcast_as_before(tmp_path: Path, broadcast: bool) -> None:
     on_two_ranks(selection_bias, tmp_path, broadcast)
@@ -429,7 +428,6 @@ def test_buffers_are_broadcast_as_before(tmp_path: Path, broadcast: bool) -> Non
     assert biases & differing(one, other) == (set() if broadcast else biases)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rebuild", [True, False])
 def test_in_a_trainer(tmp_path: Path, rebuild: bool) -> None:
     on_two_ranks(trainer, tmp_path, rebuild)

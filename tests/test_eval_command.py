@@ -172,6 +172,7 @@ def text(made: Path) -> list[object]:
     return [*data_in(made), "--sequence-length", 16, "--samples", 8]
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_the_same_tokens(run: Run, made: Path) -> None:
     status, out, err = run(made / "source", made / "pruned", *text(made), "--json")
     assert status == 0, err

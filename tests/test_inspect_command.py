@@ -93,6 +93,7 @@ def test_what_cannot_be_pruned_is_said_with_the_reason_and_status_2(
     assert (status, message in err) == (2, True), err
 
 
+@pytest.mark.slow
 def test_a_model_is_pruned_verified_and_restored_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,7 @@ def interrupted(folder: Path) -> Path:
     return folder / ".stats.safetensors.work"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_the_layer_it_had_reached(
     run: Run, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_few_moves_are_no_more_and_cost_no_more_than_allowed(case: dict[str, Any
     assert busiest_node(few, case["num_nodes"]) <= limit * busiest_node(full, case["num_nodes"])
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_experts_stay_where_they_are_unless_that_levels_something(case: dict[str, Any]) -> None:

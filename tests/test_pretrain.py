@@ -286,6 +286,7 @@ def test_the_logging_of_transformers_is_as_before_afterwards(start: Any) -> None
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
 
 
+@pytest.mark.slow
 def test_the_detector_prunes_after_the_windows_that_agree(start: Any) -> None:
     (event,) = events(start(**LOOSE))
     assert (event.step, event.reason) == (12, "stable")
@@ -304,6 +305,7 @@ def test_tokens_prune_at_the_end_of_the_window_that_reaches_them(start: Any) -> 
     assert (event.step, event.reason) == (12, "tokens")
 
 
+@pytest.mark.slow
 def test_a_schedule_prunes_more_than_once_and_its_plan_is_of_the_first_numbering(start: Any) -> None:
     run = start(prune=("step=9 target_params=0.8", "step=23 target_params=0.8"))
     first, second = events(run)
@@ -314,6 +316,7 @@ def test_a_schedule_prunes_more_than_once_and_its_plan_is_of_the_first_numbering
     assert {one.experts_before for one in whole.layers.values()} == {8}
 
 
+@pytest.mark.slow
 def test_no_prune_only_watches(start: Any) -> None:
     run = start(no_prune=True)
     assert strict(run / "events.json") == []
@@ -322,6 +325,7 @@ def test_no_prune_only_watches(start: Any) -> None:
     assert strict(run / "model" / "plan.json")["layers"]["0"]["order"] == list(range(8))
 
 
+@pytest.mark.slow
 def test_uniform_keeps_one_count_and_the_native_class(start: Any) -> None:
     run = start(uniform=True, multiple_of=2)
     (event,) = events(run)
@@ -356,6 +360,7 @@ def test_every_rule_decides(start: Any, rule: Json, check: Any) -> None:
     assert check(event)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "balance"),
     [
@@ -391,6 +396,7 @@ def test_gradient_checkpointing_changes_neither_the_losses_nor_the_loads(start: 
         assert without_timings(lines(plain / name)) == without_timings(lines(checkpointed / name))
 
 
+@pytest.mark.slow
 def test_accumulation_counts_every_token_also_where_an_epoch_ends(start: Any) -> None:
     run = start(accumulation=3, steps=40, batch_size=4)
     blocks = strict(run / "run.json")["data"]["domains"]
@@ -427,6 +433,7 @@ def test_a_schedule_of_the_learning_rate_is_untouched_by_the_pruning(start: Any)
     assert rates[0] == rates[1]
 
 
+@pytest.mark.slow
 def test_a_last_step_that_is_no_eval_step_is_validated_once(start: Any) -> None:
     run = start(steps=33, log_steps=3, eval_steps=12, save_steps=12)
     assert [line["step"] for line in of_kind(run, "eval")] == [12, 24, 33]
@@ -467,6 +474,7 @@ def test_a_pruned_model_goes_on_where_it_was_with_its_tokenizer(run: Path, start
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_pruned_again(run: Path, start: Any) -> None:
     further = start(model=str(run / "model"), target_params=0.9)
     (first,), (second,) = events(run), events(further)
@@ -494,6 +502,7 @@ def test_a_given_tokenizer_is_the_one_that_is_used_and_kept(run: Path, start: An
     assert strict(further / "model" / "config.json")["vocab_size"] == 300
 
 
+@pytest.mark.slow
 def test_folders_files_and_globs_are_read_as_domains(start: Any, corpus: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", key="body", seed=1)
     run = start(data=(str(corpus / "prose"), f"rows={rows}", f"py={corpus}/code/*.py"), text_key="body", no_prune=True)
@@ -530,6 +539,7 @@ def test_the_plan_counts_the_checkpoints_and_the_least_experts(corpus: Path) -> 
     assert pruning["when"] == "step 23"
 
 
+@pytest.mark.slow
 def test_tensorboard_logs_outlast_the_checkpoints(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 
@@ -570,6 +580,7 @@ def test_a_gradient_norm_that_is_infinite_is_null_in_the_log(start: Any, monkeyp
     assert {line["grad_norm"] for line in of_kind(start(steps=10, no_prune=True), "train")} == {None}
 
 
+@pytest.mark.slow
 def test_a_domain_smaller_than_a_batch_is_validated_too(start: Any) -> None:
     run = start(batch_size=48, steps=10, eval_steps=10, no_prune=True)
     tokens = strict(run / "run.json")["data"]["domains"]["code"]["validation_tokens"]

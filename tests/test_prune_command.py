@@ -128,6 +128,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     [
@@ -348,6 +349,7 @@ def test_a_dry_run_says_what_it_can_and_writes_nothing(run: Run, spoken: Path) -
     assert sorted(path.name for path in spoken.iterdir()) == ["code.jsonl", "prose.jsonl", "source"]
 
 
+@pytest.mark.slow
 def test_one_command_makes_what_four_make(
     run: Run, spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

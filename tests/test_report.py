@@ -117,6 +117,7 @@ def test_nothing_but_the_report_is_left_in_the_folder(pruned: Path) -> None:
     assert {path.name for path in pruned.iterdir()} == written | read
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_and_not_pruned_says_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "young", prunings=(), control=False, finished=False, num_layers=1, steps=160)
     report = read_report(folder)

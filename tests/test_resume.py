@@ -202,6 +202,7 @@ def test_a_run_killed_again_and_again_ends_the_same(
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lost_a_part_is_passed_over(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
@@ -355,6 +356,7 @@ def test_the_command_goes_on_with_the_same_options_and_refuses_others(
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "nth", "last"),
     [

@@ -75,6 +75,7 @@ def test_a_right_folder_passes_with_every_claim_in_words(
     assert (status, result["passed"], len(result["checks"])) == (0, True, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["experts.1.up_proj.weight", "mlp.gate.weight", "lm_head.weight"])
 def test_one_changed_number_fails_by_its_name(
     ending: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -87,6 +87,7 @@ def test_a_pruned_folder_computes_what_the_barred_source_computes(kind: str, uni
     assert contents(tmp_path / "again") == contents(tmp_path / "source")
 
 
+@pytest.mark.slow
 @quick_kinds
 def test_verify_passes_in_any_order_of_the_experts(kind: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(kind, tmp_path / "source"))
