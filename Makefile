@@ -15,7 +15,7 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
-# What to run while working: under two minutes.
+# What to run while working: two minutes.
 quick: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
