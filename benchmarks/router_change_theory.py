@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,22 @@ import synthetic_experts as toy
 from record import show, store
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-WIDTHS = (32, 64, 128, 256, 512, 1024)
+WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+LARGE = 256  # the slope is fitted once more from this width on, where it is no longer bent by small widths
 # what is changed -> the settings, by d
 SCALING = {
     "as V0": lambda d: toy.Setting(d=d),
-    "10 times the steps": lambda d: toy.Setting(d=d, steps=3000),
-    "steps in proportion to d": lambda d: toy.Setting(d=d, steps=300 * d // 64),
-    "noise of 1 / sqrt(d)": lambda d: toy.Setting(d=d, noise=0.16 / math.sqrt(d)),
-    "batch in proportion to d": lambda d: toy.Setting(d=d, batch=d),
-    "a quarter of the patterns in a sample": lambda d: toy.Setting(d=d, n=d // 4, tokens=4, steps=300),
+    "as V0, token choice": lambda d: toy.Setting(d=d, routing="token"),
+    "irrelevant experts avoid o_1 and o_2 (V2)": lambda d: toy.Setting(d=d, avoid=1.0),
+    "noise at the start of 0.16 / sqrt(d)": lambda d: toy.Setting(d=d, noise=0.16 / math.sqrt(d)),
+    "4 times the steps": lambda d: toy.Setting(d=d, steps=1200),
+    "steps of 300 * sqrt(d / 64)": lambda d: toy.Setting(d=d, steps=round(300 * math.sqrt(d / 64))),
     "irrelevant experts start without a pattern": lambda d: toy.Setting(d=d, irrelevant_size=0.0),
+}
+# an expert of several -> one number of a run
+QUANTITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda change: change.abs().mean(dim=1),
+    "largest": lambda change: change.abs().amax(dim=1),
 }
 KEEPS = (8, 6, 4, 3, 2, 1)
 COLUMNS = ["experiment", "quantity", "value"]
@@ -57,8 +64,10 @@ def main() -> None:
     for name, make in SCALING.items():
         found = scaling([make(d) for d in WIDTHS], arguments.scaling_seeds)
         record["scaling"][name] = found
-        rows.append([f"change with d: {name}", "slope of log change over log d", interval(found)])
-        print(rows[-1], flush=True)
+        for quantity, one in found.items():
+            text = f"{interval(one['all'])}; {interval(one['large'])}"
+            rows.append([f"change with d: {name}", f"slope of the {quantity} change, all d; d from {LARGE} on", text])
+            print(rows[-1], flush=True)
     for routing in toy.GATES:
         found = beyond(toy.Setting(routing=routing), arguments.seeds)
         record[f"beyond, {routing} choice"] = found
@@ -118,27 +127,35 @@ def shown(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def scaling(settings: list[toy.Setting], seeds: int) -> dict[str, Any]:
-    """The largest |change| of an irrelevant expert, by seed and d, and the slope of its median over d."""
-    largest = []
+    """|change| of the irrelevant experts by seed and d, and the slope of its median over d."""
+    irrelevant = [expert for expert in range(toy.EXPERTS) if expert not in toy.RELEVANT]
+    changes = []
     for setting in settings:
         begin = toy.start(setting, range(seeds))
         end = toy.train(begin, torch.Generator().manual_seed(1))
-        change = end.scores(begin)["signed change"]
-        irrelevant = [expert for expert in range(toy.EXPERTS) if expert not in toy.RELEVANT]
-        largest.append(change[:, irrelevant].abs().amax(dim=1))
-    values = torch.stack(largest)  # (widths, seeds)
+        changes.append(end.scores(begin)["signed change"][:, irrelevant])
     widths = torch.tensor([float(setting.d) for setting in settings])
+    found = {}
+    for name, quantity in QUANTITIES.items():
+        values = torch.stack([quantity(one) for one in changes])  # (widths, seeds)
+        found[name] = {
+            "d": widths.tolist(),
+            "medians": values.median(dim=1).values.tolist(),
+            "all": fitted(widths, values),
+            "large": fitted(widths[widths >= LARGE], values[widths >= LARGE]),
+        }
+    return found
+
+
+def fitted(widths: Tensor, values: Tensor) -> dict[str, float]:
+    """The slope, and its 95 % range over resampled seeds."""
     draws = torch.Generator().manual_seed(0)
+    seeds = values.shape[1]
     slopes = torch.tensor(
         [slope(widths, values[:, torch.randint(seeds, (seeds,), generator=draws)]) for _ in range(2000)]
     )
-    return {
-        "d": widths.tolist(),
-        "medians": values.median(dim=1).values.tolist(),
-        "slope": slope(widths, values),
-        "low": float(slopes.quantile(0.025)),
-        "high": float(slopes.quantile(0.975)),
-    }
+    low, high = slopes.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"slope": slope(widths, values), "low": low, "high": high}
 
 
 def slope(widths: Tensor, values: Tensor) -> float:
@@ -147,7 +164,7 @@ def slope(widths: Tensor, values: Tensor) -> float:
     return float((x * (y - y.mean())).sum() / x.square().sum())
 
 
-def interval(found: dict[str, Any]) -> str:
+def interval(found: dict[str, float]) -> str:
     return f"{found['slope']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
@@ -174,8 +191,11 @@ def beyond(setting: toy.Setting, seeds: int) -> dict[str, dict[str, float]]:
 def draw(record: dict[str, Any]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, found in record["scaling"].items():
-        left.loglog(found["d"], found["medians"], marker="o", label=f"{name}: {found['slope']:+.2f}")
-    left.set(xlabel="patterns d", ylabel="largest |change| of an irrelevant expert (median)")
+        one = found["mean"]
+        left.loglog(one["d"], one["medians"], marker="o", label=f"{name}: {one['large']['slope']:+.2f}")
+    top = max(max(found["mean"]["medians"]) for found in record["scaling"].values())
+    left.loglog(WIDTHS, [top * math.sqrt(WIDTHS[0] / d) for d in WIDTHS], color="grey", label="1 / sqrt(d)")
+    left.set(xlabel="patterns d", ylabel=f"mean |change| of irrelevant experts (slope: d >= {LARGE})")
     left.legend(fontsize=7)
     for routing in toy.GATES:
         found = record[f"beyond, {routing} choice"]

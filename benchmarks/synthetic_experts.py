@@ -104,8 +104,7 @@ def start(setting: Setting, seeds: Sequence[int]) -> Experts:
 
 def samples(setting: Setting, num_runs: int, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """(R, count, n) pattern numbers and (R, count) labels."""
-    order = torch.rand(num_runs, count, setting.d - 2, generator=draw).argsort(dim=2)
-    tokens = 2 + order[..., : setting.n]
+    tokens = 2 + torch.rand(num_runs, count, setting.d - 2, generator=draw).topk(setting.n, dim=2).indices
     labels = torch.randint(0, 2, (num_runs, count), generator=draw)
     place = torch.randint(0, setting.n, (num_runs, count, 1), generator=draw)
     tokens.scatter_(2, place, labels[..., None])
