@@ -6,6 +6,7 @@ the same weights, as far as their models are the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,10 @@ class Setting:
     steps: int = 0
     after: str | None = None
     random: bool = False
+
+    def folder(self, seed: int) -> str:
+        """The name of a run's folder."""
+        return f"{re.sub(r'[^a-z0-9.]+', '-', self.name.lower())}-seed{seed}"
 
 
 def grid(scale: Scale) -> list[Setting]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from laep_grid import SCALES, Setting, grid
+from laep_timing import FILE as STEP_TIMES
 from record import show, store
 
 DOMAINS = ("manuals", "dictionary", "speeches")
@@ -55,7 +56,14 @@ def main() -> None:
     rows = [[one["group"], one["name"], str(one["seed"]), one["status"], _loss(one)] for one in runs]
     show(f"{len(runs)} runs", ["group", "run", "seed", "status", "validation loss"], rows)
     sources = json.loads((arguments.text / "sources.json").read_text())
-    print(store(f"laep_tables_{arguments.scale}", {"scale": arguments.scale, "sources": sources, "runs": runs}))
+    times = arguments.work / STEP_TIMES
+    record = {
+        "scale": arguments.scale,
+        "sources": sources,
+        "runs": runs,
+        "step_times": json.loads(times.read_text()) if times.exists() else {},
+    }
+    print(store(f"laep_tables_{arguments.scale}", record))
 
 
 def _loss(one: dict[str, Any]) -> str:
@@ -85,7 +93,7 @@ class Runs:
             shutil.rmtree(beside)
 
     def folder(self, one: Setting, seed: int) -> Path:
-        return self.work / f"{re.sub(r'[^a-z0-9.]+', '-', one.name.lower())}-seed{seed}"
+        return self.work / one.folder(seed)
 
     def train(self, one: Setting, seed: int) -> None:
         """Train, unless it was; what a stopped start left is thrown away."""
