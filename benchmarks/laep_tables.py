@@ -108,7 +108,8 @@ class Runs:
             return
         fields = [word for name, value in one.model for word in ("--set", f"{name}={value}")]
         tokenizer = ["--tokenizer", str(self.work / "tokenizer"), "--preset", one.preset, *fields]
-        rarely = ["--log-steps", "10", "--eval-steps", "100", "--save-steps", str(one.steps)]
+        curve = 100 if one.group == "when" else 400  # only there losses between are looked at
+        rarely = ["--log-steps", "10", "--eval-steps", str(curve), "--save-steps", str(one.steps)]
         arguments = [*self._arguments(seed, one.steps), *tokenizer, *rarely, *times, "--out", str(out)]
         began = time.perf_counter()
         error = self._call(arguments, random=one.random)
