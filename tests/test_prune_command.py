@@ -224,7 +224,7 @@ def test_a_plan_in_the_source_that_is_not_its_own_shows_before_the_model_is_run(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--criterion", "aimer", "--data", "x.txt"], "criterion 'aimer' needs no text here"),
+        (["--criterion", "aimer", "--data", "x.txt"], "criterion 'aimer' needs no data here"),
         (["--criterion", "random", "--pretrained", "source"], "does not compare two models; leave it out"),
     ],
 )

@@ -25,8 +25,8 @@ from secateur.vision import VMoEForImageClassification
 from tiny_models import random_plan
 from tiny_vision import KINDS, every_kind, random_images, tiny_vmoe
 
-# One of each router, places, members and zero slots; the other kinds are left to the slow suite.
-QUICK = {"few places", "expert choice", "ensemble", "zero slots"}
+# One of each router, places and members; the other kinds are left to the slow suite.
+QUICK = {"few places", "expert choice", "ensemble"}
 quick_kinds = pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import probe_counts
-from secateur.observe_activations import ActivationObserver, LayerObserver
+from secateur.observe import LoadCounter
+from secateur.observe_activations import LayerObserver
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.vision import VMoEConfig, VMoEForImageClassification, VMoEModel, remove_into_zero_slots_
+from secateur.vision import VMoEConfig, VMoEForImageClassification, VMoEModel
 from secateur.vision.losses import importance_loss, load_loss
 from tiny_vision import COMMON, KINDS, every_kind, random_images, tiny_vmoe
 
@@ -128,59 +129,9 @@ def test_members_share_the_experts_of_a_probe_evenly() -> None:
     assert probe_counts(tiny_vmoe("token choice").config) == (2, 3)
 
 
-def silenced(model: VMoEForImageClassification, plan: Plan) -> VMoEForImageClassification:
-    """The whole model, in which the experts that a plan drops put out zero."""
-    whole = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer, one in plan.layers.items():
-            experts = whole.vmoe.layers[layer].mlp.experts
-            for tensor in (experts.down_proj, experts.down_proj_bias):
-                tensor[list(one.dropped)] = 0
-    return whole
-
-
 def plan_of(order: list[int], layers: tuple[int, ...] = (0, 2)) -> Plan:
     one = LayerPlan(experts_before=8, order=tuple(order))
     return Plan(layers=dict.fromkeys(layers, one), criterion="test")
-
-
-@every_kind
-def test_a_zero_slot_contributes_nothing_and_the_other_weights_stay(kind: str, tmp_path: Path) -> None:
-    model, images = tiny_vmoe(kind), random_images(4)
-    order = [3, 0, 7, 5] if kind == "ensemble" else [3, 0, 7, 4, 5]
-    plan = plan_of(order)
-    expected = logits_of(silenced(model, plan), images)
-    assert not torch.allclose(expected, logits_of(model, images), atol=1e-3)
-    zero = model.config.num_zero_slots
-    remove_into_zero_slots_(model, plan)
-    assert (model.config.num_experts, model.config.num_zero_slots) == (len(order), zero + 8 - len(order))
-    torch.testing.assert_close(logits_of(model, images), expected, atol=1e-5, rtol=1e-5)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForImageClassification.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(again, images), expected, atol=1e-5, rtol=1e-5)
-    assert describe_moe(again).counts == {0: len(order), 2: len(order)}
-
-
-@pytest.mark.parametrize(("kind", "same"), [("over tokens", True), ("expert choice", False), ("token choice", False)])
-def test_both_removals_are_the_same_model_only_where_weights_are_taken_over_tokens(kind: str, same: bool) -> None:
-    zero_slots, cut, images = tiny_vmoe(kind), tiny_vmoe(kind), random_images(4)
-    remove_into_zero_slots_(zero_slots, plan_of([3, 0, 7, 4, 5]))
-    prune_model_(describe_moe(cut), plan_of([3, 0, 7, 4, 5]))
-    assert torch.allclose(logits_of(zero_slots, images), logits_of(cut, images), atol=1e-5) is same
-
-
-def test_zero_slots_twice_are_zero_slots_at_once() -> None:
-    once, twice, images = tiny_vmoe("ensemble"), tiny_vmoe("ensemble"), random_images(2)
-    remove_into_zero_slots_(once, plan_of([0, 2, 5, 7]))
-    remove_into_zero_slots_(twice, plan_of([0, 1, 2, 5, 6, 7]))
-    later = LayerPlan(experts_before=6, order=(0, 2, 3, 5))
-    remove_into_zero_slots_(twice, Plan(layers=dict.fromkeys((0, 2), later), criterion="test"))
-    torch.testing.assert_close(logits_of(twice, images), logits_of(once, images))
-
-
-def test_zero_slots_need_one_count_for_all_layers() -> None:
-    with pytest.raises(SecateurError, match=r"same number of experts, the plan keeps \{0: 5, 2: 8\}"):
-        remove_into_zero_slots_(tiny_vmoe("token choice"), plan_of([3, 0, 7, 4, 5], layers=(0,)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,11 +177,6 @@ def test_the_balance_loss_is_the_weighted_sum_over_layers(monkeypatch: pytest.Mo
     torch.testing.assert_close(found, expected)
 
 
-def test_zero_slots_have_no_part_in_the_balance_losses() -> None:
-    model = tiny_vmoe("token choice", num_experts=1, num_zero_slots=7).train()
-    assert model(random_images(2)).aux_loss == 0
-
-
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     grads = []
     for checkpointing in (False, True):
@@ -256,11 +202,11 @@ def test_what_its_experts_do_can_be_observed() -> None:
 
 
 def test_a_counter_of_text_tokens_says_that_it_cannot_count_those_of_images() -> None:
-    model = tiny_vmoe("token choice")
-    observer = ActivationObserver(describe_moe(model))
+    model = tiny_vmoe("token choice").train()
+    counter = LoadCounter(describe_moe(model))
     with pytest.raises(SecateurError, match=r"found \['pixel_values'\]; the experts of a model of images"):
         model(random_images(1))
-    observer.detach()
+    counter.detach()
 
 
 def test_images_of_another_size_are_refused() -> None:
@@ -281,9 +227,7 @@ def test_images_of_another_size_are_refused() -> None:
         ({"patch_size": 16}, "images of 8 pixels hold no patch of 16"),
         ({"capacity_factor": 0.0}, r"capacity_factor is 0.0, expected a number above 0"),
         ({"router_type": "expert_choice", "eval_capacity_factor": None}, "experts that choose tokens need a number"),
-        ({"ensemble_size": 3}, "8 experts and 0 zero slots, expected multiples of ensemble_size 3"),
-        ({"ensemble_size": 2, "num_zero_slots": 1}, "8 experts and 1 zero slots"),
-        ({"num_zero_slots": -1}, "-1 zero slots"),
+        ({"ensemble_size": 3}, "8 experts, expected a multiple of ensemble_size 3"),
         ({"ensemble_size": 4, "num_experts_per_tok": 3}, "num_experts_per_tok is 3, but a token has 2"),
     ],
 )

@@ -33,7 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "group_images": 1,
     },
     "ensemble": {"ensemble_size": 2, "group_images": None, "representation_size": 16},
-    "zero slots": {"num_zero_slots": 3, "eval_capacity_factor": 1.5},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

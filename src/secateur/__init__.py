@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from secateur.decide import Rule
     from secateur.plan import Plan
     from secateur.stats import RouterStats
+    from secateur.surgery.zero_slots import remove_into_zero_slots_
     from secateur.train.callback import LAEPCallback
     from secateur.train.events import PruneEvent
     from secateur.train.laep import LAEP
@@ -32,6 +33,7 @@ __all__ = [
     "RouterStats",
     "Rule",
     "SecateurError",
+    "remove_into_zero_slots_",
 ]
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ _HOMES = {
     "Pruning": "secateur.train.schedule",
     "RouterStats": "secateur.stats",
     "Rule": "secateur.decide",
+    "remove_into_zero_slots_": "secateur.surgery.zero_slots",
 }
 
 _register.when_auto_classes_load()

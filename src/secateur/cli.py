@@ -11,6 +11,7 @@ from secateur.commands.apply import apply
 from secateur.commands.convert_vmoe import convert_vmoe
 from secateur.commands.ends import fail, fail_without_the_others
 from secateur.commands.eval import eval
+from secateur.commands.finetune import finetune
 from secateur.commands.inspect import inspect
 from secateur.commands.observe import observe
 from secateur.commands.place import place
@@ -21,7 +22,7 @@ from secateur.commands.report import report
 from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, place, report, inspect, observe, plan, apply, verify, prune, eval, convert_vmoe)
+COMMANDS = (pretrain, place, report, inspect, observe, plan, apply, verify, prune, eval, finetune, convert_vmoe)
 
 app = typer.Typer(
     name="secateur",

@@ -20,6 +20,7 @@ from secateur.modeling_secateur import (
     LinearInCount,
     expert_count_key,
     find_expert_layout,
+    is_of_experts,
     layer_of,
     native_config,
     probe_counts,
@@ -46,6 +47,8 @@ class MoEBlock:
     layer: decoder layer, from 0. name: module path of `block`. experts, router: children of `block`.
     tensors: every parameter and buffer with an expert axis, by full name, all under `block`.
     params_per_expert: parameters that go with one expert, its router row included.
+    num_slots: that the router chooses among. Where experts were removed into zero slots, more than the experts; then
+    `tensors` and `params_per_expert` are about the experts alone.
     """
 
     layer: int
@@ -56,6 +59,7 @@ class MoEBlock:
     num_experts: int
     tensors: tuple[ExpertTensor, ...]
     params_per_expert: int
+    num_slots: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,16 @@ class MoEModel:
     @property
     def counts(self) -> dict[int, int]:
         return {layer: block.num_experts for layer, block in self.blocks.items()}
+
+    @property
+    def slots(self) -> dict[int, int]:
+        return {layer: block.num_slots for layer, block in self.blocks.items()}
+
+    @property
+    def kept(self) -> dict[int, tuple[int, ...]]:
+        """{layer: the slots whose experts are there, in their order} of the layers with zero slots."""
+        found = {layer: getattr(block.experts, "kept_slots", None) for layer, block in self.blocks.items()}
+        return {layer: kept for layer, kept in found.items() if kept is not None}
 
     @property
     def params_per_expert(self) -> dict[int, int]:
@@ -99,20 +113,29 @@ class MoEModel:
         }
 
 
-def describe_moe(model: nn.Module, layout: ExpertLayout | None = None) -> MoEModel:
+def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_slots: bool = False) -> MoEModel:
     """Find the MoE blocks of a transformers causal LM and every tensor of theirs with an expert axis.
 
     Args:
         model: the model itself, not a wrapper. layout: of the same model, from an earlier call, to save the two builds.
+        zero_slots: whether the caller knows of experts that were removed into zero slots. Most do not: the ids that a
+            router gives are then not those of the experts.
 
     Raises:
-        SecateurError: not a transformers model, no routed experts, a family in `REFUSED`, a wrapped model, or a tensor
-            or number that does not follow the layout which the model class itself builds.
+        SecateurError: not a transformers model, no routed experts, a family in `REFUSED`, a wrapped model, zero slots,
+            or a tensor or number that does not follow the layout which the model class itself builds.
     """
     if not isinstance(model, PreTrainedModel):
         raise SecateurError(
             f"expected a transformers model (PreTrainedModel), found {type(model).__module__}."
             f"{type(model).__qualname__}; give the model itself, not a wrapper (DDP, FSDP, torch.compile, PEFT)"
+        )
+    has_some = any(hasattr(module, "kept_slots") for module in model.modules())
+    if has_some and not zero_slots:
+        raise SecateurError(
+            "the model has zero slots: its routers choose among experts of which some were removed, and what counts "
+            "their choices or prunes in training does not know that; `secateur apply` restores the model it was made "
+            "from with its undo folder"
         )
     config = native_config(model.config)
     model_type = config.model_type
@@ -127,7 +150,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None) -> MoEMod
     top_k = _first_int(config, TOP_K_KEYS)
     if top_k is None:
         raise SecateurError(f"model type {model_type!r}: no top-k in its config (looked for {', '.join(TOP_K_KEYS)})")
-    num_groups, min_experts = router_needs(config, top_k)
+    num_groups, min_experts = (1, 1) if has_some else router_needs(config, top_k)
     blocks = _blocks(model, layout)
     if not blocks:
         raise SecateurError(f"model type {model_type!r}: no layer has routed experts")
@@ -137,7 +160,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None) -> MoEMod
                 f"layer {layer}: {block.num_experts} experts, but its router needs at least {min_experts} "
                 f"(top-k {top_k}, {num_groups} router groups)"
             )
-    _check_attributes(model, layout, {layer: block.num_experts for layer, block in blocks.items()})
+    _check_attributes(model, layout, blocks)
     return MoEModel(
         model=model,
         model_type=model_type,
@@ -190,8 +213,12 @@ def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]
     if outside:
         raise SecateurError(f"layer {layer}: {outside[0]} has an expert axis but lies outside {path}")
     block = model.get_submodule(path)
+    experts = block.get_submodule("experts")
+    zero_slots = hasattr(experts, "kept_slots")
     tensors, counts, size = [], {}, 0
     for name, axis in axes.items():
+        if zero_slots and not is_of_experts(name):
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         tensor = getattr(owner, name.rpartition(".")[2])
         counts[name] = _count_in(name, axis, tensor.shape[axis.dim])
@@ -211,11 +238,12 @@ def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]
         layer=layer,
         name=path,
         block=block,
-        experts=block.get_submodule("experts"),
+        experts=experts,
         router=block.get_submodule(routers.pop()),
         num_experts=next(iter(counts.values())),
         tensors=tuple(tensors),
         params_per_expert=size,
+        num_slots=int(experts.num_slots) if zero_slots else next(iter(counts.values())),  # type: ignore[arg-type]
     )
 
 
@@ -234,16 +262,17 @@ def _check_no_expert_ids(path: str, block: nn.Module) -> None:
             raise SecateurError(f"{path}.{name} is a table of whole numbers, perhaps of expert ids; no rule covers it")
 
 
-def _check_attributes(model: nn.Module, layout: ExpertLayout, counts: Mapping[int, int]) -> None:
+def _check_attributes(model: nn.Module, layout: ExpertLayout, blocks: Mapping[int, MoEBlock]) -> None:
     modules = dict(model.named_modules())
     for (name, key), value in layout.attributes.items():
         layer = layer_of(name)
         if layer is None:
             continue
-        expected = value.at(local_experts(modules[name], counts[layer]))
+        count = blocks[layer].num_experts if is_of_experts(name) else blocks[layer].num_slots
+        expected = value.at(local_experts(modules[name], count))
         if getattr(modules[name], key) != expected:
             raise SecateurError(
-                f"{name}.{key} is {getattr(modules[name], key)!r}, expected {expected} for {counts[layer]} experts"
+                f"{name}.{key} is {getattr(modules[name], key)!r}, expected {expected} for {count} experts"
             )
 
 

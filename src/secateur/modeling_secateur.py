@@ -1,4 +1,4 @@
-"""Mixture-of-Experts models whose layers hold different numbers of experts.
+"""Mixture-of-Experts models whose layers hold different numbers of experts, or fewer than their routers choose among.
 
 This file needs torch and transformers and nothing else. `save_pretrained` copies it beside the weights, so such a
 checkpoint loads in stock transformers with `trust_remote_code=True`; where `secateur` is imported, the same classes
@@ -7,6 +7,10 @@ are registered with the auto classes and the flag is not needed.
 A pruned class is made from the native one by name: `PrunedQwen3MoeForCausalLM` is `transformers.Qwen3MoeForCausalLM`
 built with the largest count of any layer, then cut, layer by layer, to the counts in
 `config.moe_config["per_layer_experts_blocks"]` (one number a decoder layer, 0 where a layer has no experts).
+
+That is what the router of a layer chooses among, its slots. A layer in `config.moe_config["kept_experts"]` has zero
+slots: it holds the experts of these slots only, in this order; what the router sends to another slot is not computed
+and contributes 0, and no other weight changes (arXiv 2405.16646, the authors' token-choice code).
 
 Which tensors have an expert axis is not listed anywhere: the native class is built twice on the meta device, with two
 expert counts, and what differs between the two is the answer. It holds for every family, and a layout that does not
@@ -17,15 +21,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -38,6 +43,12 @@ COUNT_KEYS = (
     "n_routed_experts",
     "moe_num_experts",
     "ffn_config.moe_num_experts",
+)
+# What `experts` modules are called with, each by one of these names: (T, D) tokens, (T, K) slots, (T, K) gates.
+CALL = (
+    ("hidden_states",),
+    ("top_k_index", "router_indices", "selected_experts"),
+    ("top_k_weights", "routing_weights"),
 )
 
 
@@ -81,16 +92,22 @@ def expert_count_key(config: PreTrainedConfig) -> str:
 
 
 def with_expert_count(config: PreTrainedConfig, num_experts: int) -> PreTrainedConfig:
-    """A copy of a native `config` that asks for `num_experts` routed experts in every MoE layer."""
+    """A copy of a native `config` that asks for `num_experts` routed experts in every MoE layer of its text model."""
     changed = copy.deepcopy(config)
-    *parents, key = expert_count_key(config).split(".")
-    setattr(functools.reduce(getattr, parents, changed), key, num_experts)
+    text = changed.get_text_config()
+    *parents, key = expert_count_key(text).split(".")
+    setattr(functools.reduce(getattr, parents, text), key, num_experts)
     return changed
 
 
 def layer_of(name: str) -> int | None:
     """Decoder layer of a module, parameter or buffer name: its first numeric part; None outside the layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a module or tensor that follows the expert count belongs to `experts`; if not, to a router."""
+    return "experts" in name.split(".")
 
 
 def find_expert_layout(
@@ -135,38 +152,140 @@ def probe_counts(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def counts_in(config: PreTrainedConfig) -> dict[int, int]:
-    """{decoder layer: routed experts} of a pruned config; layers without experts are left out.
+    """{decoder layer: slots of its router} of a pruned config; layers without experts are left out.
 
     Raises:
         ValueError: `moe_config.per_layer_experts_blocks` is missing or is not one whole number a decoder layer.
     """
     blocks = (getattr(config, "moe_config", None) or {}).get("per_layer_experts_blocks")
-    layers = config.num_hidden_layers
+    layers = config.get_text_config().num_hidden_layers
     if not isinstance(blocks, list) or len(blocks) != layers or any(type(n) is not int or n < 0 for n in blocks):
         raise ValueError(f"moe_config.per_layer_experts_blocks: expected {layers} whole numbers >= 0, found {blocks!r}")
     return {layer: count for layer, count in enumerate(blocks) if count}
 
 
-def set_attributes_(model: nn.Module, layout: ExpertLayout, counts: Mapping[int, int]) -> None:
-    """Give every module of the layers in `counts` the attribute values of its own expert count, in place."""
+def kept_in(config: PreTrainedConfig) -> dict[int, tuple[int, ...]]:
+    """{decoder layer: the slots whose experts it holds, in their order} of a config, for layers with zero slots.
+
+    Raises:
+        ValueError: `moe_config.kept_experts` is not lists of different slots, each of a layer that has them.
+    """
+    listed = (getattr(config, "moe_config", None) or {}).get("kept_experts")
+    if listed is None:
+        return {}
+    slots = {str(layer): count for layer, count in counts_in(config).items()}
+    if not isinstance(listed, dict) or not listed.keys() <= slots.keys():
+        raise ValueError(f"moe_config.kept_experts: expected some of the layers {', '.join(slots)}, found {listed!r}")
+    for layer, ids in listed.items():
+        whole = isinstance(ids, list) and all(type(slot) is int for slot in ids)
+        if not whole or not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(slots[layer])):
+            raise ValueError(
+                f"moe_config.kept_experts: layer {layer} has {ids!r}, expected different slots from 0 to "
+                f"{slots[layer] - 1}, at least one"
+            )
+    return {int(layer): tuple(ids) for layer, ids in listed.items()}
+
+
+def count_for(name: str, slots: Mapping[int, int], kept: Mapping[int, Sequence[int]]) -> int | None:
+    """By how many experts the size of a tensor, or a number of a module, goes; None in no layer of `slots`.
+
+    Those of `experts` modules go by the experts that a layer holds, those of routers by its slots.
+    """
+    layer = layer_of(name)
+    if layer is None or layer not in slots:
+        return None
+    return len(kept[layer]) if layer in kept and is_of_experts(name) else slots[layer]
+
+
+def set_attributes_(
+    model: nn.Module, layout: ExpertLayout, slots: Mapping[int, int], kept: Mapping[int, Sequence[int]]
+) -> None:
+    """Give every module of the layers in `slots` the attribute values of its own expert count, in place."""
     modules = dict(model.named_modules())
     for (name, key), value in layout.attributes.items():
-        layer = layer_of(name)
-        if layer is not None and layer in counts:
-            setattr(modules[name], key, value.at(counts[layer]))
+        count = count_for(name, slots, kept)
+        if count is not None:
+            setattr(modules[name], key, value.at(count))
 
 
-def cut_to_counts_(model: PreTrainedModel, layout: ExpertLayout, counts: Mapping[int, int]) -> None:
+def cut_to_counts_(
+    model: PreTrainedModel, layout: ExpertLayout, slots: Mapping[int, int], kept: Mapping[int, Sequence[int]]
+) -> None:
     """Shorten every expert axis of a freshly built model to the counts of its layers, in place (first rows stay)."""
     for name, axis in layout.tensors.items():
-        layer = layer_of(name)
-        if layer is None or layer not in counts:
+        count = count_for(name, slots, kept)
+        if count is None:
             raise ValueError(f"{name} has an expert axis but moe_config.per_layer_experts_blocks has no experts there")
         owner = model.get_submodule(name.rpartition(".")[0])
         tensor = getattr(owner, name.rpartition(".")[2])
-        shorter = tensor.detach().narrow(axis.dim, 0, axis.at(counts[layer])).clone()
-        replace_tensor_(owner, name.rpartition(".")[2], shorter)
-    set_attributes_(model, layout, counts)
+        replace_tensor_(owner, name.rpartition(".")[2], tensor.detach().narrow(axis.dim, 0, axis.at(count)).clone())
+    set_attributes_(model, layout, slots, kept)
+
+
+def experts_modules(model: nn.Module, layout: ExpertLayout) -> dict[int, nn.Module]:
+    """{decoder layer: its `experts` module}."""
+    paths = [name.split(".") for name in layout.tensors if is_of_experts(name)]
+    found = {".".join(path[: path.index("experts") + 1]) for path in paths}
+    return {int(layer): model.get_submodule(path) for path in sorted(found) if (layer := layer_of(path)) is not None}
+
+
+def skip_removed_(
+    model: nn.Module, layout: ExpertLayout, slots: Mapping[int, int], kept: Mapping[int, Sequence[int]]
+) -> None:
+    """Let the `experts` modules of the layers in `kept` compute nothing for slots that are not listed, in place.
+
+    Raises:
+        ValueError: experts that are not called with tokens, slots and gates.
+    """
+    modules: dict[int, Any] = experts_modules(model, layout)
+    for layer, ids in kept.items():
+        experts = modules[layer]
+        native: Any = getattr(experts, "native_class", type(experts))  # of one with zero slots already, or itself
+        experts.__class__ = skipping_class(native)
+        experts.kept_slots, experts.num_slots = tuple(ids), slots[layer]
+
+
+@functools.cache
+def skipping_class(native: Any) -> type[nn.Module]:
+    """The class of `experts` modules that hold the experts of some slots only: `kept_slots` of `num_slots`.
+
+    Legend: T tokens, K top-k, D model width, L live token-slots: those of T * K whose expert is there.
+
+    Each live token-slot goes to the native forward as a token of its own with one slot and the gate 1; gates are
+    applied here, and the K results of a token are added up, as transformers' grouped experts function does it. It is
+    the function that all experts compute with gates of 0 for the others, at the cost of the live slots.
+    """
+    signature = inspect.signature(native.forward)
+    _, *names = signature.parameters
+    if len(names) != len(CALL) or any(name not in known for name, known in zip(names, CALL, strict=True)):
+        raise ValueError(
+            f"{native.__name__} is called with {names}, expected tokens, the slots that the router chose, and their "
+            "gates: it cannot have zero slots"
+        )
+
+    @functools.wraps(native.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden_states, index, gates = [*signature.bind(self, *args, **kwargs).arguments.values()][1:]
+        if getattr(self, "_is_expert_parallel", False):
+            raise ValueError(f"{type(self).__name__}: experts with zero slots cannot be split over ranks")
+        number = torch.full((self.num_slots,), -1, device=index.device)  # of the expert at each slot
+        number[list(self.kept_slots)] = torch.arange(len(self.kept_slots), device=index.device)
+        expert = number[index].reshape(-1)
+        live = (expert >= 0).nonzero().squeeze(1)  # (L,)
+        if not len(live):
+            return torch.zeros_like(hidden_states)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        # Some families give their result the type of the gates, which may be narrower than that of the tokens.
+        wide = torch.promote_types(gates.dtype, hidden_states.dtype)
+        ones = gates.new_ones(len(live), 1, dtype=wide)
+        outputs = native.forward(self, tokens[live // index.shape[1]], expert[live, None], ones)
+        weighted = outputs.reshape(len(live), -1) * gates.reshape(-1)[live, None]
+        parts = weighted.new_zeros(len(expert), weighted.shape[1]).index_copy(0, live, weighted)
+        total: torch.Tensor = parts.view(*index.shape, -1).sum(dim=1)
+        return total.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+    members = {"forward": forward, "__module__": __name__, "native_class": native}
+    return type(PREFIX + native.__name__, (native,), members)
 
 
 def replace_tensor_(owner: nn.Module, key: str, value: torch.Tensor) -> None:
@@ -198,13 +317,16 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
     auto = auto_class(native)
 
     def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        counts = counts_in(config)
-        largest = _get(config, expert_count_key(config))
-        if largest != max(counts.values()):
-            raise ValueError(f"config: {largest} experts, expected the largest of per_layer_experts_blocks {counts}")
+        slots, kept = counts_in(config), kept_in(config)
+        text = config.get_text_config()
+        largest = _get(text, expert_count_key(text))
+        if largest != max(slots.values()):
+            raise ValueError(f"config: {largest} experts, expected the largest of per_layer_experts_blocks {slots}")
         # Built with the largest count, a layer has rows to cut and none to invent.
         native.__init__(self, config, *args, **kwargs)
-        cut_to_counts_(self, find_expert_layout(native, native_config(config), probe_counts(config)), counts)
+        layout = find_expert_layout(native, native_config(config), probe_counts(text))
+        cut_to_counts_(self, layout, slots, kept)
+        skip_removed_(self, layout, slots, kept)
 
     members: dict[str, Any] = {
         "__init__": build,
@@ -236,8 +358,12 @@ def class_named(name: str) -> Any:
 
 
 def auto_class(native: Any) -> Any:
-    """The auto class that was told of a model class; that of causal language models for transformers' own."""
-    return next((auto for auto in _auto_classes() if native in _content(auto._model_mapping)), AutoModelForCausalLM)
+    """The auto class that makes a model class, or was told of it; that of causal language models where none does."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, *_auto_classes()):
+        mapping = auto._model_mapping
+        if native in _content(mapping) or native.__name__ in mapping._model_mapping.values():
+            return auto
+    return AutoModelForCausalLM
 
 
 def _auto_classes() -> Iterator[Any]:
@@ -293,12 +419,14 @@ def __getattr__(name: str) -> type:
 def _forward_with_layerwise_loss(native: type[PreTrainedModel], stock_loss: Callable[..., Any]) -> Callable[..., Any]:
     """Native `forward` whose auxiliary loss is the mean over layers, each with its own expert count.
 
-    transformers' function adds the layers up before it multiplies, which needs one count for all.
+    transformers' function adds the layers up before it multiplies, which needs one count for all. Zero slots have no
+    part in it: the loss is of the other slots' logits alone, as if the router chose among these.
     """
 
     @functools.wraps(native.forward)
     def forward(self: Any, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        text = self.config.get_text_config()
+        wanted = text.output_router_logits if output_router_logits is None else output_router_logits
         if not wanted:
             return native.forward(self, *args, output_router_logits=False, **kwargs)
         return_dict = kwargs.pop("return_dict", None)
@@ -309,14 +437,20 @@ def _forward_with_layerwise_loss(native: type[PreTrainedModel], stock_loss: Call
             output = native.forward(self, *args, output_router_logits=False, return_dict=True, **kwargs)
         finally:
             ask.remove()
-        top_k = self.num_experts_per_tok
-        losses = [
-            stock_loss((logits,), logits.shape[-1], top_k, kwargs.get("attention_mask"))
-            for logits in output.router_logits
-        ]
+        top_k, coefficient = (
+            next(
+                getattr(one, name) for one in (self, text) if hasattr(one, name)
+            )  # on a model inside another: its config
+            for name in ("num_experts_per_tok", "router_aux_loss_coef")
+        )
+        kept, losses = kept_in(self.config), []
+        for layer, logits in zip(counts_in(self.config), output.router_logits, strict=True):
+            logits = logits[..., list(kept[layer])] if layer in kept else logits
+            count = logits.shape[-1]
+            losses.append(stock_loss((logits,), count, min(top_k, count), kwargs.get("attention_mask")))
         output.aux_loss = torch.stack(losses).mean()
         if output.loss is not None:
-            output.loss = output.loss + self.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+            output.loss = output.loss + coefficient * output.aux_loss.to(output.loss.device)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
 

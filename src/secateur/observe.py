@@ -132,7 +132,7 @@ def tokens_and_mask(
     if tokens is None and "inputs_embeds" not in given:
         raise SecateurError(
             f"expected a call with input_ids or inputs_embeds, found {sorted(given)}; the experts of a model of images "
-            "are observed one layer at a time, with observe_activations.LayerObserver"
+            "are observed in evaluation, with observe_activations.ActivationObserver"
         )
     tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
     if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):

@@ -6,11 +6,15 @@ takes the norms and hands on what it was given: the model computes the same bits
 was not routed to it. Experts with another forward (eager, a family of its own kind) run a second time, each
 token-slot as a token of its own with gate 1, because their forward shows nothing but the sum.
 
+The experts of image models (V-MoE) are called with the pairs that found a place, each as a token with one slot. Only
+these are recorded; the tokens that the router saw are counted where they enter the layer.
+
 Legend: T tokens of a call, K top-k, S = T * K token-slots, E experts, D model width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
@@ -32,7 +37,8 @@ TOLERANCE = 0.02  # above what sums in bfloat16 lose, far below what gates on wr
 class ActivationObserver:
     """Running sums of every MoE layer of one model, in evaluation mode only; padding is left out.
 
-    Call the model with an `attention_mask` of shape (B, S), or none where nothing is padding.
+    Call the model with an `attention_mask` of shape (B, S), or none where nothing is padding; a model of images with
+    `pixel_values`.
     """
 
     def __init__(self, moe: MoEModel) -> None:
@@ -47,10 +53,15 @@ class ActivationObserver:
             check_observable(block)
         self._signature = inspect.signature(moe.model.forward)
         self.layers = {layer: LayerObserver(block) for layer, block in moe.blocks.items()}
-        self._handles = [
-            moe.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            moe.model.register_forward_hook(self._end, always_call=True),
-        ]
+        if moe.model.main_input_name == "pixel_values":
+            self._handles = [
+                handle for layer, one in self.layers.items() for handle in _around(moe.blocks[layer].block, one)
+            ]
+        else:
+            self._handles = [
+                moe.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                moe.model.register_forward_hook(self._end, always_call=True),
+            ]
 
     def read(self) -> RouterStats:
         """The statistics so far, with every field, on the host.
@@ -99,11 +110,19 @@ class LayerObserver:
         vars(block.experts)["forward"] = self._observed
         self._running = self._checked = False
         self._keep: Tensor | None = None
+        self._routed: int | None = None
         self._sums: _Sums | None = None
 
-    def start(self, keep: Tensor | None = None) -> None:
-        """Record the calls from now on; `keep`, of any shape with T entries, is 0 or False for padding."""
+    def start(self, keep: Tensor | None = None, *, routed: int | None = None) -> None:
+        """Record the calls from now on.
+
+        Args:
+            keep: of any shape with T entries, 0 or False for padding. routed: tokens that the router sees in them,
+                where the experts are called with less: with the pairs that found a place.
+        """
         self._running, self._keep = True, None if keep is None else keep.reshape(-1).to(torch.bool)
+        if routed is not None:
+            self._routed = (self._routed or 0) + routed
 
     def stop(self) -> None:
         self._running, self._keep = False, None
@@ -117,7 +136,8 @@ class LayerObserver:
         if self._sums is None:
             raise SecateurError(f"{self._block.name}.experts never ran while they were observed in evaluation mode")
         try:
-            return self._sums.read()
+            found = self._sums.read()
+            return found if self._routed is None else dataclasses.replace(found, num_tokens=self._routed)
         except SecateurError as error:
             raise SecateurError(f"{self._block.name}.experts: {error}") from None
 
@@ -165,6 +185,19 @@ class LayerObserver:
                 f"of {difference:.3g} in {size:.3g}), so this experts implementation "
                 f"({_implementation(self._experts)}) cannot be observed; try model.set_experts_implementation('eager')"
             )
+
+
+def _around(layer: nn.Module, observer: LayerObserver) -> list[RemovableHandle]:
+    """Hooks on an MoE layer of a model of images, whose tokens (rows, L, D) are all real."""
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not module.training:
+            observer.start(routed=args[0].shape[:-1].numel())
+
+    def end(*_: Any) -> None:
+        observer.stop()
+
+    return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
 
 
 def check_observable(block: MoEBlock) -> None:

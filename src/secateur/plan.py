@@ -20,6 +20,12 @@ from secateur.files import atomic_write
 FORMAT = "secateur-plan"
 VERSION = 1
 
+# What becomes of a removed expert, beside its weights (arXiv 2405.16646 and its authors' code have both).
+REROUTE = "reroute"  # its rows of the router go too: tokens go to the next experts, and other weights may change
+ZERO_SLOT = "zero-slot"  # the router stays as it is: what it sends there contributes nothing, other weights stay
+REMOVED = (REROUTE, ZERO_SLOT)
+MIXED = "mixed"  # of composed plans, in which both happen
+
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -58,6 +64,8 @@ class Plan:
         details: how it decided; anything JSON can hold. Stored as JSON holds it, so that a plan equals itself read
             back from a file: tuples become lists, keys strings, and infinity the string "inf".
         stats_digest: `RouterStats.digest()` of the statistics the decision was made on.
+        removed: what becomes of a removed expert, one of REMOVED; None leaves it to who applies the plan, and is
+            REROUTE in the end. MIXED for composed plans in which both happened, which can only be looked at.
 
     Raises:
         SecateurError: an id out of range or listed twice, a layer that keeps nothing, a detail that is not JSON.
@@ -67,6 +75,7 @@ class Plan:
     criterion: str
     details: dict[str, JSON] = field(default_factory=dict)
     stats_digest: str | None = None
+    removed: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping) or not isinstance(self.details, Mapping):
@@ -90,6 +99,11 @@ class Plan:
         """True when every expert stays where it is."""
         return all(one.order == tuple(range(one.experts_before)) for one in self.layers.values())
 
+    @property
+    def leaves_zero_slots(self) -> bool:
+        """True when the routers stay as they are, and what they send to a dropped expert contributes nothing."""
+        return self.removed == ZERO_SLOT
+
     def validate(self) -> None:
         """Check every layer; see the class for what is an error."""
         if not self.layers:
@@ -98,6 +112,8 @@ class Plan:
             raise SecateurError(f"plan: criterion is {self.criterion!r}, expected a name")
         if self.stats_digest is not None and not isinstance(self.stats_digest, str):
             raise SecateurError(f"plan: stats_digest is {self.stats_digest!r}, expected a string or nothing")
+        if self.removed not in (None, *REMOVED, MIXED):
+            raise SecateurError(f"plan: removed is {self.removed!r}, expected {' or '.join(REMOVED)}")
         for layer, plan in self.layers.items():
             _validate_layer(layer, plan)
 
@@ -123,12 +139,23 @@ class Plan:
                 )
             order = tuple(first.order[middle] for middle in second.order)
             layers[layer] = LayerPlan(experts_before=first.experts_before, order=order)
-        return Plan(layers=layers, criterion="composed", details={"steps": [*self._steps(), *later._steps()]})
+        same = (self.removed or REROUTE) == (later.removed or REROUTE)
+        return Plan(
+            layers=layers,
+            criterion="composed",
+            details={"steps": [*self._steps(), *later._steps()]},
+            removed=self.removed or later.removed if same else MIXED,
+        )
 
     def _steps(self) -> list[JSON]:
         if self.criterion == "composed" and isinstance(self.details.get("steps"), list):
             return list(self.details["steps"])  # type: ignore[arg-type]
-        return [{"criterion": self.criterion, "details": self.details, "stats_digest": self.stats_digest}]
+        step = {"criterion": self.criterion, "details": self.details, "stats_digest": self.stats_digest}
+        return [step | self._removed_as_json()]
+
+    def _removed_as_json(self) -> dict[str, JSON]:
+        """Only where the plan says it, so that other plans stay readable for earlier versions."""
+        return {} if self.removed is None else {"removed": self.removed}
 
     def invert(self) -> Plan:
         """The plan that undoes a re-ordering: `plan.compose(plan.invert())` keeps every expert where it was.
@@ -158,6 +185,7 @@ class Plan:
         before = sum(plan.experts_before for plan in self.layers.values())
         after = sum(plan.experts_after for plan in self.layers.values())
         lines = [f"{self.criterion}: keeps {after} of {before} experts in {len(self.layers)} layers"]
+        lines += [f"removed experts: {self.removed}"] if self.removed is not None else []
         for layer, plan in self.layers.items():
             line = f"layer {layer}: {plan.experts_before} -> {plan.experts_after}"
             if plan.dropped:
@@ -174,6 +202,7 @@ class Plan:
             "criterion": self.criterion,
             "details": self.details,
             "stats_digest": self.stats_digest,
+            **self._removed_as_json(),
             "layers": {
                 str(layer): {"experts_before": plan.experts_before, "order": list(plan.order)}
                 for layer, plan in self.layers.items()
@@ -191,7 +220,7 @@ class Plan:
         found = (top.get("format"), top.get("version"))
         if found != (FORMAT, VERSION) or isinstance(top.get("version"), bool):
             raise SecateurError(f"plan: format and version are {found}, expected {(FORMAT, VERSION)}")
-        _keys(top, {"layers", "criterion"}, {"format", "version", "details", "stats_digest"}, "plan")
+        _keys(top, {"layers", "criterion"}, {"format", "version", "details", "stats_digest", "removed"}, "plan")
         layers = {}
         for name, entry in _typed(top["layers"], dict, "plan: layers").items():
             where = f"plan, layer {name}"
@@ -201,7 +230,13 @@ class Plan:
             order = tuple(_typed(entry["order"], list, f"{where}: order"))
             layers[int(name)] = LayerPlan(experts_before=entry["experts_before"], order=order)
         details = _typed(top.get("details", {}), dict, "plan: details")
-        return cls(layers=layers, criterion=top["criterion"], details=details, stats_digest=top.get("stats_digest"))
+        return cls(
+            layers=layers,
+            criterion=top["criterion"],
+            details=details,
+            stats_digest=top.get("stats_digest"),
+            removed=top.get("removed"),
+        )
 
     def save(self, path: Path | str) -> None:
         """Write the plan as JSON, one line for each layer so that two plans can be compared line by line."""

@@ -19,6 +19,7 @@ from secateur.checkpoint.report import VERIFIED, describe, page
 from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors, layer_plan
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.undo import write_undo
+from secateur.checkpoint.zero_slots import check_buildable, check_removal
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.out_folder import check_target, copy_file, written_beside
@@ -72,6 +73,8 @@ def apply_to_model(
     _check_plan(found, plan, expert_parallel, mtp)
     without = found.mtp if mtp == "drop" else frozenset()
     config = edited_config(found, plan, mtp)
+    if plan.leaves_zero_slots:
+        check_buildable(found, config)
     kept = kept_tensors(found, plan, without)
     copied = _files_to_copy(found.folder)
     report = describe(found, plan, kept, mtp, [str(relative) for relative in copied])
@@ -139,6 +142,7 @@ def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None
         raise SecateurError(f"--mtp {mtp}: the plan names the layers {named} itself; expected one of the two")
     model = found.model
     _check_model(found, plan)
+    check_removal(found, plan, expert_parallel=expert_parallel)
     check_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
     for layer in found.counts:
         count = layer_plan(found, plan, layer).experts_after

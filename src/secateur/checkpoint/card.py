@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from secateur import __version__
 from secateur.checkpoint.recipe import recipe
+from secateur.plan import ZERO_SLOT
 from secateur.sizes import in_words
 
 SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."
 DIFFERENT = (
     "The layers keep different numbers of experts. The model loads in transformers with `trust_remote_code=True`, or "
     "where `secateur` is imported. Servers that read one number of experts for all layers cannot serve it: vLLM, "
+    "SGLang, llama.cpp and other readers of GGUF files."
+)
+WITH_ZERO_SLOTS = (
+    "The routers are those of the original, with a slot for every expert that was removed: what they send there is not "
+    "computed and contributes nothing, and all other weights stay as they were. The model loads in transformers with "
+    "`trust_remote_code=True`, or where `secateur` is imported. Servers with code of their own cannot serve it: vLLM, "
     "SGLang, llama.cpp and other readers of GGUF files."
 )
 MTP = {
@@ -21,6 +29,13 @@ MTP = {
     ),
     "drop": "Its multi-token-prediction layers were taken out; it decodes one token at a time.",
 }
+
+
+def who_loads(counts: Set[int], removed: str | None) -> str:
+    """Where a pruned model can be loaded: counts of its layers, and the plan's meaning of a removed expert."""
+    if removed == ZERO_SLOT:
+        return WITH_ZERO_SLOTS
+    return SAME if len(counts) == 1 else DIFFERENT
 
 
 def card(report: dict[str, Any], original: str | None) -> str:
@@ -47,7 +62,7 @@ def _recipe(report: dict[str, Any]) -> str:
         f"{after} of {before} experts were kept by the criterion `{report['criterion']}` "
         f"(Secateur {__version__}): {in_words(report['bytes_before'])} became "
         f"{in_words(report['bytes_after'])}. No weight was changed: every tensor is a copy of the original's bytes.",
-        SAME if len(counts) == 1 else DIFFERENT,
+        who_loads(counts, report["removed"]),
         MTP.get(report["mtp"] or "", ""),
         f"| how the experts were chosen | |\n|---|---|\n{how}",
         f"| layer | experts before | experts kept |\n|---|---|---|\n{rows}",

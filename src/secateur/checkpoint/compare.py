@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.checkpoint.folder import Stored
-from secateur.checkpoint.rewrite import layer_plan
+from secateur.checkpoint.rewrite import layer_plan, stays_whole
 from secateur.checkpoint.survey import Located, Survey
 from secateur.errors import SecateurError
 from secateur.plan import Plan
@@ -62,7 +62,7 @@ def differences(
                 yield Difference(name=name, what="is unexpected")
                 continue
             before = source.folder.tensors[from_name]
-            spec = None if here is None else here.spec
+            spec = None if here is None or stays_whole(here, plan) else here.spec
             order = None if here is None or spec is None else layer_plan(source, plan, here.layer).order
             if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, order):
                 yield Difference(name=name, what=f"is {tensor.dtype} {list(tensor.shape)}, unlike {from_name}")

@@ -10,10 +10,11 @@ from typing import Any
 
 from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey
+from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE
 from secateur.plan import Plan
-from secateur.surgery.model_config import with_counts
+from secateur.surgery.model_config import with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -28,6 +29,21 @@ def edited_config(survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]
             gives and nobody said what should become of them.
     """
     config: dict[str, Any] = copy.deepcopy(dict(survey.folder.config))
+    _check_no_numbers(config, survey)
+    if plan.leaves_zero_slots:
+        if kept := kept_slots(survey, plan):
+            config = with_zero_slots(_without_own_code(config), survey.slots, kept, survey.model.num_layers)
+    else:
+        config = _with_counts(config, survey, plan, mtp)
+    if mtp == "drop":
+        for place in (config, config.get("text_config")):
+            for key in MTP_KEYS:
+                if isinstance(place, dict) and type(place.get(key)) is int:
+                    place[key] = 0
+    return config
+
+
+def _with_counts(config: dict[str, Any], survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]:
     after = {layer: layer_plan(survey, plan, layer).experts_after for layer in survey.all_counts}
     main = {layer: after[layer] for layer in survey.counts}
     _check_mtp(survey, after, max(main.values()), mtp)
@@ -37,16 +53,14 @@ def edited_config(survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]
                 f"config.json: the experts are in the text model inside a {survey.model.model_type!r}, which can only "
                 f"have one count for all layers; the plan leaves {sorted(set(main.values()))}"
             )
-        if config.get("model_type") != MODEL_TYPE:
-            config.pop("auto_map", None)  # the code it names builds one count; the class is transformers' own
-    _check_no_numbers(config, survey)
-    config = with_counts(config, survey.counts, main, survey.model.num_layers)
-    if mtp == "drop":
-        for place in (config, config.get("text_config")):
-            for key in MTP_KEYS:
-                if isinstance(place, dict) and type(place.get(key)) is int:
-                    place[key] = 0
-    return config
+        config = _without_own_code(config)
+    return with_counts(config, survey.counts, main, survey.model.num_layers)
+
+
+def _without_own_code(config: dict[str, Any]) -> dict[str, Any]:
+    """Without code that a source names, which builds one count and no zero slots; the class is transformers' own."""
+    own = config.get("model_type") != MODEL_TYPE
+    return {key: value for key, value in config.items() if key != "auto_map" or not own}
 
 
 def _check_mtp(survey: Survey, after: Mapping[int, int], count: int, mtp: str | None) -> None:

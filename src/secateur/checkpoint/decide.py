@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.checkpoint.facts import facts_for_zero_slots
 from secateur.checkpoint.router_change import router_changes
 from secateur.checkpoint.source import Source
 from secateur.checkpoint.weights import weight_stats
+from secateur.checkpoint.zero_slots import check_no_zero_slots
 from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.criteria.score import find_criterion
 from secateur.decide import Rule, decide
 from secateur.errors import SecateurError
 from secateur.keep import Keep
-from secateur.plan import JSON, Plan
+from secateur.plan import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan
 
 LAEP = "laep"  # a rule, not a score: it also decides how many experts go
 ANY_SCORES = "random"  # stands in for a criterion whose scores are not known yet
@@ -30,9 +32,10 @@ class Choice:
         criterion: a name in CRITERIA with `keep`, or LAEP with `rule`. allocation, seed, protect: see
             `plan_by_criterion`; LAEP knows "uniform" (one count for all layers) and "laep".
         multiple_of: every layer's new count is a multiple of it. min_experts: and not below this.
+        removed: see `Plan`.
 
     Raises:
-        SecateurError: a number of experts where the rule decides it, or the other way round.
+        SecateurError: a number of experts where the rule decides it, or the other way round; an unknown meaning.
     """
 
     criterion: str
@@ -43,8 +46,11 @@ class Choice:
     min_experts: int = 1
     seed: int = 0
     protect: bool | None = None
+    removed: str | None = None
 
     def __post_init__(self) -> None:
+        if self.removed not in (None, *REMOVED):
+            raise SecateurError(f"--removed {self.removed}: expected {' or '.join(REMOVED)}")
         if self.criterion == LAEP:
             if self.rule is None or self.keep is not None:
                 raise SecateurError(
@@ -89,6 +95,7 @@ def decide_plan(
     Raises:
         SecateurError: what is needed is not there, or the model cannot keep so few experts.
     """
+    source = _for_removal(source, choice)
     if source.stats is None and choice.needs_data:
         raise SecateurError(
             f"{who_needs_data(choice)} needs statistics of the model on data; make them with `secateur observe`"
@@ -117,7 +124,7 @@ def decide_plan(
         )
     _check_one_count(source, plan)
     _check_multiple(choice, plan)
-    return dataclasses.replace(plan, details=plan.details | _origin(source, plan))
+    return dataclasses.replace(plan, details=plan.details | _origin(source, plan), removed=choice.removed)
 
 
 def check_choice(source: Source, choice: Choice) -> Plan | None:
@@ -130,6 +137,7 @@ def check_choice(source: Source, choice: Choice) -> Plan | None:
     Raises:
         SecateurError: no model of this kind can keep so few or so many experts.
     """
+    source = _for_removal(source, choice)
     _check_allocation(source, choice)
     _check_pretrained(source, choice)
     limits = source.facts.limits(multiple_of=choice.multiple_of, min_experts=choice.min_experts)
@@ -139,6 +147,7 @@ def check_choice(source: Source, choice: Choice) -> Plan | None:
     plan = plan_by_criterion(
         ANY_SCORES, choice.keep, limits, sizes=source.facts.sizes, allocation="uniform" if uniform else "global"
     )
+    plan = dataclasses.replace(plan, removed=choice.removed)
     if uniform:
         _check_one_count(source, plan)
         _check_multiple(choice, plan)
@@ -146,8 +155,12 @@ def check_choice(source: Source, choice: Choice) -> Plan | None:
 
 
 def outcome(source: Source, plan: Plan) -> dict[str, Any]:
-    """What a plan does to the model, in numbers: JSON."""
+    """What a plan does to the model, in numbers: JSON. Of zero slots without the folder of the model at hand, the bytes
+    that go include the rows of routers, which stay.
+    """
     facts, layers = source.facts, plan.layers
+    if plan.leaves_zero_slots:
+        facts = facts_for_zero_slots(facts, source.found)
     gone = {layer: one.dropped for layer, one in layers.items()}
     saved = sum(len(ids) * facts.bytes_per_expert[layer] for layer, ids in gone.items())
     never: Mapping[int, list[int]] = {}
@@ -156,6 +169,7 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
         never = {layer: [expert for expert, load in enumerate(one) if not load] for layer, one in loads.items()}
     return {
         "criterion": plan.criterion,
+        "removed": plan.removed or REROUTE,
         "model_type": facts.model_type,
         "layers": {
             str(layer): {"experts_before": one.experts_before, "experts_after": one.experts_after}
@@ -181,10 +195,29 @@ def who_needs_data(choice: Choice) -> str:
     return "--allocation laep" if choice.allocation == LAEP else "--protect"
 
 
+def _for_removal(source: Source, choice: Choice) -> Source:
+    """The source with what limits a plan in the meaning that was asked for."""
+    found = source.found
+    if choice.removed != ZERO_SLOT:
+        if found is not None:
+            check_no_zero_slots(found, f"rows of these cannot be cut; say --removed {ZERO_SLOT}")
+        return source
+    asks_for_bytes = choice.rule.target_params if choice.rule is not None else choice.keep and choice.keep.num_bytes
+    if found is None and asks_for_bytes is not None:
+        raise SecateurError(
+            f"--removed {ZERO_SLOT}: rows of routers stay, and the statistics do not say how many bytes they are; name "
+            "the folder of the model with --model"
+        )
+    return dataclasses.replace(source, facts=facts_for_zero_slots(source.facts, found))
+
+
 def _weights(source: Source, choice: Choice, on_bytes: Callable[[int, int], None]) -> Any:
     needs = find_criterion(choice.criterion).needs
     if isinstance(needs, tuple) or needs == "nothing":
         return None
+    for found in (source.found, source.pretrained):
+        if found is not None and needs.startswith("router"):
+            check_no_zero_slots(found, f"criterion {choice.criterion!r} does not tell their rows apart; take another")
     if needs == "router change":
         return _router_changes(source, choice)
     if source.found is None:

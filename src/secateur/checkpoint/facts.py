@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -27,6 +28,19 @@ def facts(found: Survey) -> ModelFacts:
     )
 
 
+def facts_for_zero_slots(known: ModelFacts, found: Survey | None) -> ModelFacts:
+    """The facts for plans that leave the routers as they are: these limit nothing, and no row of them goes.
+
+    Args:
+        found: the folder of the model, if it is at hand; without it the bytes of an expert include its row.
+    """
+    sizes = known.bytes_per_expert
+    if found is not None:
+        alone = bytes_per_expert(found, zero_slots=True)
+        sizes = {layer: alone[layer] for layer in found.counts}
+    return dataclasses.replace(known, num_groups=1, min_experts=1, has_one_count=False, bytes_per_expert=sizes)
+
+
 def _digest(found: Survey) -> str:
     """Of what a plan is about. A fine-tuned or quantised variant of a model has the same: its routers do."""
     routers = sorted(
@@ -36,4 +50,5 @@ def _digest(found: Survey) -> str:
     )
     model = found.model
     described = [model.text.model_type, model.top_k, model.num_groups, sorted(found.counts.items()), routers]
+    described += [sorted(model.kept.items())] if model.kept else []
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()

@@ -37,6 +37,7 @@ def describe(found: Survey) -> dict[str, Any]:
         "class": model.model_class.__name__,
         "decoder_layers": model.num_layers,
         "experts": {str(layer): count for layer, count in found.counts.items()},
+        "zero_slots": {str(layer): found.slots[layer] - found.counts[layer] for layer in found.model.kept},
         "mtp_experts": {str(layer): count for layer, count in found.mtp_counts.items()},
         "top_k": model.top_k,
         "groups": model.num_groups,
@@ -53,11 +54,13 @@ def describe(found: Survey) -> dict[str, Any]:
     }
 
 
-def bytes_per_expert(found: Survey) -> dict[int, int]:
-    """{layer: bytes that go with one of its experts, the router row included}."""
+def bytes_per_expert(found: Survey, *, zero_slots: bool = False) -> dict[int, int]:
+    """{layer: bytes that go with one of its experts, the router row included unless it stays as a zero slot}."""
     sizes = dict.fromkeys(found.all_counts, 0)
     for name, place in found.located.items():
         tensor = found.folder.tensors[name]
+        if place.role == "router" and (zero_slots or found.model.kept):
+            continue
         if place.spec is not None:
             sizes[place.layer] += tensor.length * place.spec.rows_per_expert // tensor.shape[place.spec.dim]
         elif place.expert == 0:
@@ -85,11 +88,16 @@ def _limits(found: Survey) -> list[str]:
     """What a plan for this model must respect, in words."""
     model = found.model
     limits = [f"every layer keeps at least {model.min_experts} experts (top-k {model.top_k})"]
+    if model.kept:
+        limits = [
+            "removed experts left zero slots, and rows of such routers are not cut: a further plan is applied with "
+            "--removed zero-slot, and every layer keeps at least 1 expert"
+        ]
     if model.num_groups > 1:
         limits.append(f"each of the {model.num_groups} router groups keeps the same number of its own experts")
-    if model.is_nested:
+    if model.is_nested and not model.kept:
         limits.append("all layers keep the same number: the experts are in a text model inside another")
-    if found.mtp_counts:
+    if found.mtp_counts and not model.kept:
         layers = ", ".join(map(str, found.mtp_counts))
         limits.append(
             f"the layers that predict further tokens ({layers}) must keep the number that config.json will say, or "

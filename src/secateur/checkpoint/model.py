@@ -21,6 +21,7 @@ from secateur.modeling_secateur import (
     class_named,
     counts_in,
     expert_count_key,
+    kept_in,
     probe_counts,
     with_expert_count,
 )
@@ -44,7 +45,8 @@ class Model:
     """A model by its config.
 
     model_class, config: native. text: the config that holds the experts, `config` itself unless that has several.
-    count: experts of a layer by the config; counts: of every layer, where they differ.
+    count: experts of a layer by the config; slots: of every layer's router, where the config lists them. kept: of
+    layers with zero slots those whose experts are there; then the routers stay as they are, and limit nothing.
     """
 
     model_type: str
@@ -52,7 +54,8 @@ class Model:
     config: PreTrainedConfig
     text: PreTrainedConfig
     count: int
-    counts: Mapping[int, int] | None
+    slots: Mapping[int, int] | None
+    kept: Mapping[int, tuple[int, ...]]
     top_k: int
     num_groups: int
     min_experts: int
@@ -103,14 +106,17 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
         config = text
     _refuse(text.model_type)
     top_k = _top_k(text)
-    num_groups, min_experts = router_needs(text, top_k)
+    pruned = raw.get("model_type") == MODEL_TYPE
+    kept = kept_in(config) if pruned else {}
+    num_groups, min_experts = (1, 1) if kept else router_needs(text, top_k)
     return Model(
         model_type=model_type,
         model_class=model_class,
         config=config,
         text=text,
         count=functools.reduce(getattr, expert_count_key(text).split("."), text),
-        counts=counts_in(config) if raw.get("model_type") == MODEL_TYPE else None,
+        slots=counts_in(config) if pruned else None,
+        kept=kept,
         top_k=top_k,
         num_groups=num_groups,
         min_experts=min_experts,
@@ -120,7 +126,7 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
 
 def _as_native(config: Mapping[str, Any]) -> dict[str, Any]:
     """The native config of a pruned one; another as it is. Without what would only be read for its own sake."""
-    native = {key: _floats(value) for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    native = {key: floats(value) for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     if config.get("model_type") == MODEL_TYPE:
         native["model_type"] = native.pop("base_model_type", None)
         native["architectures"] = [str(name).removeprefix(PREFIX) for name in native.get("architectures") or []]
@@ -136,12 +142,12 @@ def _check_layers(config: Mapping[str, Any]) -> None:
                 raise SecateurError(f"config.json: {key} is {value!r:.40}, expected 1 to {MAX_LAYERS}")
 
 
-def _floats(value: Any) -> Any:
+def floats(value: Any) -> Any:
     """What transformers writes as {"__float__": "Infinity"}, as it reads it."""
     if isinstance(value, dict):
         is_float = value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN")
-        return float(value["__float__"]) if is_float else {key: _floats(entry) for key, entry in value.items()}
-    return [_floats(entry) for entry in value] if isinstance(value, list) else value
+        return float(value["__float__"]) if is_float else {key: floats(entry) for key, entry in value.items()}
+    return [floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _model_class(native: Mapping[str, Any]) -> Any:
@@ -179,14 +185,4 @@ def _layouts(model_class: Any, config: PreTrainedConfig, top_k: int) -> tuple[La
         if isinstance(getattr(text, key, None), list):
             setattr(text, key, top_k)  # a list for each layer has no part in where the experts lie
     counts = probe_counts(text)
-    return find_layouts(model_class, _with_count(small, counts[0]), _with_count(small, counts[1]), counts)
-
-
-def _with_count(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
-    text = config.get_text_config()
-    if text is config:
-        return with_expert_count(config, count)
-    changed = copy.deepcopy(config)
-    *parents, key = expert_count_key(text).split(".")
-    setattr(functools.reduce(getattr, parents, changed.get_text_config()), key, count)
-    return changed
+    return find_layouts(model_class, with_expert_count(small, counts[0]), with_expert_count(small, counts[1]), counts)

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import transformers
 from torch import nn
 
-from secateur import __version__, families
+from secateur import families
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.run import why_not_loaded
 from secateur.checkpoint.stream import StreamedModel
 from secateur.checkpoint.stream_states import DiskStates, MemoryStates
 from secateur.checkpoint.stream_work import WorkFolder
 from secateur.checkpoint.survey import Survey
+from secateur.checkpoint.versions import versions
 from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
 from secateur.errors import SecateurError
@@ -135,7 +134,7 @@ class Run:
         observation = Observation(
             stats=RouterStats(layers=dict(stats)),
             model=facts(self._found),
-            data={**self._data.to_json(), "batch_size": self._batch_size, "versions": _versions()},
+            data={**self._data.to_json(), "batch_size": self._batch_size, "versions": versions()},
         )
         observation.save(self._out)
         return observation
@@ -151,7 +150,7 @@ class Run:
             "data": self._data.to_json(),
             "batch size": self._batch_size,
             "device": self._device,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def _costs(self, activations: Activations) -> Costs:
@@ -189,7 +188,3 @@ def _check_tokens(found: Survey, data: Calibration) -> None:
             raise SecateurError(f"sequences of {longest} tokens, but the model takes at most {most} ({key})")
     if largest >= int(text.vocab_size):
         raise SecateurError(f"the tokenizer gives the id {largest}, but the model knows {text.vocab_size} tokens")
-
-
-def _versions() -> dict[str, str]:
-    return {"secateur": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,8 +1,9 @@
-"""The barred-experts oracle for every model that can be pruned on the disk, text models inside others among them."""
+"""What a pruned model must compute, by its source: for every model that can be pruned on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +20,62 @@ from secateur.plan import LayerPlan, Plan
 from secateur.verify import barred_experts
 
 RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the router chose
+
+
+@contextmanager
+def without_dropped(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+    """While it lasts, the loaded source computes what the model that `plan` makes of it must compute.
+
+    The two agree bit for bit where the experts keep their order; if not, sums are taken in another one.
+    """
+    with (silenced if plan.leaves_zero_slots else barred)(model, survey, plan):
+        yield
+
+
+@contextmanager
+def silenced(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+    """While it lasts, the routers choose as ever, and what they send to an expert that `plan` drops is 0.
+
+    The experts run on all else, each token-slot as a token of its own: to set gates to 0 is the same function, but
+    activations of other shapes round otherwise.
+    """
+    with ExitStack() as stack:
+        for layer, experts in _experts(text_model(model, survey), survey).items():
+            slots = survey.model.kept.get(layer, tuple(range(survey.slots[layer])))
+            gone = [slots[old] for old in layer_plan(survey, plan, layer).dropped]
+            vars(experts)["forward"] = _without(gone, experts.forward)
+            stack.callback(vars(experts).pop, "forward")
+        yield
+
+
+def _experts(text: PreTrainedModel, survey: Survey) -> dict[int, nn.Module]:
+    """{layer: its `experts` module} of the MoE layers."""
+    return {
+        layer: module
+        for name, module in text.named_modules()
+        if name.endswith(".experts") and (layer := layer_of(name)) is not None and layer in survey.counts
+    }
+
+
+def _without(gone: list[int], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward of an `experts` module, for all slots but those that are `gone`."""
+    signature = inspect.signature(forward)
+
+    def partial(*args: Any, **kwargs: Any) -> Tensor:
+        hidden, index, gates = signature.bind(*args, **kwargs).arguments.values()
+        live = ~torch.isin(index, torch.tensor(gone, dtype=index.dtype, device=index.device))
+        token, turn = live.nonzero().unbind(dim=1)
+        tokens = hidden.reshape(len(index), -1)
+        wide = torch.promote_types(gates.dtype, hidden.dtype)
+        parts = tokens.new_zeros(*index.shape, tokens.shape[1], dtype=wide)
+        if len(token):
+            ones = gates.new_ones(len(token), 1, dtype=wide)
+            outputs = forward(tokens[token], index[live][:, None], ones).reshape(len(token), -1)
+            parts[token, turn] = outputs * gates[live][:, None]
+        total: Tensor = parts.sum(dim=1)
+        return total.to(hidden.dtype).reshape(hidden.shape)
+
+    return partial
 
 
 @contextmanager

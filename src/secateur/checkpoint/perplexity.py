@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from secateur.checkpoint.paired import paired, standard_error
 from secateur.errors import SecateurError
-
-RESAMPLES = 2000
-RANGE = (0.025, 0.975)  # quantiles of a 95 % range
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,32 +74,19 @@ def summary(losses: BlockLosses, domains: Sequence[str]) -> dict[str, Any]:
 def difference(losses: BlockLosses, reference: BlockLosses, *, seed: int = 0) -> dict[str, Any]:
     """How much more loss a token than `reference` on the same blocks, paired block by block, as JSON.
 
-    "low" and "high" are a 95 % range by RESAMPLES bootstrap samples of the blocks; null for a single block.
+    "low" and "high" are a 95 % range by bootstrap samples of the blocks; null for a single block.
     """
     if not torch.equal(losses.tokens, reference.tokens):
         raise SecateurError("the losses are not of the same blocks")
-    more = losses.loss - reference.loss
-    low = high = None
-    if len(more) > 1:
-        generator = torch.Generator().manual_seed(seed)
-        means = torch.empty(RESAMPLES, dtype=torch.float64)
-        for turn in range(RESAMPLES):
-            drawn = torch.randint(len(more), (len(more),), generator=generator)
-            means[turn] = more[drawn].sum() / losses.tokens[drawn].sum()
-        low, high = means.quantile(torch.tensor(RANGE, dtype=torch.float64)).tolist()
-    return {
-        "loss": float(more.sum() / losses.tokens.sum()),
-        "standard_error": _standard_error(more, losses.tokens),
-        "low": low,
-        "high": high,
-    }
+    found = paired(losses.loss - reference.loss, losses.tokens, seed=seed)
+    return {"loss": found.pop("mean"), **found}
 
 
 def _numbers(losses: BlockLosses) -> dict[str, Any]:
     return {
         "perplexity": _exp(losses.mean),
         "loss": losses.mean,
-        "standard_error": _standard_error(losses.loss, losses.tokens),
+        "standard_error": standard_error(losses.loss, losses.tokens),
         "tokens": int(losses.tokens.sum()),
         "blocks": len(losses.tokens),
     }
@@ -110,15 +95,6 @@ def _numbers(losses: BlockLosses) -> dict[str, Any]:
 def _exp(value: float) -> float | None:
     """null where it is beyond what a number can hold."""
     return math.exp(value) if value < 700 else None
-
-
-def _standard_error(sums: Tensor, tokens: Tensor) -> float | None:
-    """Of the ratio sum(sums) / sum(tokens), blocks as the sample; of equal blocks: deviation / sqrt(N)."""
-    count = len(sums)
-    if count < 2:
-        return None
-    rest = sums - sums.sum() / tokens.sum() * tokens
-    return float((rest.square().sum() * count / (count - 1)).sqrt() / tokens.sum())
 
 
 def as_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:

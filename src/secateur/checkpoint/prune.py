@@ -80,7 +80,7 @@ def prune(
     counts = check_choice(source, choice)
     if dry_run or not place_of_work(out).is_dir():
         _check_targets(model, out, undo)
-        stand_in = counts or Plan.identity(found.counts)
+        stand_in = counts or dataclasses.replace(Plan.identity(found.counts), removed=choice.removed)
         multiple = 1 if counts is None else choice.multiple_of
         apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, dry_run=True)
     if dry_run:

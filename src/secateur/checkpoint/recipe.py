@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.criteria import CRITERIA
+from secateur.plan import REROUTE, ZERO_SLOT
 
+MEANINGS = {
+    REROUTE: "its row of the router went too: its tokens go to the next experts",
+    ZERO_SLOT: "its slot stayed in the router and contributes nothing",
+}
 LOCAL = ("specs", "file")  # paths of whoever made the plan: in plan.json, but not on a card for everybody
 
 
@@ -18,6 +23,7 @@ def recipe(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("kept", _keep(details.get("keep"))),
         ("rule", _pairs(details.get("rule"))),
         ("counts of the layers", details.get("allocation")),
+        ("a removed expert", MEANINGS[plan.get("removed") or REROUTE]),
         ("seed", details.get("seed")),
         *((f"calibration: {name.replace('_', ' ')}", _short(value)) for name, value in _data(details)),
         ("routed tokens that lose their expert", _share(details.get("rerouted_share"))),

@@ -7,11 +7,11 @@ from html import escape
 from typing import Any
 
 from secateur import __version__
-from secateur.checkpoint.card import DIFFERENT, MTP, SAME
+from secateur.checkpoint.card import MTP, who_loads
 from secateur.checkpoint.recipe import recipe
-from secateur.checkpoint.rewrite import Made, layer_plan
+from secateur.checkpoint.rewrite import Made, layer_plan, stays_whole
 from secateur.checkpoint.survey import Survey
-from secateur.plan import JSON, Plan
+from secateur.plan import JSON, REROUTE, Plan
 from secateur.report.html import document, section, table
 from secateur.sizes import in_words
 from secateur.surgery.dcp_report import FORMAT, VERSION
@@ -33,7 +33,8 @@ def describe(
         if layer in survey.mtp_counts and left_out:
             continue
         one = layer_plan(survey, plan, layer)
-        tensors = sum(place.layer == layer for place in survey.located.values()) if one.dropped else 0
+        mine = [place for place in survey.located.values() if place.layer == layer and not stays_whole(place, plan)]
+        tensors = len(mine) if one.dropped else 0
         changed += tensors
         layers[str(layer)] = {
             "experts_before": before,
@@ -58,6 +59,7 @@ def describe(
         "name": survey.folder.path.resolve().name,
         "model_type": survey.model.model_type,
         "criterion": plan.criterion,
+        "removed": plan.removed or REROUTE,
         "plan": plan.to_json(),
         "layers": layers,
         "checkpoints": [checkpoint],
@@ -79,8 +81,8 @@ def page(report: dict[str, Any]) -> str:
         f"{after} of {before} experts of this {report['model_type']} model were kept by the criterion "
         f"{report['criterion']}. {gigabytes[0]} became {gigabytes[1]}. Every tensor is a copy of the original's bytes."
     )
-    same = len({layer["experts_after"] for layer in layers.values()}) == 1
-    notes = [SAME if same else DIFFERENT, MTP.get(report["mtp"] or "", "")]
+    counts = {layer["experts_after"] for layer in layers.values()}
+    notes = [who_loads(counts, report["removed"]), MTP.get(report["mtp"] or "", "")]
     rows = [
         (
             name,

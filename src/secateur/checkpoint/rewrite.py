@@ -50,7 +50,7 @@ def kept_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset
         place = survey.located.get(name)
         if name in without:
             continue
-        if place is None:
+        if place is None or stays_whole(place, plan):
             made.append(_whole(name, tensor))
             continue
         order = layer_plan(survey, plan, place.layer).order
@@ -69,14 +69,21 @@ def dropped_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozen
         if name in without:
             made.append(_whole(name, tensor))
             continue
-        dropped = () if place is None else layer_plan(survey, plan, place.layer).dropped
-        if place is None or not dropped:
+        if place is None or stays_whole(place, plan):
+            continue
+        dropped = layer_plan(survey, plan, place.layer).dropped
+        if not dropped:
             continue
         if place.spec is not None:
             made.append(rows_of(name, tensor, place.spec, dropped, with_trailing=False))
         elif place.expert in dropped:
             made.append(_whole(name, tensor))
     return made
+
+
+def stays_whole(place: Located, plan: Plan) -> bool:
+    """Whether a plan leaves this tensor of experts or a router as it is, in every layer."""
+    return plan.leaves_zero_slots and place.role == "router"
 
 
 def layer_plan(survey: Survey, plan: Plan, layer: int) -> LayerPlan:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from secateur.checkpoint.folder import read_object
-from secateur.checkpoint.oracle import barred
+from secateur.checkpoint.oracle import without_dropped
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
@@ -104,10 +104,10 @@ def _text_of(path: Path) -> str:
         raise SecateurError(f"--text {path}: not UTF-8 ({error})") from error
 
 
-def barred_logits(folder: Path, survey: Survey, plan: Plan, sample: Tensor) -> Tensor:
-    """Logits of the source whose routers may not choose the experts that the plan drops."""
+def logits_without_dropped(folder: Path, survey: Survey, plan: Plan, sample: Tensor) -> Tensor:
+    """Logits of the source without the experts that the plan drops, in the plan's meaning of that."""
     model, _ = load(folder, survey)
-    with barred(model, survey, plan):
+    with without_dropped(model, survey, plan):
         logits = logits_of(model, sample)
     del model
     gc.collect()

@@ -38,7 +38,8 @@ class Survey:
     """A folder understood.
 
     located: tensors with experts in them, by name. counts: experts of every MoE layer of the model; mtp_counts: of
-    its multi-token-prediction layers, numbered on from the last decoder layer. mtp: all tensors of those.
+    its multi-token-prediction layers, numbered on from the last decoder layer. slots: that the routers of the former
+    choose among; more than the experts where some were removed into zero slots. mtp: all tensors of MTP layers.
     """
 
     folder: Folder
@@ -52,6 +53,10 @@ class Survey:
     @property
     def all_counts(self) -> dict[int, int]:
         return {**self.counts, **self.mtp_counts}
+
+    @property
+    def slots(self) -> dict[int, int]:
+        return {**self.counts, **(self.model.slots or {})}
 
 
 def survey(folder: Folder) -> Survey:
@@ -100,7 +105,8 @@ def _survey(folder: Folder, model: Model) -> Survey:
         place = {number: expert for expert, number in enumerate(sorted(numbers.get(layer, ())))}
         count = counts[layer] if layer in counts else mtp_counts[layer]
         for name in names:
-            located[name] = _locate(name, layer, hits[name], place, folder.tensors[name], count)
+            size = (model.slots or {}).get(layer, count) if hits[name].role == "router" else count
+            located[name] = _locate(name, layer, hits[name], place, folder.tensors[name], size)
     return Survey(
         folder=folder,
         model=model,
@@ -206,8 +212,8 @@ def _check_own(layer: int, found: Mapping[str, Hit]) -> None:
 
 
 def _stacked_count(folder: Folder, found: Mapping[str, Hit]) -> int:
-    """By the first tensor; all others are then compared with it."""
-    name, hit = next((name, hit) for name, hit in found.items() if hit.axis is not None)
+    """By the first tensor of experts; all others are then compared with it."""
+    name, hit = next((name, hit) for name, hit in found.items() if hit.axis is not None and hit.role == "expert")
     assert hit.axis is not None
     shape = folder.tensors[name].shape
     size = shape[hit.axis.dim] if hit.axis.dim < len(shape) else 0
@@ -230,7 +236,8 @@ def _locate(name: str, layer: int, hit: Hit, place: Mapping[int, int], tensor: S
 
 
 def _check_counts(model: Model, layout: Layout, counts: Mapping[int, int]) -> None:
-    expected = dict.fromkeys(layout.layers, model.count) if model.counts is None else dict(model.counts)
+    slots = dict.fromkeys(layout.layers, model.count) if model.slots is None else model.slots
+    expected = {layer: len(model.kept.get(layer, range(count))) for layer, count in slots.items()}
     for layer in expected.keys() | counts.keys():
         if expected.get(layer) != counts.get(layer):
             raise SecateurError(

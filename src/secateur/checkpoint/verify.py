@@ -11,11 +11,13 @@ from secateur.checkpoint.compare import differences
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey, survey
+from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
 from secateur.plan import Plan
 from secateur.sizes import in_words
 
 SHOWN = 5  # failures of one check in a message
+WITHOUT = {False: "the dropped experts barred", True: "the dropped experts silent"}  # by Plan.leaves_zero_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,15 @@ def verify_model(
 def _counts(before: Survey, after: Survey, plan: Plan) -> Check:
     expected = {layer: layer_plan(before, plan, layer).experts_after for layer in before.counts}
     wrong_plan = [layer for layer, one in plan.layers.items() if before.all_counts.get(layer) != one.experts_before]
-    passed = not wrong_plan and expected == dict(after.counts)
+    kept = kept_slots(before, plan) if plan.leaves_zero_slots and not wrong_plan else {}
+    slots = before.slots if plan.leaves_zero_slots else expected
+    passed = not wrong_plan and (expected, kept, slots) == (dict(after.counts), dict(after.model.kept), after.slots)
     detail = f"{sum(expected.values())} experts in {len(expected)} layers"
-    if not passed:
-        detail = f"the plan is for another source, layers {wrong_plan}" if wrong_plan else f"found {dict(after.counts)}"
+    detail += f", of {sum(slots.values())} slots" if kept else ""
+    if wrong_plan:
+        detail = f"the plan is for another source, layers {wrong_plan}"
+    elif not passed:
+        detail = f"found {dict(after.counts)}" + (f" at the slots {dict(after.model.kept)}" if kept else "")
     claim = "every layer has the experts that the plan keeps, and config.json says so"
     return Check(claim=claim, passed=passed, detail=detail)
 
@@ -95,14 +102,14 @@ def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path 
     from secateur.verify import logits_of
 
     loads = "it loads with no tensor missing, unexpected or newly initialised"
-    equal = "its logits are those of the source with the dropped experts barred"
+    equal = f"its logits are those of the source with {WITHOUT[plan.leaves_zero_slots]}"
     speaks = "it generates"
     reason = "--tokens 0" if num_tokens == 0 else run.why_not_loaded(before)
     if reason is not None:
         return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
     sample = run.sample_for(before.folder.path, before, num_tokens, text, seed)
     try:
-        expected = run.barred_logits(before.folder.path, before, plan, sample)
+        expected = run.logits_without_dropped(before.folder.path, before, plan, sample)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise SecateurError(f"{before.folder.path}: the source itself cannot be run ({error})"[:500]) from error
     try:

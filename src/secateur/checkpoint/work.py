@@ -1,4 +1,4 @@
-"""What an unfinished pruning keeps beside its target, so that the next start goes on where it was."""
+"""What an unfinished pruning or fine-tuning keeps beside its target, so that the next start goes on where it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASKED, STATS, PLAN = "asked.json", "stats.safetensors", "plan.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The folder of one pruning. `before` is what its last start was asked for, None at the first."""
+    """The folder of one. `before` is what its last start was asked for, None at the first."""
 
     path: Path
     before: Mapping[str, Any] | None
@@ -46,29 +46,29 @@ class Work:
         self.path.rmdir()
 
 
-def place_of_work(out: Path) -> Path:
+def place_of_work(out: Path, what: str = "pruning") -> Path:
     out = out.resolve()  # "." has no name
-    return out.parent / f".{out.name}.pruning"
+    return out.parent / f".{out.name}.{what}"
 
 
 @contextlib.contextmanager
-def work_folder(out: Path, *, restart: bool = False) -> Iterator[Work]:
+def work_folder(out: Path, *, restart: bool = False, what: str = "pruning") -> Iterator[Work]:
     """The work folder of `out`, for one process at a time; an empty one goes again.
 
     Args:
-        restart: throw away what is in it.
+        restart: throw away what is in it. what: is done into `out`; each kind of work has a folder of its own.
 
     Raises:
         SecateurError: another process is at it, or what lies in it is damaged.
     """
-    path = place_of_work(out)
+    path = place_of_work(out, what)
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SecateurError(f"--out {out}: another process is pruning into it (it holds {path})") from error
+            raise SecateurError(f"--out {out}: another process is {what} into it (it holds {path})") from error
         noted = path / ASKED
         if restart:
             noted.unlink(missing_ok=True)  # first, so that what a kill leaves counts for nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.commands.choice import Removed
 from secateur.commands.progress import bytes_bar
 from secateur.errors import SecateurError
 from secateur.sizes import in_words
@@ -22,6 +24,7 @@ def apply(
     source: Annotated[Path, typer.Argument(help="The folder of a model or of a training checkpoint; it is only read.")],
     plan: Annotated[Path, typer.Argument(help="The plan, a JSON file; or a folder that --undo wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")],
+    removed: Removed = None,
     names: Annotated[
         str,
         typer.Option(
@@ -71,12 +74,12 @@ def apply(
     check_target(source, out)
     show = not (quiet or as_json or dry_run)
     if holds_undo(plan):
-        if dry_run or undo or mtp or names != "auto" or expert_parallel != 1:
+        if dry_run or undo or mtp or removed or names != "auto" or expert_parallel != 1:
             raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
         _restore(source, plan, out, show=show, as_json=as_json, quiet=quiet)
         return
     write = _writer(source)
-    decided = Plan.load(plan)
+    decided = _meaning(Plan.load(plan), removed)
     with bytes_bar("writing", show=show) as on_bytes:
         report = write(
             source,
@@ -93,6 +96,15 @@ def apply(
         print(json.dumps(report, indent=2))
     elif not quiet:
         print(_summary(report, out, dry_run))
+
+
+def _meaning(plan: Plan, removed: str | None) -> Plan:
+    """The plan with what was asked for, where it leaves that open."""
+    if removed is None:
+        return plan
+    if plan.removed not in (None, removed):
+        raise SecateurError(f"--removed {removed}: the plan was made for --removed {plan.removed}")
+    return dataclasses.replace(plan, removed=removed)
 
 
 def _writer(source: Path) -> Callable[..., dict[str, Any]]:

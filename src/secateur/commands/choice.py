@@ -40,6 +40,15 @@ Pretrained = Annotated[
         help="The folder of the model that this one was fine-tuned from, for the criteria that compare their routers.",
     ),
 ]
+Removed = Annotated[
+    str | None,
+    typer.Option(
+        "--removed",
+        help="What becomes of a removed expert. reroute (the default): its row of the router goes too, and its tokens "
+        "go to the next experts. zero-slot: the router stays as it is, and what it sends there contributes nothing; "
+        "such a model carries code of its own.",
+    ),
+]
 Keep = Annotated[
     str | None,
     typer.Option(
@@ -93,6 +102,7 @@ def choice_of(
     min_experts: int,
     seed: int,
     protect: bool | None,
+    removed: str | None,
 ) -> Choice:
     """What the options say; a SecateurError where they contradict each other."""
     from secateur.checkpoint.decide import Choice
@@ -110,4 +120,5 @@ def choice_of(
         min_experts=min_experts,
         seed=seed,
         protect=protect,
+        removed=removed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +21,16 @@ def convert_vmoe(
 ) -> None:
     """Make a model folder of a V-MoE or E3 checkpoint that its authors published (flax, msgpack).
 
-    The folder is one of a transformers model: `inspect`, `plan`, `apply` and `verify` take it.
+    The folder is one of a transformers model: `inspect`, `observe`, `prune`, `eval` and all others take it.
+    Pixels are made as the authors do, from -1 to 1 (preprocessor_config.json).
 
     Example: `secateur convert-vmoe vmoe_b16_imagenet21k_randaug_strong --top-k 2 --out vmoe-b16`
     """
     from secateur.errors import SecateurError
+    from secateur.files import atomic_write
     from secateur.out_folder import written_beside
     from secateur.vision.flax_checkpoint import read_vmoe
+    from secateur.vision.pixels import FILE, default_pixels
 
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise SecateurError(f"--out {out}: it is there already and not an empty folder")
@@ -39,6 +43,7 @@ def convert_vmoe(
     )
     with written_beside(out) as beside:
         model.save_pretrained(beside)
+        atomic_write(beside / FILE, json.dumps(default_pixels(model.config), indent=2) + "\n")
     if not quiet:
         config = model.config
         print(

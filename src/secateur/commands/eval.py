@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.commands.batches_bar import batches_bar
 from secateur.commands.calibration_options import (
+    Asked,
     BatchSize,
     Data,
     Device,
@@ -25,7 +27,10 @@ from secateur.commands.layers_bar import layers_bar
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
+    from secateur.checkpoint.inputs import Reads
     from secateur.data.calibration import Calibration
+
+Progress = Callable[[int, int], None]
 
 
 def eval(
@@ -33,18 +38,18 @@ def eval(
         list[Path], typer.Argument(help="The folders of one or several models; the others are compared with the first.")
     ],
     data: Data = None,
-    samples: Samples = 128,
-    sequence_length: SequenceLength = 512,
-    batch_size: BatchSize = 8,
-    pack: Pack = True,
-    text_key: TextKey = "text",
-    split: Split = "train",
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of text, and of the ranges.")] = 0,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = None,
+    pack: Pack = None,
+    text_key: TextKey = None,
+    split: Split = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the choice of data, and of the ranges.")] = 0,
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Read a model layer by layer, or load it whole. Left out: as it fits in memory.",
+            help="Read a model layer by layer, or load it whole. Left out: as it fits in memory. Text only.",
         ),
     ] = None,
     device: Device = "auto",
@@ -55,19 +60,18 @@ def eval(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the results, but no bars.")] = False,
 ) -> None:
-    """Measure how well models predict text: perplexity, by kind of text, on the same tokens for all of them.
+    """Measure how well models predict text, or tell images, on the same data for all of them.
 
-    A difference comes with a 95 % range over the blocks of tokens, drawn in pairs. Use text that was not given to
-    `secateur observe`, or a pruned model looks better than it is.
+    Of text it is perplexity, by kind of text; of images (V-MoE) accuracy, cross entropy, images a second and operations
+    an image. A difference comes with a 95 % range over the blocks of tokens or images, drawn in pairs. Use data that
+    were not given to `secateur observe`, or a pruned model looks better than it is.
 
     Example: `secateur eval models/Qwen3-30B-A3B pruned --data code=code.jsonl --data prose=prose.jsonl`
     """
-
-    from secateur.checkpoint.evaluate import evaluate
     from secateur.checkpoint.lm_harness import check_installed, run_tasks
 
     if not data and lm_eval is None:
-        raise SecateurError("nothing to measure: give text with --data, tasks with --lm-eval, or both")
+        raise SecateurError("nothing to measure: give text with --data, or images to a V-MoE, or tasks with --lm-eval")
     if len(set(models)) < len(models):
         raise SecateurError("a model is listed twice")
     tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
@@ -75,53 +79,95 @@ def eval(
         check_installed()
         if not tasks:
             raise SecateurError(f"--lm-eval {lm_eval!r}: it names no task")
+    asked = Asked(
+        data=data,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        pack=pack,
+        text_key=text_key,
+        split=split,
+        seed=seed,
+    )
+    kind = _kind(models) if data else "text"
     result: dict[str, Any] = {"format": "secateur-eval", "version": 1, "data": None, "models": [], "lm_eval": {}}
-    if data:
-        drawn = same_sequences(
-            models,
-            data,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            pack=pack,
-            text_key=text_key,
-            split=split,
-        )
-        result["data"] = drawn.to_json()
-        show = not (quiet or as_json)
-        with contextlib.ExitStack() as bars:
-
-            def bar(model: Path) -> Callable[[int, int], None]:
-                bars.close()  # one at a time
-                return bars.enter_context(layers_bar(model.name, num_batches=-(-samples // batch_size), show=show))
-
-            result["models"] = evaluate(
-                models,
-                drawn.batches(batch_size),
-                [domain for domain, count in drawn.domains.items() for _ in range(count)],
-                stream=stream,
-                device=device_named(device),
-                seed=seed,
-                on_step=bar,
-            )
+    show = not (quiet or as_json)
+    if kind == "images":
+        others = [name for name, given in (("--stream", stream), ("--lm-eval", lm_eval)) if given is not None]
+        result |= _on_images(models, asked, others, device=device_named(device), show=show)
+    elif data:
+        result |= _on_text(models, asked, stream, device=device_named(device), show=show)
     for model in models if tasks else ():
-        result["lm_eval"][str(model)] = run_tasks(model, tasks, batch_size=batch_size)
+        result["lm_eval"][str(model)] = run_tasks(model, tasks, batch_size=asked.text_batch_size)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
-        _show(result)
+        SHOW[kind](result)
 
 
-def same_sequences(models: Sequence[Path], data: Sequence[str], **options: Any) -> Calibration:
-    """The sequences that every model's own tokenizer makes of the text; `options` are those of `calibrate`.
+def _kind(models: Sequence[Path]) -> Reads:
+    from secateur.checkpoint.folder import read_folder
+    from secateur.checkpoint.inputs import reads
+    from secateur.checkpoint.survey import survey
+
+    kinds = {model: reads(survey(read_folder(model))) for model in models}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{model}: {kind}" for model, kind in kinds.items())
+        raise SecateurError(f"models of text and of images cannot be compared ({listed})")
+    return kinds[models[0]]
+
+
+def _on_text(models: Sequence[Path], asked: Asked, stream: bool | None, *, device: str, show: bool) -> dict[str, Any]:
+    from secateur.checkpoint.evaluate import evaluate
+
+    drawn = same_sequences(models, asked)
+    with _bar_of_each(lambda model: layers_bar(model.name, num_batches=asked.num_batches, show=show)) as on_step:
+        results = evaluate(
+            models,
+            drawn.batches(asked.text_batch_size),
+            [domain for domain, count in drawn.domains.items() for _ in range(count)],
+            stream=stream,
+            device=device,
+            seed=asked.seed,
+            on_step=on_step,
+        )
+    return {"data": drawn.to_json(), "models": results}
+
+
+def _on_images(
+    models: Sequence[Path], asked: Asked, others: Sequence[str], *, device: str, show: bool
+) -> dict[str, Any]:
+    from secateur.checkpoint.evaluate_images import evaluate_images
+
+    drawn = asked.images(others=others)
+    with _bar_of_each(lambda model: batches_bar(model.name, show=show)) as on_step:
+        results = evaluate_images(
+            models, drawn.images, batch_size=asked.batch_size, device=device, seed=asked.seed, on_step=on_step
+        )
+    return {"data": drawn.about, "models": results}
+
+
+@contextlib.contextmanager
+def _bar_of_each(
+    make: Callable[[Path], contextlib.AbstractContextManager[Progress]],
+) -> Iterator[Callable[[Path], Progress]]:
+    """Gives what makes a bar for a model, one at a time."""
+    with contextlib.ExitStack() as bars:
+
+        def bar(model: Path) -> Progress:
+            bars.close()
+            return bars.enter_context(make(model))
+
+        yield bar
+
+
+def same_sequences(models: Sequence[Path], asked: Asked) -> Calibration:
+    """The sequences that every model's own tokenizer makes of the text.
 
     Raises:
         SecateurError: two of them make different ones, so that losses a token cannot be compared.
     """
-    from secateur.data.calibration import calibrate
-    from secateur.data.tokenizer import load_tokenizer
-
-    first, *others = (calibrate(load_tokenizer(model), data, **options) for model in models)
+    first, *others = (asked.text(model) for model in models)
     for model, found in zip(models[1:], others, strict=True):
         if found.digest != first.digest:
             raise SecateurError(
@@ -131,16 +177,30 @@ def same_sequences(models: Sequence[Path], data: Sequence[str], **options: Any) 
     return first
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show_text(result: dict[str, Any]) -> None:
     from secateur.checkpoint.perplexity import as_rows
 
     if result["models"]:
-        first, rows = result["models"][0], as_rows(result["models"])
+        first = result["models"][0]
         print(f"{first['blocks']} blocks, {first['tokens']} tokens to predict")
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        _print_table(as_rows(result["models"]))
     for model, tasks in result["lm_eval"].items():
         for task, metrics in tasks.items():
             numbers = ", ".join(f"{name} {value}" for name, value in metrics.items() if isinstance(value, int | float))
             print(f"{model}: {task}: {numbers}")
+
+
+def _show_images(result: dict[str, Any]) -> None:
+    from secateur.checkpoint.accuracy import as_rows
+
+    print(f"{result['data']['images']} images of {result['data']['of']}")
+    _print_table(as_rows(result["models"]))
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+SHOW = {"text": _show_text, "images": _show_images}

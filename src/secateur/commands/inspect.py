@@ -39,6 +39,9 @@ def _summary(found: dict[str, Any]) -> str:
         + ", ".join(f"{part} {in_words(size[part])} ({100 * size[part] / total:.1f} %)" for part in size),
         f"dtypes {', '.join(found['dtypes'])}; quantised: {found['quantisation'] or 'no'}; names {found['names']}",
     ]
+    if found["zero_slots"]:
+        zero = sum(found["zero_slots"].values())
+        lines.append(f"{zero} zero slots in {len(found['zero_slots'])} layers, of experts that were removed")
     if found["mtp_experts"]:
         lines.append(f"layers that predict further tokens: {', '.join(found['mtp_experts'])}")
     return "\n".join([*lines, *(f"- {limit}" for limit in found["limits"])])

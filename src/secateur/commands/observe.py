@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur.commands.calibration_options import (
+    Activations,
+    Asked,
     BatchSize,
     Data,
     Device,
@@ -20,7 +21,7 @@ from secateur.commands.calibration_options import (
     TextKey,
     device_named,
 )
-from secateur.commands.layers_bar import layers_bar
+from secateur.commands.data_pass import prepare
 from secateur.commands.new_file import check_new_file
 from secateur.errors import SecateurError
 from secateur.sizes import in_words
@@ -30,31 +31,18 @@ if TYPE_CHECKING:
     from secateur.observation import Observation
 
 
-class Activations(StrEnum):
-    auto = "auto"
-    memory = "memory"
-    disk = "disk"
-
-
 def observe(
     model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model; it is only read.")],
     out: Annotated[Path, typer.Option("--out", help="The statistics file to write, such as stats.safetensors.")],
     data: Data = None,
-    samples: Samples = 128,
-    sequence_length: SequenceLength = 512,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the sequences.")] = 0,
-    batch_size: BatchSize = 8,
-    pack: Pack = True,
-    text_key: TextKey = "text",
-    split: Split = "train",
-    activations: Annotated[
-        Activations,
-        typer.Option(
-            "--activations",
-            help="Where they wait between layers: disk (beside --out; a killed run goes on from there), memory, or "
-            "auto: memory for a model that would fit there as a whole.",
-        ),
-    ] = Activations.auto,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the sequences, or the images and their order.")] = 0,
+    batch_size: BatchSize = None,
+    pack: Pack = None,
+    text_key: TextKey = None,
+    split: Split = None,
+    activations: Activations = None,
     device: Device = "auto",
     sglang: Annotated[
         Path | None,
@@ -66,7 +54,7 @@ def observe(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Run a model on text and record what its experts do, for all criteria at once.
+    """Run a model on text, or a V-MoE on images, and record what its experts do, for all criteria at once.
 
     Without `--data` the text is Python's own standard library and its reference.
     One decoder layer at a time is in memory, so the model may be larger than that. A run that was killed goes on at
@@ -85,26 +73,20 @@ def observe(
     if sglang is not None:
         result = _recorded(found, sglang, out, dry_run)
     else:
-        from secateur.checkpoint.observe import Run
-        from secateur.data.calibration import calibrate
-        from secateur.data.tokenizer import load_tokenizer
-
-        drawn = calibrate(
-            load_tokenizer(model),
-            data or [],
+        asked = Asked(
+            data=data,
             samples=samples,
             sequence_length=sequence_length,
-            seed=seed,
+            batch_size=batch_size,
             pack=pack,
             text_key=text_key,
             split=split,
+            seed=seed,
+            activations=activations,
         )
-        run = Run(found, drawn, out, batch_size=batch_size, activations=activations.value, device=device_named(device))
-        result = _about(run.costs, drawn.to_json(), found, goes_on=run.goes_on and not restart)
-        if not dry_run:
-            show = not (quiet or as_json)
-            with layers_bar("observing", num_batches=-(-samples // batch_size), show=show) as on_step:
-                result |= _seen(run.observe(restart=restart, on_step=on_step))
+        show = not (quiet or as_json or dry_run)
+        ready = prepare(found, asked, out, device=device_named(device), show=show, restart=restart)
+        result = ready.about | ({} if dry_run else _seen(ready.take()))
     result = {"format": "secateur-observe", "version": 1, "model": str(model), "out": str(out), **result}
     if as_json:
         print(json.dumps(result | {"dry_run": dry_run}, indent=2))
@@ -126,20 +108,6 @@ def _recorded(found: Survey, path: Path, out: Path, dry_run: bool) -> dict[str, 
     return {"layers": model.num_layers, "moe_layers": list(found.counts), "data": about, **_seen(observation)}
 
 
-def _about(costs: Any, data: dict[str, Any], found: Survey, *, goes_on: bool) -> dict[str, Any]:
-    return {
-        "layers": costs.num_layers,
-        "moe_layers": costs.moe_layers,
-        "mtp_layers_not_run": list(found.mtp_counts),
-        "data": data,
-        "bytes_to_read": costs.read_bytes,
-        "activation_bytes": costs.hidden_bytes,
-        "activations": "memory" if costs.in_memory else "disk",
-        "peak_memory_bytes_estimated": costs.peak_bytes,
-        "goes_on": goes_on,
-    }
-
-
 def _seen(observation: Observation) -> dict[str, Any]:
     never = {
         str(layer): [expert for expert, count in enumerate(loads) if not count]
@@ -156,8 +124,10 @@ def _summary(result: dict[str, Any], dry_run: bool) -> str:
     data = result["data"]
     lines = [
         f"{'would write' if dry_run else 'wrote'} {result['out']}: {len(result['moe_layers'])} MoE layers of "
-        f"{result['layers']} decoder layers"
+        f"{result['layers']} layers"
     ]
+    if "images" in data:
+        lines.append(f"{data['images']:,} images of {data['of']:,}, {data['batch_size']} at a time")
     if "tokens" in data:
         shares = ", ".join(f"{name} {one['sequences']}" for name, one in data["domains"].items())
         lines.append(f"{data['tokens']:,} tokens; sequences: {shares}")
@@ -174,5 +144,5 @@ def _summary(result: dict[str, Any], dry_run: bool) -> str:
         lines.append(f"not run: layers that predict further tokens ({listed})")
     if never := result.get("never_routed"):
         count = sum(map(len, never.values()))
-        lines.append(f"{count} experts in {len(never)} layers got no token: more text tells more about them")
+        lines.append(f"{count} experts in {len(never)} layers got no token: more data tell more about them")
     return "\n".join(lines)

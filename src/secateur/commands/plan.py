@@ -32,6 +32,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")] = None,
     criterion: options.Criterion = None,
     keep: options.Keep = None,
+    removed: options.Removed = None,
     allocation: options.Allocation = "uniform",
     model: Annotated[
         Path | None,
@@ -79,6 +80,7 @@ def plan(
         min_experts=min_experts,
         seed=seed,
         protect=protect,
+        removed=removed,
     )
     given = _read(source, model, pretrained)
     with bytes_bar("reading weights", show=not (quiet or as_json)) as on_bytes:
@@ -94,7 +96,7 @@ def plan(
 
 def outcome_lines(result: dict[str, Any]) -> list[str]:
     """What a plan does to a model, in words; see `decide.outcome`."""
-    from secateur.checkpoint.card import DIFFERENT
+    from secateur.checkpoint.card import SAME, who_loads
 
     layers = {name: (one["experts_before"], one["experts_after"]) for name, one in result["layers"].items()}
     size = [in_words(result[f"bytes_{when}"]) for when in ("before", "after")]
@@ -115,9 +117,8 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
         lines.append(f"super-experts protected: {protected}; of these the criterion would have dropped: {rescued}")
     if result["never_routed"]:
         lines.append(f"never routed to: {result['never_routed']} experts, {result['never_routed_dropped']} of them go")
-    if len({after for _, after in layers.values()}) > 1:
-        lines.append(DIFFERENT)
-    return lines
+    note = who_loads({after for _, after in layers.values()}, result["removed"])
+    return lines if note == SAME else [*lines, note]
 
 
 def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:

@@ -12,6 +12,8 @@ import typer
 
 from secateur.commands import choice as options
 from secateur.commands.calibration_options import (
+    Activations,
+    Asked,
     BatchSize,
     Data,
     Device,
@@ -22,8 +24,7 @@ from secateur.commands.calibration_options import (
     TextKey,
     device_named,
 )
-from secateur.commands.layers_bar import layers_bar
-from secateur.commands.observe import Activations
+from secateur.commands.data_pass import prepare
 from secateur.commands.plan import outcome_lines
 from secateur.commands.progress import bytes_bar
 from secateur.commands.verify import WORDS
@@ -38,22 +39,21 @@ def prune(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")],
     keep: options.Keep = None,
     criterion: options.Criterion = None,
+    removed: options.Removed = None,
     pretrained: options.Pretrained = None,
     data: Data = None,
-    samples: Samples = 128,
-    sequence_length: SequenceLength = 512,
-    batch_size: BatchSize = 8,
-    pack: Pack = True,
-    text_key: TextKey = "text",
-    split: Split = "train",
-    activations: Annotated[
-        Activations, typer.Option("--activations", help="Where they wait between layers, see `secateur observe`.")
-    ] = Activations.auto,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = None,
+    pack: Pack = None,
+    text_key: TextKey = None,
+    split: Split = None,
+    activations: Activations = None,
     device: Device = "auto",
     allocation: options.Allocation = "uniform",
     expert_parallel: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of text, and of the criterion random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the choice of data, and of the criterion random.")] = 0,
     protect: options.Protect = None,
     alpha: options.Alpha = None,
     beta: options.Beta = None,
@@ -81,10 +81,10 @@ def prune(
 ) -> None:
     """Make a smaller model of a model: observe it on data, plan, apply the plan, verify what was written.
 
-    Without `--criterion` it is reap, which runs the model on text; without `--data` that is Python's own standard
-    library. aimer, weight_norm, router_row_norm and random need no text. With `--pretrained` it is router_norm_change,
-    which needs none either: the experts go whose router rows fine-tuning lengthened least. After a kill the same
-    command goes on where it was. The result is checked before it gets its name.
+    Without `--criterion` it is reap, which runs the model on text, or a V-MoE on images; without `--data` the text
+    is Python's own standard library. aimer, weight_norm, router_row_norm and random need no data. With `--pretrained`
+    it is router_norm_change, which needs none either: the experts go whose router rows fine-tuning lengthened least.
+    After a kill the same command goes on where it was. The result is checked before it gets its name.
 
     Example: `secateur prune models/Qwen3-30B-A3B --keep 0.75 --data calibration.jsonl --out pruned`
     """
@@ -104,35 +104,26 @@ def prune(
         min_experts=min_experts,
         seed=seed,
         protect=protect,
+        removed=removed,
     )
     if data and not choice.needs_data:
-        raise SecateurError(f"--data: criterion {choice.criterion!r} needs no text here; leave it out")
+        raise SecateurError(f"--data: criterion {choice.criterion!r} needs no data here; leave it out")
     show = not (quiet or as_json)
+    asked = Asked(
+        data=data,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        pack=pack,
+        text_key=text_key,
+        split=split,
+        seed=seed,
+        activations=activations,
+    )
 
     def observe(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
-        from secateur.checkpoint.observe import Run
-        from secateur.data.calibration import calibrate
-        from secateur.data.tokenizer import load_tokenizer
-
-        drawn = calibrate(
-            load_tokenizer(model),
-            data or [],
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            pack=pack,
-            text_key=text_key,
-            split=split,
-        )
-        ready = Run(
-            found, drawn, stats, batch_size=batch_size, activations=activations.value, device=device_named(device)
-        )
-
-        def take() -> None:
-            with layers_bar("observing", num_batches=-(-samples // batch_size), show=show) as on_step:
-                ready.observe(on_step=on_step)
-
-        return drawn.to_json() | {"batch_size": batch_size}, take
+        ready = prepare(found, asked, stats, device=device_named(device), show=show)
+        return ready.data, ready.take
 
     with _bars(show=show) as on_progress:
         result = program.prune(

@@ -110,11 +110,11 @@ def calibrate(
         if value < least:
             raise SecateurError(f"{name}: found {value}, expected at least {least}")
     room = ROOM * samples * sequence_length
-    texts = _read(specs, text_key, split)
+    texts = read_texts(specs, text_key, split)
     by_domain = _kept(texts, seed, _characters, room) if pack else _kept(texts, seed, lambda text: 1, samples)
     sequences: dict[str, list[Tensor]] = {}
     for domain, kept in by_domain.items():
-        ids = _token_lists(tokenizer, kept, room, special=not pack)
+        ids = token_lists(tokenizer, kept, room, special=not pack)
         cut = _blocks(ids, sequence_length) if pack else _single(ids, sequence_length)
         sequences[domain] = list(cut)
     shares = fair_shares({domain: len(found) for domain, found in sequences.items()}, samples)
@@ -148,7 +148,8 @@ def fair_shares(available: Mapping[str, int], wanted: int) -> dict[str, int]:
     return shares
 
 
-def _read(specs: Sequence[str], text_key: str, split: str) -> Iterator[Document | Chat]:
+def read_texts(specs: Sequence[str], text_key: str, split: str) -> Iterator[Document | Chat]:
+    """What the specs name, in their order: chats where a spec is of chats, else documents; see `read_documents`."""
     for spec in specs or embedded_specs():
         yield from read_chats(spec, text_key) or read_documents([spec], text_key=text_key, split=split)
 
@@ -179,10 +180,13 @@ def _characters(text: Document | Chat) -> int:
     return len(text.text) if isinstance(text, Document) else len(str(text.messages))
 
 
-def _token_lists(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document | Chat], room: int, *, special: bool
+def token_lists(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document | Chat], room: int | None, *, special: bool
 ) -> Iterator[list[int]]:
-    """The tokens of each; of a plain text with an end token, or with those that the tokenizer adds if `special`."""
+    """The tokens of each; of a plain text with an end token, or with those that the tokenizer adds if `special`.
+
+    Of a plain text only the first `room` characters are read, where that is given.
+    """
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) and not special else []
     for at in range(0, len(texts), BATCH_DOCUMENTS):
         group = texts[at : at + BATCH_DOCUMENTS]

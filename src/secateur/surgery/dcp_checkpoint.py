@@ -22,6 +22,7 @@ from secateur.surgery.dcp_shards import is_shards_folder, read_shards
 from secateur.surgery.dcp_stored import Stored
 from secateur.surgery.dcp_verify import verify_written
 from secateur.surgery.dcp_write import write_dcp, write_shards
+from secateur.surgery.fits import check_reroutes
 from secateur.surgery.model_config import MODULE, has_expert_count, with_counts
 
 PLAN, REPORT, CONFIG, CODE = "plan.json", "report.json", "config.json", f"{MODULE}.py"
@@ -88,6 +89,7 @@ def apply_to_checkpoint(
         OSError: the disk refused; nothing is left under the name of `out`.
     """
     check_target(source, out)
+    check_reroutes(plan)
     parts = _parts(source, naming, plan)
     counts_before = _joint_counts(parts)
     counts_after = counts_before | {layer: one.experts_after for layer, one in plan.layers.items()}

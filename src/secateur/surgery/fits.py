@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from secateur.errors import SecateurError
-from secateur.plan import LayerPlan, Plan
+from secateur.plan import MIXED, REROUTE, LayerPlan, Plan
 
 
 def check_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_groups: int) -> None:
     """Compare a plan with the model it is for.
 
     Args:
-        counts: experts of every MoE layer. min_experts, num_groups: what the routers need, see `families.router_needs`.
+        counts: experts of every MoE layer. min_experts, num_groups: what the routers need, see `families.router_needs`;
+            routers that stay whole need nothing.
 
     Raises:
-        SecateurError: a layer the model does not have, another number of experts, fewer left than the router needs, or
-            experts that leave their router group.
+        SecateurError: a layer the model does not have, another number of experts, fewer left than the router needs,
+            experts that leave their router group, or steps composed that mean two things by removing an expert.
     """
+    if plan.removed == MIXED:
+        raise SecateurError("plan: its steps mean different things by removing an expert; apply them one after another")
+    if plan.leaves_zero_slots:
+        min_experts = num_groups = 1
     for layer, one in plan.layers.items():
         if layer not in counts:
             raise SecateurError(f"plan: layer {layer} is not a MoE layer; MoE layers are {sorted(counts)}")
@@ -29,6 +34,19 @@ def check_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_g
                 f"plan: layer {layer} keeps {one.experts_after} experts, its router needs {min_experts}"
             )
         _check_groups(layer, one, num_groups)
+
+
+def check_reroutes(plan: Plan) -> None:
+    """Refuse a plan whose removed experts leave zero slots, where rows of routers will be cut.
+
+    Raises:
+        SecateurError: the plan says so.
+    """
+    if plan.removed not in (None, REROUTE):
+        raise SecateurError(
+            f"plan: its removed experts are {plan.removed!r}, expected {REROUTE!r}: zero slots are made of a model's "
+            "folder by `secateur apply`, or of a live model by secateur.remove_into_zero_slots_"
+        )
 
 
 def _check_groups(layer: int, one: LayerPlan, num_groups: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -47,16 +47,41 @@ def with_counts(
     if not pruned and len(set(before.values())) > 1:
         raise SecateurError(f"config.json: it has one count for all layers, but the checkpoint holds {dict(before)}")
     num_layers = changed.get("num_hidden_layers") if num_layers is None else num_layers
-    if pruned and _blocks(num_layers, before) != (changed.get("moe_config") or {}).get("per_layer_experts_blocks"):
+    if pruned and moe_config(before, num_layers) != changed.get("moe_config"):
         raise SecateurError(f"config.json: {changed.get('moe_config')}, but the checkpoint holds {dict(before)}")
     if len(set(after.values())) > 1:
-        return _as_pruned(changed, _blocks(num_layers, after), from_native=not pruned)
+        return _as_pruned(changed, moe_config(after, num_layers))
     return _as_native(changed) if pruned else changed
 
 
-def _as_pruned(config: dict[str, Any], blocks: list[int], from_native: bool) -> dict[str, Any]:
-    config["moe_config"] = {"per_layer_experts_blocks": blocks}
-    if from_native:
+def with_zero_slots(
+    config: Mapping[str, Any], slots: Mapping[int, int], kept: Mapping[int, Sequence[int]], num_layers: int
+) -> dict[str, Any]:
+    """A copy of `config` whose routers keep all slots, and whose layers in `kept` hold the experts of these slots only.
+
+    Raises:
+        SecateurError: the config lacks what the `Pruned...` class needs.
+    """
+    return _as_pruned(copy.deepcopy(dict(config)), moe_config(slots, num_layers, kept))
+
+
+def moe_config(
+    slots: Mapping[int, int], num_layers: Any, kept: Mapping[int, Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """What the config of a `Pruned...` class says of its layers, see `modeling_secateur`.
+
+    Raises:
+        SecateurError: `num_layers` is no number of decoder layers that holds the layers with experts.
+    """
+    if type(num_layers) is not int or not 0 <= max(slots) < num_layers:
+        raise SecateurError(f"config.json: num_hidden_layers is {num_layers!r}, but layer {max(slots)} has experts")
+    blocks = {"per_layer_experts_blocks": [slots.get(layer, 0) for layer in range(num_layers)]}
+    return blocks | ({"kept_experts": {str(layer): list(kept[layer]) for layer in sorted(kept)}} if kept else {})
+
+
+def _as_pruned(config: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+    config["moe_config"] = layers
+    if config["model_type"] != MODEL_TYPE:
         architectures = config.get("architectures")
         if not isinstance(architectures, list) or len(architectures) != 1 or "auto_map" in config:
             raise SecateurError(
@@ -87,12 +112,6 @@ def _as_native(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("moe_config", "auto_map"):
         config.pop(key, None)
     return config
-
-
-def _blocks(layers: Any, counts: Mapping[int, int]) -> list[int]:
-    if type(layers) is not int or not 0 <= max(counts) < layers:
-        raise SecateurError(f"config.json: num_hidden_layers is {layers!r}, but layer {max(counts)} has experts")
-    return [counts.get(layer, 0) for layer in range(layers)]
 
 
 def _count_places(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
@@ -18,7 +19,8 @@ from secateur.modeling_secateur import (
     replace_tensor_,
 )
 from secateur.plan import Plan
-from secateur.surgery.fits import check_fits
+from secateur.surgery.fits import check_fits, check_reroutes
+from secateur.surgery.model_config import moe_config
 from secateur.surgery.optimizer import Replacement, replace_parameters_
 from secateur.surgery.tensors import ExpertTensor, gather
 
@@ -57,8 +59,12 @@ def check_plan(moe: MoEModel, plan: Plan) -> None:
     """Compare a plan with the model it is for.
 
     Raises:
-        SecateurError: a layer the model does not have, another number of experts, or fewer left than the router needs.
+        SecateurError: a layer the model does not have, another number of experts, fewer left than the router needs, or
+            removed experts that would leave zero slots.
     """
+    check_reroutes(plan)
+    if moe.kept:
+        raise SecateurError("the model has zero slots, and rows of its routers cannot be cut; leave zero slots again")
     check_fits(plan, moe.counts, min_experts=moe.min_experts, num_groups=moe.num_groups)
 
 
@@ -113,19 +119,20 @@ def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
         setattr(modules[name], key, value.at(local_experts(modules[name], largest if layer is None else counts[layer])))
     *parents, key = moe.count_key.split(".")
     setattr(functools.reduce(getattr, parents, config), key, largest)
-    native_config_class: Any = type(native)
-    native_model = native_class(model)
-    if len(set(counts.values())) == 1:
-        config.__class__, model.__class__ = native_config_class, _as_sharded_as(model, native_model)
-        for name in ("moe_config", "base_model_type", "auto_map"):
-            config.__dict__.pop(name, None)
+    if len(set(counts.values())) > 1:
+        become_pruned_(model, moe_config(counts, config.num_hidden_layers))
         return
-    config.__class__ = pruned_config_class(native_config_class)
-    model.__class__ = _as_sharded_as(model, pruned_model_class(native_model))
-    config.base_model_type = native.model_type
-    config.moe_config = {
-        "per_layer_experts_blocks": [counts.get(layer, 0) for layer in range(config.num_hidden_layers)]
-    }
+    config.__class__, model.__class__ = type(native), _as_sharded_as(model, native_class(model))
+    for name in ("moe_config", "base_model_type", "auto_map"):
+        config.__dict__.pop(name, None)
+
+
+def become_pruned_(model: PreTrainedModel, moe_config: dict[str, Any]) -> None:
+    """Give a model and its config their `Pruned...` classes, and the config what these read, in place."""
+    config, native = model.config, native_config(model.config)
+    config.__class__ = pruned_config_class(type(native))  # type: ignore[arg-type]
+    model.__class__ = _as_sharded_as(model, pruned_model_class(native_class(model)))
+    config.base_model_type, config.moe_config = native.model_type, moe_config
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -95,7 +95,7 @@ class RunLog(TrainerCallback):
             return
         step, pruner = state.global_step, self._laep.pruner
         assert pruner is not None
-        _check_finite("training", logs["loss"], step)
+        check_finite("training", logs["loss"], step)
         elapsed = time.perf_counter() - self._mark
         tokens_per_second = (step - self._marked_step) * self._tokens_per_step / elapsed
         self._seconds += elapsed
@@ -137,7 +137,7 @@ class RunLog(TrainerCallback):
         mean = sum(self._domain_losses[domain] * size for domain, size in self._domain_sizes.items()) / total
         losses, self._domain_losses = self._domain_losses, {}
         step = state.global_step
-        _check_finite("validation", mean, step)
+        check_finite("validation", mean, step)
         line = {"kind": "eval", "step": step, "tokens": step * self._tokens_per_step, "seconds": self._seconds}
         line |= {"validation_loss": mean, "validation_loss_by_domain": losses}
         append_line(self._folder.metrics, line)
@@ -148,7 +148,8 @@ class RunLog(TrainerCallback):
         seal(self._folder.checkpoints / f"checkpoint-{state.global_step}", self._run)
 
 
-def _check_finite(which: str, loss: float, step: int) -> None:
+def check_finite(which: str, loss: float, step: int) -> None:
+    """Raises SecateurError: the loss is no number."""
     if not math.isfinite(loss):
         raise SecateurError(
             f"the {which} loss is {loss} at step {step}: the run has diverged (try a lower --learning-rate); "

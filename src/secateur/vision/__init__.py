@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.vision.configuration import VMoEConfig
     from secateur.vision.modeling import VMoEForImageClassification, VMoEModel
-    from secateur.vision.zero_slots import remove_into_zero_slots_
 
-__all__ = ["VMoEConfig", "VMoEForImageClassification", "VMoEModel", "remove_into_zero_slots_"]
+__all__ = ["VMoEConfig", "VMoEForImageClassification", "VMoEModel"]
 
 # public name -> module that defines it, imported at first use
 _HOMES = {
     "VMoEConfig": "configuration",
     "VMoEForImageClassification": "modeling",
     "VMoEModel": "modeling",
-    "remove_into_zero_slots_": "zero_slots",
 }
 
 

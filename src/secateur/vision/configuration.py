@@ -32,9 +32,6 @@ class VMoEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             one, from block 1, without it.
         num_experts: of every MoE layer, those of all members of an ensemble together.
         num_experts_per_tok: K of top-k; of an expert-choice router, the experts that a token gets on average.
-        num_zero_slots: rows of the router, after those of the experts, whose expert was removed. They take part in the
-            softmax and in top-k, and contribute nothing (the authors' pruned models). 0 where removed experts are gone
-            from the router too.
         router_type: "token_choice", or "expert_choice" (arXiv 2202.09368): each expert takes its best tokens.
         norm_topk_prob: whether the K weights of a token are divided by their sum. V-MoE: no.
         expert_choice_gates: the weight is the softmax over the "experts" of a token, or over the "tokens" that an
@@ -75,7 +72,6 @@ class VMoEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     moe_layers: list[int] | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
-    num_zero_slots: int = 0
     router_type: str = "token_choice"
     norm_topk_prob: bool = False
     expert_choice_gates: str = "experts"
@@ -127,11 +123,9 @@ def check(config: VMoEConfig) -> None:
 
 
 def _check_members(config: VMoEConfig) -> None:
-    members, experts, zero = config.ensemble_size, config.num_experts, config.num_zero_slots
-    if type(zero) is not int or zero < 0 or experts % members or zero % members:
-        raise SecateurError(
-            f"VMoEConfig: {experts} experts and {zero!r} zero slots, expected multiples of ensemble_size {members}"
-        )
-    slots = (experts + zero) // members
-    if config.num_experts_per_tok > slots:
-        raise SecateurError(f"VMoEConfig: num_experts_per_tok is {config.num_experts_per_tok}, but a token has {slots}")
+    members, experts = config.ensemble_size, config.num_experts
+    if experts % members:
+        raise SecateurError(f"VMoEConfig: {experts} experts, expected a multiple of ensemble_size {members}")
+    own = experts // members
+    if config.num_experts_per_tok > own:
+        raise SecateurError(f"VMoEConfig: num_experts_per_tok is {config.num_experts_per_tok}, but a token has {own}")

@@ -3,7 +3,7 @@
 Tokens are routed in pools that know nothing of each other: the images of one group, and in an ensemble those of one
 member. An expert has a number of places in each pool; a token that finds none gets nothing from that expert.
 
-Legend: T tokens, N slots a token may choose among (experts, then zero slots), K top-k, P pools, S token-expert pairs.
+Legend: T tokens, N slots (one an expert) a token may choose among, K top-k, P pools, S token-expert pairs.
 """
 
 from __future__ import annotations
@@ -43,20 +43,15 @@ def capacity(num_tokens: int, num_slots: int, top_k: int, factor: float) -> int:
     return max(1, math.floor(top_k * num_tokens * factor / num_slots + 0.5))
 
 
-def route(
-    logits: Tensor, rules: Rules, *, pool: Tensor, places: Tensor | None = None, num_experts: int | None = None
-) -> Pairs:
+def route(logits: Tensor, rules: Rules, *, pool: Tensor, places: Tensor | None = None) -> Pairs:
     """The pairs that a router makes.
 
     Args:
         logits: (T, N). pool: (T,) number of each token's pool. places: (P,) places of every expert in each pool; None
-            for no limit. num_experts: how many of the N slots have an expert, the first ones; all without it. The
-            others take part in the choice and are left out of the result.
+            for no limit.
     """
     choose = _experts_choose if rules.expert_choice else _tokens_choose
     slot, gate, kept = choose(logits, rules, pool, places)
-    if num_experts is not None:
-        kept = kept & (slot < num_experts)
     token, turn = kept.nonzero().unbind(dim=1)
     return Pairs(token=token, expert=slot[token, turn], gate=gate[token, turn])
 

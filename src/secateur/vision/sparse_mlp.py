@@ -1,7 +1,8 @@
 """The MoE layer of V-MoE: a router, and experts with places.
 
 Legend: B images, M members of an ensemble, L tokens of an image, T = B * M * L tokens, D model width, F expert width,
-E experts, N slots of a member (its experts, then its zero slots), P pools (see `routing`).
+E experts, N slots of a member (one an expert, and one an expert that was removed and left a zero slot), P pools (see
+`routing`).
 """
 
 from __future__ import annotations
@@ -42,15 +43,12 @@ class VMoEExperts(nn.Module):
 
 
 class VMoESparseMLP(nn.Module):
-    """The MoE layer: a router without bias over all slots, and the experts.
-
-    Slots are the experts, in M equal blocks of the members, then the zero slots, in M equal blocks as well.
-    """
+    """The MoE layer: a router without bias over all slots, in M equal blocks of the members, and the experts."""
 
     def __init__(self, config: VMoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.router = nn.Linear(config.hidden_size, config.num_experts + config.num_zero_slots, bias=False)
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = VMoEExperts(config)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -59,26 +57,47 @@ class VMoESparseMLP(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         member = self._rows(hidden_states) % config.ensemble_size
         pool, sizes = self._pools(hidden_states)
-        slots = _of_members(self.router(tokens), member, config.ensemble_size, config.num_zero_slots)
-        # not kept on the module: pruning would have to know that it is a share of the experts
-        num_experts = slots.shape[-1] - config.num_zero_slots // config.ensemble_size
+        slots = _of_members(self.router(tokens), member, config.ensemble_size)
         logits, noise_std = slots, config.router_noise_std / slots.shape[-1]
         if self.training and noise_std:
             logits = slots + noise_std * torch.randn_like(slots)
-        pairs = route(logits, _rules(config), pool=pool, places=self._places(sizes, slots), num_experts=num_experts)
+        pairs = route(logits, _rules(config), pool=pool, places=self._places(sizes, slots))
         result = torch.zeros_like(tokens)
         if len(pairs.token):
-            expert = pairs.expert + member[pairs.token] * num_experts
+            expert = pairs.expert + member[pairs.token] * slots.shape[-1]
             outputs = self.experts(tokens[pairs.token], expert[:, None], pairs.gate[:, None])
             result = result.index_add(0, pairs.token, outputs)
         if not self.training or config.router_type == "expert_choice":
             return result.view_as(hidden_states), None
-        slots, logits = wide(slots), wide(logits)
-        loss = importance_loss(slots.softmax(dim=-1)[:, :num_experts], pool, len(sizes)) * config.importance_loss_coef
+        parts = []
+        for number, own in enumerate(self._experts_of_members(slots.shape[-1])):
+            if own:
+                mine = member == number
+                pools = pool[mine] // config.ensemble_size, len(sizes) // config.ensemble_size
+                parts.append(self._balance_loss(wide(slots[mine]), wide(logits[mine]), noise_std, *pools, own))
+        return result.view_as(hidden_states), torch.stack(parts).sum() / config.ensemble_size
+
+    def _balance_loss(
+        self, slots: Tensor, logits: Tensor, noise_std: float, pool: Tensor, num_pools: int, own: list[int]
+    ) -> Tensor:
+        """Of the tokens of one member, by their logits (T, N) without and with noise; `own` are its slots with experts.
+
+        Zero slots have no part in it: nothing is gained by sending them tokens.
+        """
+        config = self.config
+        loss = importance_loss(slots.softmax(dim=-1)[:, own], pool, num_pools) * config.importance_loss_coef
         if noise_std:
-            load = load_loss(slots, logits, config.num_experts_per_tok, noise_std, pool, len(sizes), num_experts)
+            order = own + sorted(set(range(slots.shape[-1])) - set(own))
+            slots, logits = slots[:, order], logits[:, order]
+            load = load_loss(slots, logits, config.num_experts_per_tok, noise_std, pool, num_pools, len(own))
             loss = loss + load * config.load_loss_coef
-        return result.view_as(hidden_states), loss
+        return loss
+
+    def _experts_of_members(self, num_slots: int) -> list[list[int]]:
+        """Of every member the slots, from 0 to N - 1, whose experts are there."""
+        members = self.config.ensemble_size
+        kept = getattr(self.experts, "kept_slots", range(num_slots * members))  # without it no expert was removed
+        return [sorted(slot % num_slots for slot in kept if slot // num_slots == number) for number in range(members)]
 
     def _rows(self, hidden_states: Tensor) -> Tensor:
         """(T,) the row of the batch that each token is in."""
@@ -119,11 +138,9 @@ def _rules(config: VMoEConfig) -> Rules:
     )
 
 
-def _of_members(logits: Tensor, member: Tensor, num_members: int, num_zero_slots: int) -> Tensor:
-    """(T, N): of all slots' logits (T, E + zero slots) those of the token's own member (T,)."""
+def _of_members(logits: Tensor, member: Tensor, num_members: int) -> Tensor:
+    """(T, N): of all slots' logits (T, M * N) those of the token's own member (T,)."""
     if num_members == 1:
         return logits
-    first_zero = logits.shape[-1] - num_zero_slots
     index = torch.arange(len(logits), device=logits.device)
-    parts = (part.view(len(logits), num_members, -1) for part in (logits[:, :first_zero], logits[:, first_zero:]))
-    return torch.cat([part[index, member] for part in parts], dim=-1)
+    return logits.view(len(logits), num_members, -1)[index, member]

@@ -1,0 +1,88 @@
+"""A pass of a model over its data, for `observe` and `prune`: made ready and described, then taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.commands.batches_bar import batches_bar
+from secateur.commands.calibration_options import Asked
+from secateur.commands.layers_bar import layers_bar
+
+if TYPE_CHECKING:
+    from secateur.checkpoint.survey import Survey
+    from secateur.observation import Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """data: what the model is run on; about: what that takes; both as JSON. take: does it and writes the statistics."""
+
+    data: dict[str, Any]
+    about: dict[str, Any]
+    take: Callable[[], Observation]
+
+
+def prepare(found: Survey, asked: Asked, out: Path, *, device: str, show: bool, restart: bool = False) -> Pass:
+    """The pass that writes the statistics file `out`.
+
+    Args:
+        show: a bar. restart: throw away what an interrupted pass left, which else is gone on with.
+
+    Raises:
+        SecateurError: the data or the model cannot be used, or not together.
+    """
+    from secateur.checkpoint.inputs import reads
+
+    return KINDS[reads(found)](found, asked, out, device, show, restart)
+
+
+def _over_text(found: Survey, asked: Asked, out: Path, device: str, show: bool, restart: bool) -> Pass:
+    from secateur.checkpoint.observe import Run
+
+    drawn = asked.text(found.folder.path)
+    run = Run(
+        found,
+        drawn,
+        out,
+        batch_size=asked.text_batch_size,
+        activations="auto" if asked.activations is None else asked.activations.value,
+        device=device,
+    )
+
+    def take() -> Observation:
+        with layers_bar("observing", num_batches=asked.num_batches, show=show) as on_step:
+            return run.observe(restart=restart, on_step=on_step)
+
+    data, costs = drawn.to_json(), run.costs
+    about = {
+        "layers": costs.num_layers,
+        "moe_layers": costs.moe_layers,
+        "mtp_layers_not_run": list(found.mtp_counts),
+        "data": data,
+        "bytes_to_read": costs.read_bytes,
+        "activation_bytes": costs.hidden_bytes,
+        "activations": "memory" if costs.in_memory else "disk",
+        "peak_memory_bytes_estimated": costs.peak_bytes,
+        "goes_on": run.goes_on and not restart,
+    }
+    return Pass(data=data | {"batch_size": asked.text_batch_size}, about=about, take=take)
+
+
+def _over_images(found: Survey, asked: Asked, out: Path, device: str, show: bool, restart: bool) -> Pass:
+    from secateur.checkpoint.image_batches import MOST
+    from secateur.checkpoint.observe_images import ImageRun
+
+    run = ImageRun(found, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
+
+    def take() -> Observation:
+        with batches_bar("observing", show=show) as on_step:
+            return run.observe(on_step=on_step)
+
+    about = {"layers": found.model.num_layers, "moe_layers": list(found.counts), "data": run.data}
+    return Pass(data=run.data, about=about, take=take)
+
+
+KINDS = {"text": _over_text, "images": _over_images}

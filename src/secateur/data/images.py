@@ -1,0 +1,162 @@
+"""Images with class labels: a folder with one subfolder a class, or an .npz file with arrays `images` and `labels`."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from secateur.errors import SecateurError
+
+Pixels8: TypeAlias = NDArray[np.uint8]
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+# mode of an image file -> the one it is read in: grey or colour, 8 bits
+MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB", "RGBX": "RGB",
+         "CMYK": "RGB", "YCbCr": "RGB"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Images:
+    """N images, read when they are asked for.
+
+    Args:
+        name: of where they come from, for messages. labels: (N,) int64, from 0. classes: names in the order of the
+            labels, where they are known. image: number -> uint8 (H, W, C), C 1 or 3; sizes and C may differ.
+    """
+
+    name: str
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...] | None
+    image: Callable[[int], Pixels8]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int]) -> Images:
+        """Those of these numbers, in this order, numbered anew."""
+        kept = list(rows)
+        return Images(
+            name=self.name, labels=self.labels[kept], classes=self.classes, image=lambda row: self.image(kept[row])
+        )
+
+    def draw(self, number: int | None, *, seed: int) -> Images:
+        """`number` of them, all without it, in random order and none twice.
+
+        Raises:
+            SecateurError: there are not so many.
+        """
+        if number is not None and not 1 <= number <= len(self):
+            raise SecateurError(f"{self.name}: {number} images wanted, it has {len(self)}")
+        return self.take(np.random.default_rng(seed).permutation(len(self))[:number].tolist())
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raises SecateurError: a label that a model of so many classes does not know."""
+        if int(self.labels.max()) >= num_classes:
+            raise SecateurError(
+                f"{self.name}: labels up to {int(self.labels.max())}, expected 0 to {num_classes - 1}: the model knows "
+                f"{num_classes} classes"
+            )
+
+    def digest(self) -> str:
+        """sha256 (hex) of all pixels and labels in their order, whatever file they come from."""
+        digest = hashlib.sha256()
+        for row, label in enumerate(self.labels.tolist()):
+            pixels = self.image(row)
+            digest.update(f"{label} {pixels.shape}".encode())
+            digest.update(np.ascontiguousarray(pixels).data)
+        return digest.hexdigest()
+
+
+def read_images(path: Path) -> Images:
+    """The images of a folder or an .npz file.
+
+    A folder has a subfolder for every class, numbered by the order of their names, with its images, which come in the
+    order of theirs. An .npz file holds `images`, uint8 (N, H, W) or (N, H, W, 1 or 3), and `labels`, (N,) whole
+    numbers from 0. Nothing pickled is read.
+
+    Raises:
+        SecateurError: neither of the two, no image, or arrays of another kind; an image that cannot be read says so
+            when it is asked for.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix != ".npz" or not path.is_file():
+        found = "a file of another kind" if path.exists() else "not there"
+        raise SecateurError(f"{path}: {found}, expected a folder with a subfolder for every class, or an .npz file")
+    return _of_arrays(path)
+
+
+def _of_folder(path: Path) -> Images:
+    folders = sorted((one for one in path.iterdir() if one.is_dir() and one.name[0] != "."), key=lambda one: one.name)
+    if not folders:
+        raise SecateurError(f"{path}: no folders in it, expected one for every class")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        here = sorted(one for one in folder.iterdir() if one.suffix.lower() in SUFFIXES and one.name[0] != ".")
+        if not here:
+            raise SecateurError(
+                f"{folder}: no image in it ({' '.join(sorted(SUFFIXES))}), expected those of a class; of several "
+                "splits, such as train and test, name one"
+            )
+        files += here
+        labels += [label] * len(here)
+    return Images(
+        name=str(path),
+        labels=np.array(labels, dtype=np.int64),
+        classes=tuple(folder.name for folder in folders),
+        image=lambda row: _read(files[row]),
+    )
+
+
+def _read(file: Path) -> Pixels8:
+    try:
+        with Image.open(file) as opened:
+            if opened.mode not in MODES:
+                raise SecateurError(f"{file}: an image of mode {opened.mode!r}, expected one of {', '.join(MODES)}")
+            upright = ImageOps.exif_transpose(opened)
+            if upright.has_transparency_data and upright.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                raise SecateurError(f"{file}: parts of it are transparent; put it on a background first")
+            pixels = np.asarray(upright.convert(MODES[upright.mode]))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, SecateurError):
+            raise
+        raise SecateurError(f"{file}: cannot be read as an image ({type(error).__name__}: {error})") from error
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _of_arrays(path: Path) -> Images:
+    images, labels = _arrays(path)
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (1,), (3,)):
+        raise SecateurError(
+            f"{path}: images is {images.dtype} {images.shape}, expected uint8 (N, H, W) or (N, H, W, 1 or 3)"
+        )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise SecateurError(f"{path}: labels is {labels.dtype} {labels.shape}, expected whole numbers (N,)")
+    if len(images) != len(labels) or not images.size:
+        raise SecateurError(f"{path}: images {images.shape} and {len(labels)} labels, expected one for each, and some")
+    if int(labels.min()) < 0 or int(labels.max()) > np.iinfo(np.int32).max:
+        raise SecateurError(f"{path}: labels from {labels.min()} to {labels.max()}, expected class numbers from 0")
+    pixels = images if images.ndim == 4 else images[..., None]
+    return Images(name=str(path), labels=labels.astype(np.int64), classes=None, image=lambda row: pixels[row])
+
+
+def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            missing = sorted({"images", "labels"} - set(stored.files))
+            if missing:
+                raise SecateurError(f"{path}: no array {' and '.join(missing)}, found {', '.join(stored.files)}")
+            return stored["images"], stored["labels"]
+    except SecateurError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise SecateurError(f"{path}: cannot be read as .npz without pickle ({error})") from error

@@ -1,0 +1,138 @@
+"""Images for a classifier: what the data's classes are to the model, and batches of pixels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from secateur.checkpoint.survey import Survey
+from secateur.data.images import Images, Pixels8, read_images
+from secateur.errors import SecateurError
+from secateur.finetune.options import FinetuneOptions
+from secateur.finetune.task import Task
+from secateur.vision.pixels import Pixels, read_pixels
+
+# settings of text, and what they are when nobody gave them
+TEXT_ONLY = {"sequence_length": None, "text_key": "text", "split": "train", "router_aux_loss": None}
+SHIFT = 8  # images are moved by up to one part in so many of a side
+UNNAMED = re.compile(r"LABEL_\d+")
+
+
+def image_task(found: Survey, options: FinetuneOptions) -> Task:
+    """The images that `options` name, as the model's preprocessor_config.json wants them.
+
+    Raises:
+        SecateurError: no such images, classes that are not the model's, or settings of text.
+    """
+    for name, default in TEXT_ONLY.items():
+        if getattr(options, name) != default:
+            raise SecateurError(
+                f"--{name.replace('_', '-')}: a {found.model.model_type!r} model reads images; leave it out"
+            )
+    train = _read("--data", options.data)
+    evaluation = _read("--eval-data", options.eval_data) if options.eval_data else None
+    check_classes(train, found, new_head=options.new_head)
+    if evaluation is not None:
+        if None not in (train.classes, evaluation.classes) and train.classes != evaluation.classes:
+            raise SecateurError(f"--eval-data: classes {evaluation.classes}, expected those of --data, {train.classes}")
+        evaluation.check_labels(num_classes(train))
+    pixels = read_pixels(found.folder.path)
+    items = ImageItems(train, augment_seed=options.seed if options.augment else None)
+    return Task(
+        unit="images",
+        per_item=1,
+        train=items,
+        evaluation={} if evaluation is None else {"images": ImageItems(evaluation)},
+        about={"train": _about(train), "eval": {} if evaluation is None else _about(evaluation)},
+        collate=lambda rows: collate(pixels, rows),
+        set_epoch=items.set_epoch,
+        images=train,
+    )
+
+
+class ImageItems(Dataset[dict[str, Any]]):
+    """Image and label, {"image": uint8 (H, W, C), "label": int}; moved and flipped if there is a seed for it.
+
+    How is decided by the seed, the epoch and the number of the image alone, so that a run that was killed goes on with
+    the same images.
+    """
+
+    def __init__(self, images: Images, *, augment_seed: int | None = None) -> None:
+        self._images, self._seed, self._epoch = images, augment_seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        image = self._images.image(row)
+        if self._seed is not None:
+            image = augmented(image, np.random.default_rng([self._seed, self._epoch, row]))
+        return {"image": image, "label": int(self._images.labels[row])}
+
+
+def augmented(image: Pixels8, draw: np.random.Generator) -> Pixels8:
+    """(H, W, C) moved by up to an eighth of each side, black where it was not, and flipped left to right or not."""
+    height, width, _ = image.shape
+    down, right = (int(draw.integers(-(side // SHIFT), side // SHIFT + 1)) for side in (height, width))
+    moved = np.zeros_like(image)
+    moved[max(down, 0) : height + down, max(right, 0) : width + right] = image[
+        max(-down, 0) : height - down, max(-right, 0) : width - right
+    ]
+    return moved[:, ::-1] if draw.integers(2) else moved
+
+
+def collate(pixels: Pixels, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The batch that the model takes."""
+    return {
+        "pixel_values": pixels([row["image"] for row in rows]),
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
+
+
+def num_classes(images: Images) -> int:
+    return int(images.labels.max()) + 1 if images.classes is None else len(images.classes)
+
+
+def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
+    """Refuse images whose classes are not those that the model knows, unless it gets a new head for them.
+
+    Raises:
+        SecateurError: another number of classes, or names in another order.
+    """
+    known: Any = found.model.config.id2label
+    names = [known[label] for label in sorted(known)]
+    if new_head:
+        return
+    if num_classes(images) != len(names):
+        raise SecateurError(
+            f"{images.name}: {num_classes(images)} classes, the model knows {len(names)}; --new-head gives it a new "
+            "classifier for these"
+        )
+    if images.classes is None or all(UNNAMED.fullmatch(name) for name in names):
+        return
+    for label, (mine, its) in enumerate(zip(images.classes, names, strict=True)):
+        if mine != its:
+            raise SecateurError(
+                f"{images.name}: class {label} is {mine!r}, the model calls it {its!r}; --new-head gives it a new "
+                "classifier for these"
+            )
+
+
+def _read(flag: str, paths: Sequence[str]) -> Images:
+    if len(paths) > 1:
+        raise SecateurError(f"{flag}: {len(paths)} sets of images, expected one folder or .npz file")
+    return read_images(Path(paths[0]).expanduser())
+
+
+def _about(images: Images) -> dict[str, Any]:
+    return {"images": {"images": len(images), "classes": num_classes(images), "digest": images.digest()}}

@@ -1,0 +1,94 @@
+"""What finetune.json says: what was known before the first step, and what was measured on the way; and the card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from secateur import __version__
+from secateur.checkpoint.survey import Survey
+from secateur.finetune.model import Loaded
+from secateur.finetune.options import FinetuneOptions
+from secateur.finetune.task import Task
+from secateur.train.environment import hardware, versions
+
+FORMAT, VERSION = "secateur-finetune", 1
+RECORD, CARD = "finetune.json", "README.md"
+
+
+def known(found: Survey, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+    """What is known before the first step, as JSON."""
+    steps = options.num_steps(task.num_items)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "secateur": __version__,
+        "name": found.folder.path.resolve().name,
+        "source": str(found.folder.path),
+        "model_type": found.model.model_type,
+        "experts": {str(layer): count for layer, count in found.counts.items()},
+        "parameters": loaded.num_parameters,
+        "trained_parameters": loaded.num_trained,
+        "router_aux_loss": _router_loss(found, options),
+        "steps": steps,
+        "warmup_steps": options.warmup_steps(steps),
+        "epochs": steps / options.steps_per_epoch(task.num_items),
+        "data": dict(task.about),
+        "options": options.to_json(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _router_loss(found: Survey, options: FinetuneOptions) -> dict[str, Any] | None:
+    """The weights of the losses that balance the experts, and who said so; None where there is none."""
+    if options.router_aux_loss is not None:
+        return {"from": "option", "router_aux_loss": options.router_aux_loss} if options.router_aux_loss else None
+    config = found.model.text
+    names = ["importance_loss_coef", "load_loss_coef"]
+    if getattr(config, "output_router_logits", False):
+        names += ["router_aux_loss_coef", "router_z_loss_coef"]
+    weights = {name: getattr(config, name) for name in names if getattr(config, name, None)}
+    return {"from": "config", **weights} if weights else None
+
+
+def losses(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The training losses of a Trainer's log, as JSON."""
+    found = [line for line in history if "loss" in line]
+    return [{key: _finite(line.get(key)) for key in ("step", "loss", "learning_rate", "grad_norm")} for line in found]
+
+
+def evaluations(history: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What was measured, by step: {"step", "loss", "domains": {name: {"loss", ...}}}, and "accuracy" of images.
+
+    Args:
+        sizes: items of every set that was measured on.
+    """
+    steps: dict[int, dict[str, dict[str, float]]] = {}
+    for line in history:
+        for name in sizes:
+            if f"eval_{name}_loss" in line:
+                values = {key: line.get(f"eval_{name}_{key}") for key in ("loss", "accuracy")}
+                steps.setdefault(line["step"], {})[name] = {k: v for k, v in values.items() if v is not None}
+    return [{"step": step, **_mean(found, sizes), "domains": found} for step, found in steps.items()]
+
+
+def _mean(found: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> dict[str, float]:
+    total = sum(sizes[name] for name in found)
+    keys = next(iter(found.values())).keys()
+    return {key: sum(one[key] * sizes[name] for name, one in found.items()) / total for key in keys}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def with_section(card: str, record: Mapping[str, Any]) -> str:
+    """A model card, or "" for none, that says at its end what was done after all that it tells."""
+    trained = f"{record['steps']} steps on {', '.join(record['data']['train'])}"
+    what = f"# Fine-tuned\n\nThese weights were fine-tuned from `{record['name']}` by `secateur finetune`: {trained}."
+    if card:
+        card = card.rstrip("\n") + "\n\n"
+        what += " What this card says above of weights that were not changed is about the model before."
+    return f"{card}{what}\n\n`{RECORD}` has the settings, the losses and the versions.\n"

@@ -1,0 +1,108 @@
+"""Text for a language model: documents and chats become blocks of tokens of one length, and every token counts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset
+from transformers import PreTrainedTokenizerBase
+
+from secateur.checkpoint.survey import Survey
+from secateur.data.calibration import read_texts, token_lists
+from secateur.data.chats import Chat
+from secateur.data.corpus import Document
+from secateur.data.packing import BlockDataset, PackedTokens
+from secateur.data.tokenizer import load_tokenizer
+from secateur.errors import SecateurError
+from secateur.finetune.options import FinetuneOptions
+from secateur.finetune.task import Task
+
+LENGTH = 512
+IMAGES_ONLY = ("new_head", "augment")
+
+
+def text_task(found: Survey, options: FinetuneOptions) -> Task:
+    """The blocks that `options` name, by the model's own tokenizer.
+
+    Raises:
+        SecateurError: no such text, too little of it, no tokenizer, or one that does not fit the model.
+    """
+    for name in IMAGES_ONLY:
+        if getattr(options, name):
+            raise SecateurError(
+                f"--{name.replace('_', '-')}: a {found.model.model_type!r} model reads text; leave it out"
+            )
+    config = found.model.text
+    longest = getattr(config, "max_position_embeddings", None)
+    length = options.sequence_length or min(LENGTH, longest or LENGTH)
+    if longest is not None and length > longest:
+        raise SecateurError(f"--sequence-length {length}: the model takes sequences of up to {longest} tokens")
+    tokenizer = load_tokenizer(found.folder.path)
+    train = pack_domains(tokenizer, options.data, length, options)
+    evaluation = pack_domains(tokenizer, options.eval_data, length, options) if options.eval_data else {}
+    for one in (*train.values(), *evaluation.values()):
+        if (largest := int(one.blocks.max())) >= int(config.vocab_size):
+            raise SecateurError(
+                f"{found.folder.path}: its tokenizer makes a token of id {largest}, but its vocabulary is "
+                f"{config.vocab_size}"
+            )
+    return Task(
+        unit="tokens",
+        per_item=length,
+        train=ConcatDataset([BlockDataset(one) for one in train.values()]),
+        evaluation={domain: BlockDataset(one) for domain, one in evaluation.items()},
+        about={"sequence_length": length, "train": _about(train), "eval": _about(evaluation)},
+    )
+
+
+def pack_domains(
+    tokenizer: PreTrainedTokenizerBase, specs: Sequence[str], length: int, options: FinetuneOptions
+) -> dict[str, PackedTokens]:
+    """Domain -> blocks of `length` tokens: its texts joined, the end-of-text token after each where there is one.
+
+    Chats end as their template ends them. What is left after the last whole block is not used.
+
+    Raises:
+        SecateurError: a domain that has not one block.
+    """
+    texts: dict[str, list[Document | Chat]] = {}
+    for text in read_texts(specs, options.text_key, options.split):
+        texts.setdefault(text.domain, []).append(text)
+    return {domain: _pack(tokenizer, domain, mine, length) for domain, mine in sorted(texts.items())}
+
+
+def _pack(
+    tokenizer: PreTrainedTokenizerBase, domain: str, texts: Sequence[Document | Chat], length: int
+) -> PackedTokens:
+    stream = array("i")
+    for ids in token_lists(tokenizer, texts, None, special=False):
+        stream.extend(ids)
+    count = len(stream) // length
+    if not count:
+        raise SecateurError(
+            f"data {domain!r}: {len(stream)} tokens, expected at least one sequence of {length}; a smaller "
+            "--sequence-length needs less text"
+        )
+    return PackedTokens(
+        blocks=torch.frombuffer(stream, dtype=torch.int32, count=count * length).view(count, length),
+        num_documents=len(texts),
+        num_tokens=count * length,
+        num_dropped=len(stream) - count * length,
+        tokens_by_domain={domain: len(stream)},
+    )
+
+
+def _about(domains: Mapping[str, PackedTokens]) -> dict[str, Any]:
+    return {
+        domain: {
+            "documents": one.num_documents,
+            "sequences": len(one.blocks),
+            "tokens": one.num_tokens,
+            "tokens_left_over": one.num_dropped,
+            "digest": one.digest(),
+        }
+        for domain, one in domains.items()
+    }

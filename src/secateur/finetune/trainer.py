@@ -1,0 +1,110 @@
+"""transformers' Trainer for a fine-tuning: what a checkpoint holds, and what is counted and told on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from secateur.finetune.task import Task
+from secateur.train.checkpoints import seal
+from secateur.train.distributed.trainer import ResumableTrainer
+from secateur.train.run_log import check_finite
+
+WEIGHTS = "weights.safetensors"
+Progress = Callable[[int, int, str], None]
+
+
+class FinetuneTrainer(ResumableTrainer):
+    """Checkpoints hold the weights as they are in memory: a model folder would store some experts one by one.
+
+    Attributes:
+        items: sequences or images trained on by this process.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.items = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        self.items += len(inputs["labels"])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Without the router's losses, which transformers adds to that of the labels in evaluation too."""
+        model: Any = self.model
+        config = model.config.get_text_config()
+        asked = getattr(config, "output_router_logits", None)
+        if asked:
+            config.output_router_logits = False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if asked:
+                config.output_router_logits = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(str(output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.model
+        save_model(model, str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        mine: Any = self.model
+        load_model(mine, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+class FinetuneLog(TrainerCallback):
+    """Stops at a loss that is no number, seals checkpoints, counts training seconds, and tells of progress."""
+
+    def __init__(self, task: Task, *, run: str, steps_per_epoch: int, on_progress: Progress) -> None:
+        self._task, self._run, self._steps_per_epoch, self._on_progress = task, run, steps_per_epoch, on_progress
+        self._started = 0.0
+        self.seconds = 0.0
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._task.set_epoch(state.global_step // self._steps_per_epoch)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self._on_progress(state.global_step, state.max_steps, "")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        for key, value in logs.items():
+            if key in ("loss", "train_loss") or (key.startswith("eval_") and key.endswith("_loss")):
+                check_finite("training" if "eval" not in key else "validation", value, state.global_step)
+        if "loss" in logs:
+            self._on_progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._run)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of images whose class was named, of a Trainer's EvalPrediction with `best_class` before it."""
+    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+def best_class(logits: Any, labels: Any) -> Any:
+    """(B,) of what an image model puts out: its logits (B, classes), and more."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)

@@ -1,0 +1,462 @@
+"""Fine-tuning of language models: what is learnt, what is kept, and that a killed run ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from faults import Kill
+from secateur.checkpoint.apply import apply_to_model
+from secateur.checkpoint.evaluate import evaluate
+from secateur.checkpoint.folder import read_folder
+from secateur.checkpoint.survey import survey
+from secateur.checkpoint.work import place_of_work
+from secateur.cli import app
+from secateur.data.batch import Batch
+from secateur.data.tokenizer import load_tokenizer
+from secateur.errors import SecateurError
+from secateur.finetune.model import load
+from secateur.finetune.options import FinetuneOptions
+from secateur.finetune.run import WHAT
+from secateur.finetune.text import pack_domains
+from secateur.plan import LayerPlan, Plan
+from secateur.train import checkpoints
+from small_finetunes import files_of, run, text_folder, text_options
+from small_runs import in_child
+from tiny_models import tiny_model
+
+UNEVEN = Plan(
+    layers={0: LayerPlan(experts_before=8, order=(0, 2, 5)), 2: LayerPlan(experts_before=8, order=(1, 3, 4, 6, 7))},
+    criterion="random",
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_folder(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def tuned(root: Path) -> Path:
+    options = text_options(root, eval_data=text_options(root).data, steps=10)
+    run(root, root / "tuned", options)
+    return root / "tuned"
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "finetune.json").read_text())
+    return record
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
+
+
+def blocks_of(root: Path) -> dict[str, torch.Tensor]:
+    options = text_options(root)
+    packed = pack_domains(load_tokenizer(root / "source"), options.data, 16, options)
+    return {domain: one.blocks for domain, one in packed.items()}
+
+
+def test_the_loss_falls_on_what_is_trained(tuned: Path) -> None:
+    record = record_of(tuned)
+    before, after = record["evaluations"]
+    assert (before["step"], after["step"]) == (0, 10)
+    assert after["loss"] < before["loss"] - 1
+    assert record["losses"][-1]["loss"] < record["losses"][0]["loss"] - 1
+    assert record["tokens_per_second"] > 0
+    assert record["router_aux_loss"] is None  # its config has a weight for one and does not ask for it
+
+
+def test_the_loss_before_the_first_step_is_the_one_that_eval_measures(root: Path, tuned: Path, tmp_path: Path) -> None:
+    blocks = blocks_of(root)
+    batches = [Batch(input_ids=one.long()) for one in blocks.values()]
+    domains = [domain for domain, one in blocks.items() for _ in one]
+    (found,) = evaluate([root / "source"], batches, domains)
+    measured = record_of(tuned)["evaluations"][0]
+    assert measured["loss"] == pytest.approx(found["loss"], abs=1e-5)
+    for domain in blocks:
+        assert measured["domains"][domain]["loss"] == pytest.approx(found["domains"][domain]["loss"], abs=1e-5)
+    whole = run(root, tmp_path / "out", text_options(root, steps=1, batch_size=len(domains)))
+    assert whole["losses"][0]["loss"] == pytest.approx(found["loss"], abs=1e-5)
+
+
+def test_the_loss_after_the_last_step_is_that_of_the_folder(root: Path, tuned: Path) -> None:
+    blocks = blocks_of(root)
+    batches = [Batch(input_ids=one.long()) for one in blocks.values()]
+    (found,) = evaluate([tuned], batches, [domain for domain, one in blocks.items() for _ in one])
+    assert record_of(tuned)["evaluations"][-1]["loss"] == pytest.approx(found["loss"], abs=1e-5)
+
+
+def test_what_lay_beside_the_weights_is_kept_and_what_is_no_longer_true_is_not(root: Path, tuned: Path) -> None:
+    source, out = files_of(root / "source"), files_of(tuned)
+    weights = {name for name in source if name.startswith("model")}
+    assert len(weights) > 2  # the source is in several files
+    for name in source.keys() - weights - {"report.json"}:
+        assert out[name] == source[name], name
+    assert {"config.json", "generation_config.json", "plan.json", "more/notes.txt", "tokenizer.json"} <= out.keys()
+    assert out.keys() - source.keys() == {"model.safetensors", "README.md"}
+    assert "report.json" not in out
+    assert b"fine-tuned from `source`" in out["README.md"]
+    assert not place_of_work(tuned, WHAT).exists()
+
+
+def test_every_tensor_has_its_name_and_type_and_was_trained(root: Path, tuned: Path) -> None:
+    before, after = tensors_of(root / "source"), tensors_of(tuned)
+    assert {name: (one.shape, one.dtype) for name, one in before.items()} == {
+        name: (one.shape, one.dtype) for name, one in after.items()
+    }
+    assert not any(torch.equal(one, after[name]) for name, one in before.items())
+
+
+@pytest.mark.slow
+def test_small_batches_add_up_to_a_large_one(root: Path, tmp_path: Path) -> None:
+    for out, sizes in (("large", (8, 1)), ("small", (2, 4))):
+        batch_size, gradient_accumulation = sizes
+        options = text_options(root, batch_size=batch_size, gradient_accumulation=gradient_accumulation, steps=3,
+                               learning_rate=1e-3)  # fmt: skip
+        run(root, tmp_path / out, options)
+    large, small = (record_of(tmp_path / out) for out in ("large", "small"))
+    for one, other in zip(large["losses"], small["losses"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_frozen_parameters_stay_byte_for_byte(root: Path, tmp_path: Path) -> None:
+    record = run(root, tmp_path / "out", text_options(root, freeze=(r"mlp\.gate\.", "embed_tokens"), weight_decay=0.1))
+    before, after = tensors_of(root / "source"), tensors_of(tmp_path / "out")
+    frozen = {name for name in before if "mlp.gate." in name or "embed_tokens" in name}
+    assert len(frozen) == 4
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    assert record["parameters"] - record["trained_parameters"] == sum(before[name].numel() for name in frozen)
+
+
+@pytest.mark.slow
+def test_a_model_in_sixteen_bits_is_trained_in_float32_and_written_in_sixteen(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(root / "source", source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for path in source.glob("model*"):
+        path.unlink()
+    model.bfloat16().save_pretrained(source)
+    # a step of 1e-5 on weights of about 0.02 is lost in bfloat16; twenty of them are not
+    options = text_options(root, steps=20, learning_rate=1e-5, schedule="constant")
+    run(tmp_path, tmp_path / "out", options)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert {one.dtype for one in after.values()} == {torch.bfloat16}
+    moved = torch.cat([(before[name] != after[name]).flatten() for name in before]).float().mean()
+    assert moved > 0.3
+
+
+def test_layers_of_different_sizes_go_in_and_come_out(root: Path, tmp_path: Path) -> None:
+    apply_to_model_without_plan(root, tmp_path / "source")
+    run(tmp_path, tmp_path / "out", text_options(root, eval_data=text_options(root).data))
+    found = survey(read_folder(tmp_path / "out"))
+    assert found.counts == {0: 3, 1: 8, 2: 5}
+    for name in ("plan.json", "modeling_secateur.py", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "PrunedQwen3MoeForCausalLM"
+    assert "was not changed" not in (tmp_path / "out" / "README.md").read_text().rpartition("# Fine-tuned")[2]
+
+
+def apply_to_model_without_plan(root: Path, out: Path) -> None:
+    plain = out.with_name("plain")
+    shutil.copytree(root / "source", plain)
+    (plain / "plan.json").unlink()  # a stand-in that is no plan
+    apply_to_model(plain, UNEVEN, out)
+
+
+@pytest.mark.slow
+def test_stock_transformers_loads_a_tuned_model_of_different_layers(root: Path, tmp_path: Path) -> None:
+    apply_to_model_without_plan(root, tmp_path / "source")
+    run(tmp_path, tmp_path / "out", text_options(root))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = float(model(torch.arange(8)[None]).logits.detach().sum())
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
+        f"m = A.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True).eval();"
+        "print(float(m(torch.arange(8)[None]).logits.sum()), 'secateur' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [str(expected), "False"], done.stderr
+
+
+@pytest.mark.slow
+def test_the_losses_of_routers_are_those_of_the_config_or_of_the_option(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "source", tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text()) | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    path.write_text(json.dumps(config))
+    rest = {"eval_data": text_options(root).data, "steps": 1, "batch_size": 64}
+    records = {
+        coefficient: run(tmp_path, tmp_path / f"{coefficient}", text_options(root, router_aux_loss=coefficient, **rest))
+        for coefficient in (None, 0.0, 0.25)
+    }
+    plain = records[0.0]["losses"][0]["loss"]
+    for one in records.values():  # measured without, whatever training adds
+        assert one["evaluations"][0]["loss"] == pytest.approx(plain, abs=1e-5)
+    # the loss of top-2 routers is 2 where they are balanced, and these nearly are
+    assert records[None]["losses"][0]["loss"] - plain == pytest.approx(0.5 * 2, rel=0.1)
+    assert records[0.25]["losses"][0]["loss"] - plain == pytest.approx(0.25 * 2, rel=0.1)
+    assert records[None]["router_aux_loss"] == {"from": "config", "router_aux_loss_coef": 0.5}
+    assert records[0.25]["router_aux_loss"] == {"from": "option", "router_aux_loss": 0.25}
+    assert records[0.0]["router_aux_loss"] is None
+    assert (tmp_path / "0.25" / "config.json").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_chats_go_through_the_template(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "source", tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer_config.json"
+    template = "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    chats = [
+        [{"role": "user", "content": f"code {turn}"}, {"role": "assistant", "content": "prose"}] for turn in range(9)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tokenizer = load_tokenizer(tmp_path / "source")
+    text = [f"user: code {turn}\nassistant: prose\n" for turn in range(9)]
+    ids = [token for one in text for token in tokenizer(one)["input_ids"]]
+    options = text_options(root, data=(str(tmp_path / "chats.jsonl"),))
+    packed = pack_domains(tokenizer, options.data, 16, options)["chats"]
+    assert packed.blocks.flatten().tolist() == ids[: packed.num_tokens]
+    assert packed.num_dropped == len(ids) - packed.num_tokens < 16
+    assert run(tmp_path, tmp_path / "out", options)["data"]["train"]["chats"]["documents"] == 9
+
+
+def test_epochs_are_turned_into_steps(root: Path, tmp_path: Path) -> None:
+    sequences = sum(len(one) for one in blocks_of(root).values())
+    options = text_options(root, steps=None, epochs=1.5, batch_size=4, gradient_accumulation=3, warmup=0.1)
+    record = run(root, tmp_path / "out", options, dry_run=True)
+    assert record["steps"] == math.ceil(1.5 * math.ceil(math.ceil(sequences / 4) / 3))
+    assert record["warmup_steps"] == math.ceil(0.1 * record["steps"])
+    assert not list(tmp_path.iterdir())
+    assert options.warmup_steps(100) == 10
+    assert FinetuneOptions(data=("x",), warmup=7).warmup_steps(100) == 7
+
+
+def test_the_learning_rate_rises_and_falls_as_asked(root: Path, tmp_path: Path) -> None:
+    options = text_options(root, warmup=2, schedule="linear", batch_size=1)
+    rates = [line["learning_rate"] for line in run(root, tmp_path / "out", options)["losses"]]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
+
+
+def test_a_loss_that_is_no_number_stops_with_a_clear_error(root: Path, tmp_path: Path) -> None:
+    options = text_options(root, learning_rate=1e15, steps=6, max_grad_norm=0)
+    with pytest.raises(SecateurError, match=r"the training loss is (nan|inf) at step \d: the run has diverged"):
+        run(root, tmp_path / "out", options)
+    assert not list(tmp_path.iterdir())
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no data": ({"data": ()}, "nothing to train on"),
+    "data that is not there": ({"data": ("nowhere.jsonl",)}, "no such file or folder"),
+    "too little text": (
+        {"sequence_length": 64, "data": ("little.txt",)},
+        r"'little': \d+ tokens, expected at least one",
+    ),
+    "a sequence that is too long": ({"sequence_length": 4096}, "sequences of up to 64 tokens"),
+    "steps and epochs": ({"epochs": 1.0}, "--steps and --epochs"),
+    "a schedule that is not there": ({"schedule": "step"}, "--schedule step: expected one of cosine"),
+    "a rate that is not there": ({"learning_rate": 0.0}, "--learning-rate: found 0.0"),
+    "nothing frozen": ({"freeze": ("nowhere",)}, "no parameter has such a name"),
+    "all frozen": ({"freeze": (".",)}, "no parameter is left"),
+    "no expression": ({"freeze": ("(",)}, "not a regular expression"),
+    "a head for text": ({"new_head": True}, "--new-head: a 'qwen3_moe' model reads text"),
+    "steps of nothing": ({"eval_steps": 3}, "--eval-steps needs --eval-data"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_named(root: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, message = WRONG[what]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "little.txt").write_text("too little")
+    with pytest.raises(SecateurError, match=message):
+        run(root, tmp_path / "out", text_options(root, **changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["little.txt"]
+
+
+def test_a_folder_that_is_not_free_a_job_of_two_and_a_quantised_model_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = text_options(root)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "something").touch()
+    with pytest.raises(SecateurError, match="it is there already and not an empty folder"):
+        run(root, tmp_path / "out", options)
+    with pytest.raises(SecateurError, match="nothing was left of a fine-tuning"):
+        run(root, tmp_path / "new", options, resume=True)
+    shutil.copytree(root / "source", tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    with pytest.raises(SecateurError, match="it is quantised"):
+        run(tmp_path, tmp_path / "new", options)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SecateurError, match="runs in one process, WORLD_SIZE is 2"):
+        run(root, tmp_path / "new", options)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_named(root: Path, tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "source")  # a vocabulary of 64
+    load_tokenizer(root / "source").save_pretrained(tmp_path / "source")
+    with pytest.raises(SecateurError, match=r"makes a token of id \d+, but its vocabulary is 64"):
+        run(tmp_path, tmp_path / "out", text_options(root))
+
+
+def test_the_command_says_what_it_would_do_and_does_it(root: Path, tmp_path: Path) -> None:
+    words = [
+        "finetune",
+        root / "source",
+        "--data",
+        f"code={root / 'code.jsonl'}",
+        "--steps",
+        2,
+        "--sequence-length",
+        16,
+    ]
+    words += ["--save-steps", 0, "--freeze", "norm", "--freeze", "embed", "--out", tmp_path / "out"]
+    dry = CliRunner().invoke(app, [*map(str, words), "--dry-run"])
+    assert dry.exit_code == 0
+    assert "would write" in dry.stdout
+    assert not list(tmp_path.iterdir())
+    done = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert done.exit_code == 0, done.exception
+    told = json.loads(done.stdout)
+    assert told == record_of(tmp_path / "out") | {"dry_run": False}
+    assert told["options"]["freeze"] == ["norm", "embed"]
+    assert [line["step"] for line in told["losses"]] == [2]
+
+
+# one epoch is 11 steps here: a checkpoint within the first, one within the second
+STEADY: dict[str, Any] = {"steps": 16, "save_steps": 3, "schedule": "constant", "learning_rate": 1e-3, "batch_size": 3,
+                          "gradient_accumulation": 2, "eval_steps": 4}  # fmt: skip
+STEP_END = "secateur.finetune.trainer:FinetuneLog.on_step_end"
+LAST = "after the result got its name"
+MOMENTS = {
+    "between two checkpoints": Kill(STEP_END, 8),
+    "between a checkpoint and its seal": Kill("secateur.finetune.trainer:seal", 3),
+    "after the last step": Kill("secateur.finetune.run:write"),
+    "while the result is written": Kill("secateur.finetune.model:copy_file", 2),
+    LAST: Kill("secateur.checkpoint.work:Work.remove"),
+}
+
+
+def steady(root: Path) -> FinetuneOptions:
+    return text_options(root, **STEADY, eval_data=(f"code={root / 'code.jsonl'}",))
+
+
+def start(root: Path, out: Path, resume: bool, hook: Callable[[], None] | None = None) -> None:
+    if hook is not None:
+        hook()
+    run(root, out, steady(root), resume=resume)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path) -> Path:
+    start(root, root / "uninterrupted", False)
+    return root / "uninterrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
+    moment: str, root: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "out"
+    assert in_child(start, root, out, False, MOMENTS[moment]) == -signal.SIGKILL
+    assert out.exists() == (moment == LAST)
+    start(root, out, True)
+    assert files_of(out) == files_of(uninterrupted)
+    for key in ("losses", "evaluations", "steps", "data"):
+        assert record_of(out)[key] == record_of(uninterrupted)[key], key
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_left_is_neither_lost_nor_mixed_up(root: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", text_options(root, save_steps=2)
+
+    def stop(done: int, total: int, numbers: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(root, out, options, on_progress=stop)
+    work = place_of_work(out, WHAT)
+    assert checkpoints.last_whole(work) == work / "checkpoint-2"
+    assert not out.exists()
+    with pytest.raises(SecateurError, match="was interrupted after checkpoint-2: go on with --resume"):
+        run(root, out, options)
+    with pytest.raises(SecateurError, match=r"--learning-rate is 0\.5, but the run was started with 0\.01"):
+        run(root, out, text_options(root, save_steps=2, learning_rate=0.5), resume=True)
+    with pytest.raises(SecateurError, match="--resume and --restart"):
+        run(root, out, options, resume=True, restart=True)
+    assert run(root, out, options, resume=True)["resumed_after_step"] == 2
+    assert not work.exists()
+
+
+def test_logs_for_tensorboard_are_in_the_result(root: Path, tmp_path: Path) -> None:
+    logs = place_of_work(tmp_path / "out", WHAT) / "runs"
+
+    def write(done: int, total: int, numbers: str) -> None:
+        logs.mkdir(exist_ok=True)
+        (logs / "events").write_text("as TensorBoard would")
+
+    run(root, tmp_path / "out", text_options(root, steps=1), on_progress=write)
+    assert (tmp_path / "out" / "runs" / "events").is_file()
+
+
+@pytest.mark.slow
+def test_a_new_start_after_restart_is_a_run_of_its_own(root: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", text_options(root, save_steps=2)
+
+    def stop(done: int, total: int, numbers: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(root, out, options, on_progress=stop)
+    assert run(root, out, options, restart=True)["resumed_after_step"] is None
+    run(root, tmp_path / "never", options)
+    assert files_of(out) == files_of(tmp_path / "never")
+    run(root, tmp_path / "other seed", text_options(root, save_steps=2, seed=1))
+    assert record_of(tmp_path / "other seed")["losses"] != record_of(out)["losses"]
+
+
+def test_a_model_is_loaded_into_memory_of_its_own(root: Path) -> None:
+    """Tensors that lie anywhere in a mapped file round matrix products otherwise."""
+    loaded = load(survey(read_folder(root / "source")))
+    assert all(one.data_ptr() % 64 == 0 for one in loaded.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3 grouped", "gpt_oss", "dbrx"])
+def test_other_families_keep_the_names_and_shapes_of_their_files(name: str, root: Path, tmp_path: Path) -> None:
+    """Experts stored one by one, in stacks with biases, and in flat matrices; selection biases are not trained."""
+    tokenizer = load_tokenizer(root / "source")
+    tiny_model(name, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    run(tmp_path, tmp_path / "out", text_options(root))
+    before, after = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "out")
+    assert {key: (one.shape, one.dtype) for key, one in before.items()} == {
+        key: (one.shape, one.dtype) for key, one in after.items()
+    }
+    for key, one in before.items():
+        if "e_score_correction_bias" in key:
+            assert torch.equal(one, after[key])
+    assert any(not torch.equal(one, after[key]) for key, one in before.items() if "router" in key or "gate." in key)

@@ -1,0 +1,206 @@
+"""Fine-tuning of image classifiers: classes, new heads, moved images, and a killed run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from faults import Kill
+from secateur.checkpoint.apply import apply_to_model
+from secateur.checkpoint.folder import read_folder
+from secateur.checkpoint.survey import survey
+from secateur.data.images import read_images
+from secateur.errors import SecateurError
+from secateur.finetune.images import ImageItems, augmented
+from secateur.finetune.options import FinetuneOptions
+from secateur.plan import LayerPlan, Plan
+from secateur.vision.pixels import FILE, read_pixels
+from small_finetunes import files_of, image_folder, image_options, run, write_images
+from small_runs import in_child
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def tuned(root: Path) -> Path:
+    options = image_options(root, eval_data=(str(root / "train.npz"),), steps=20, learning_rate=5e-3)
+    run(root, root / "tuned", options)
+    return root / "tuned"
+
+
+def test_classes_are_learnt(tuned: Path) -> None:
+    record = json.loads((tuned / "finetune.json").read_text())
+    assert record["router_aux_loss"] == {"from": "config", "importance_loss_coef": 0.005, "load_loss_coef": 0.005}
+    before, after = record["evaluations"]
+    assert after["accuracy"] > before["accuracy"] + 0.3
+    assert after["loss"] < before["loss"]
+
+
+def test_the_measured_accuracy_and_loss_are_those_of_the_folder(root: Path, tuned: Path) -> None:
+    images = read_images(root / "train.npz")
+    model = AutoModelForImageClassification.from_pretrained(tuned).eval()
+    pixels = read_pixels(tuned)([images.image(row) for row in range(len(images))])
+    labels = torch.from_numpy(images.labels)
+    with torch.no_grad():
+        logits = torch.cat([model(part).logits for part in pixels.split(8)])  # the batches that were measured
+    measured = json.loads((tuned / "finetune.json").read_text())["evaluations"][-1]
+    assert measured["accuracy"] == pytest.approx(float((logits.argmax(dim=1) == labels).float().mean()))
+    assert measured["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), abs=1e-5)
+    for name in (FILE, "config.json"):
+        assert (tuned / name).read_bytes() == (root / "source" / name).read_bytes()
+
+
+def test_a_new_head_is_for_the_classes_of_the_data(root: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for name in ("bird", "cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+                tmp_path / "data" / name / f"{number}.png"
+            )
+    options = image_options(root, data=(str(tmp_path / "data"),), steps=2)
+    with pytest.raises(SecateurError, match="3 classes, the model knows 5; --new-head"):
+        run(root, tmp_path / "out", options)
+    new = image_options(root, data=(str(tmp_path / "data"),), steps=2, new_head=True)
+    run(root, tmp_path / "out", new)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "bird", 1: "cat", 2: "dog"}
+    assert model.config.label2id == {"bird": 0, "cat": 1, "dog": 2}
+    assert model.classifier.weight.shape == (3, 32)
+    assert survey(read_folder(tmp_path / "out")).counts == {0: 8, 2: 8}
+    before, after = (load_file(path / "model.safetensors") for path in (root / "source", tmp_path / "out"))
+    assert before.keys() == after.keys()
+    # classes have names now, and those of other data are not taken for them
+    (tmp_path / "data" / "bird").rename(tmp_path / "data" / "fish")
+    again = image_options(root, data=(str(tmp_path / "data"),), steps=1)
+    (tmp_path / "out").rename(tmp_path / "source")
+    with pytest.raises(SecateurError, match="class 0 is 'cat', the model calls it 'bird'"):
+        run(tmp_path, tmp_path / "new", again)
+
+
+def test_a_new_head_begins_without_an_opinion(root: Path, tmp_path: Path) -> None:
+    options = image_options(root, eval_data=(str(root / "train.npz"),), steps=1, new_head=True)
+    measured = run(root, tmp_path / "out", options)["evaluations"][0]
+    assert measured["loss"] == pytest.approx(np.log(5), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_layers_of_different_sizes_go_in_and_come_out(root: Path, tmp_path: Path) -> None:
+    plan = Plan(layers={0: LayerPlan(experts_before=8, order=(1, 4, 5))}, criterion="random")
+    apply_to_model(root / "source", plan, tmp_path / "source")
+    run(tmp_path, tmp_path / "out", image_options(root, new_head=True))
+    assert survey(read_folder(tmp_path / "out")).counts == {0: 3, 2: 8}
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "out")).__name__.startswith("Pruned")
+
+
+def test_images_are_moved_by_up_to_an_eighth_and_flipped(root: Path) -> None:
+    image = np.arange(16 * 8, dtype=np.uint8).reshape(16, 8, 1) + 1
+    seen = set()
+    for seed in range(300):
+        found = augmented(image, np.random.default_rng(seed))
+        match = [
+            (down, right, flip)
+            for down in range(-2, 3)
+            for right in range(-1, 2)
+            for flip in (False, True)
+            if np.array_equal(found, moved(image, down, right, flip))
+        ]
+        assert len(match) == 1
+        seen |= set(match)
+    assert len(seen) == 5 * 3 * 2  # all of them come
+    small = np.ones((4, 4, 3), dtype=np.uint8)
+    assert np.array_equal(augmented(small, np.random.default_rng(0)), small)  # an eighth is less than a pixel
+
+
+def moved(image: Any, down: int, right: int, flip: bool) -> Any:
+    """Pixel by pixel."""
+    height, width, _ = image.shape
+    found = np.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y - down < height and 0 <= x - right < width:
+                found[y, x] = image[y - down, x - right]
+    return found[:, ::-1] if flip else found
+
+
+def test_every_epoch_moves_an_image_in_its_own_way_and_the_seed_decides(root: Path) -> None:
+    images = read_images(root / "train.npz")
+    one, same, other, plain = (ImageItems(images, augment_seed=seed) for seed in (1, 1, 2, None))
+
+    def pixels(items: ImageItems, epoch: int) -> Any:
+        items.set_epoch(epoch)
+        return np.stack([items[row]["image"] for row in range(len(items))])
+
+    assert np.array_equal(pixels(one, 3), pixels(same, 3))
+    assert not np.array_equal(pixels(one, 3), pixels(one, 4))
+    assert not np.array_equal(pixels(one, 3), pixels(other, 3))
+    assert np.array_equal(pixels(plain, 3), np.stack([images.image(row) for row in range(len(images))]))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "other classes": ({"data": ("four.npz",)}, "4 classes, the model knows 5; --new-head"),
+    "other classes to measure on": ({"eval_data": ("six.npz",)}, "labels up to 5, expected 0 to 4"),
+    "two sets": ({"data": ("four.npz", "six.npz")}, "--data: 2 sets of images"),
+    "nothing there": ({"data": ("nowhere.npz",)}, "nowhere.npz: not there"),
+    "a setting of text": ({"sequence_length": 16}, "--sequence-length: a 'vmoe' model reads images"),
+    "a loss of text": ({"router_aux_loss": 0.1}, "--router-aux-loss: a 'vmoe' model reads images"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_named(what: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, message = WRONG[what]
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (("four", 4), ("six", 6)):
+        write_images(tmp_path / f"{name}.npz", classes)
+    with pytest.raises(SecateurError, match=message):
+        run(root, tmp_path / "out", image_options(root, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_does_not_say_how_pixels_are_scaled_is_refused(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "source", tmp_path / "source")
+    (tmp_path / "source" / FILE).unlink()
+    with pytest.raises(SecateurError, match="not there, and nothing else says how pixels are scaled"):
+        run(tmp_path, tmp_path / "out", image_options(root))
+
+
+# an epoch is 10 steps of 4 images here; noise on the routers and moved images depend on the step
+STEP_END = "secateur.finetune.trainer:FinetuneLog.on_step_end"
+
+
+def noisy(root: Path) -> FinetuneOptions:
+    return image_options(root, steps=24, save_steps=6, batch_size=4, augment=True, schedule="constant",
+                         learning_rate=1e-3, eval_data=(str(root / "train.npz"),), eval_steps=5)  # fmt: skip
+
+
+def start(root: Path, out: Path, resume: bool, hook: Callable[[], None] | None = None) -> None:
+    if hook is not None:
+        hook()
+    run(root, out, noisy(root), resume=resume)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_second_epoch_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
+    start(root, tmp_path / "whole", False)
+    out = tmp_path / "out"
+    assert in_child(start, root, out, False, Kill(STEP_END, 19)) == -signal.SIGKILL
+    start(root, out, True)
+    assert files_of(out) == files_of(tmp_path / "whole")
+    one, other = (json.loads((folder / "finetune.json").read_text()) for folder in (out, tmp_path / "whole"))
+    assert (one["resumed_after_step"], other["resumed_after_step"]) == (18, None)
+    assert (one["losses"], one["evaluations"]) == (other["losses"], other["evaluations"])
