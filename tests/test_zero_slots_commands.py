@@ -136,6 +136,10 @@ def test_what_runs_on_text_refuses_zero_slots_or_computes_them(
     status, _, err = run(capsys, monkeypatch, *words)
     assert status == 2
     assert "the model has zero slots: its routers choose among experts of which some were removed" in err
+    words = ["prune", tmp_path / "out", *asked, "--criterion", "frequency", "--allocation", "global", "--keep", "0.5"]
+    status, _, err = run(capsys, monkeypatch, *words, "--removed", "zero-slot", "--out", tmp_path / "none")
+    assert status == 2
+    assert "the model has zero slots: its routers choose among experts of which some were removed" in err
     perplexity = []
     for way in ("--stream", "--no-stream"):
         status, out, err = run(capsys, monkeypatch, "eval", tmp_path / "out", *asked, way, "--json")

@@ -82,9 +82,9 @@ def read_pixels(folder: Path) -> Pixels:
     file = folder / FILE
     if not file.is_file():
         raise SecateurError(
-            f"{file}: not there, and nothing else says how pixels are scaled; `secateur convert-vmoe` and `secateur "
-            "finetune` write it, or write json.dumps(secateur.vision.pixels.default_pixels(config)) into it if the "
-            "model was trained on pixels from -1 to 1"
+            f"{file}: not there, and nothing else says how pixels are scaled; `secateur convert-vmoe` writes it, "
+            "or write json.dumps(secateur.vision.pixels.default_pixels(config)) into it if the model was trained on "
+            "pixels from -1 to 1, or is yet to be trained"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
