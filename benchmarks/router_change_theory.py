@@ -44,7 +44,8 @@ QUANTITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda change: change.abs().amax(dim=1),
 }
 KEEPS = (8, 6, 4, 3, 2, 1)
-COLUMNS = ["experiment", "quantity", "value"]
+BEYOND = ("V0", "V3")  # the second has an expert to un-learn
+FOUND = "runs that find the relevant experts"
 
 
 def main() -> None:
@@ -52,30 +53,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=60, help="of each variant")
     parser.add_argument("--scaling-seeds", type=int, default=20, help="of each number of patterns")
     arguments = parser.parse_args()
-    rows: list[list[str]] = []
     record: dict[str, Any] = {"seeds": arguments.seeds, "scaling_seeds": arguments.scaling_seeds}
-    for routing in toy.GATES:
-        for name, setting in toy.VARIANTS.items():
-            found = variant(replace(setting, routing=routing), arguments.seeds)
-            record[f"{name}, {routing} choice"] = found
-            rows += [[f"{name}, {routing} choice", quantity, value] for quantity, value in shown(found)]
-            print(rows[-1], flush=True)
-    record["scaling"] = {}
-    for name, make in SCALING.items():
-        found = scaling([make(d) for d in WIDTHS], arguments.scaling_seeds)
-        record["scaling"][name] = found
-        for quantity, one in found.items():
-            text = f"{interval(one['all'])}; {interval(one['large'])}"
-            rows.append([f"change with d: {name}", f"slope of the {quantity} change, all d; d from {LARGE} on", text])
-            print(rows[-1], flush=True)
-    for routing in toy.GATES:
-        found = beyond(toy.Setting(routing=routing), arguments.seeds)
-        record[f"beyond, {routing} choice"] = found
-        for keep, one in found.items():
-            text = f"{one['before']:.3f} -> {one['after']:.3f} (worst {one['worst_after']:.3f})"
-            rows.append([f"keep {keep} of 8, {routing} choice", "mean accuracy before -> after fine-tuning", text])
-    show("router change on the published data model", COLUMNS, rows)
-    print(store("router_change_theory", record | {"table": [COLUMNS, *rows]}))
+    record["variants"] = {
+        f"{name}, {routing} choice": variant(replace(setting, routing=routing), arguments.seeds)
+        for routing in toy.GATES
+        for name, setting in toy.VARIANTS.items()
+    }
+    record["scaling"] = {
+        name: scaling([make(d) for d in WIDTHS], arguments.scaling_seeds) for name, make in SCALING.items()
+    }
+    record["beyond"] = {
+        f"{name}, {routing} choice": beyond(replace(toy.VARIANTS[name], routing=routing), arguments.seeds)
+        for name in BEYOND
+        for routing in toy.GATES
+    }
+    tables = shown(record)
+    for title, (columns, *rows) in tables.items():
+        show(title, columns, rows)
+    print(store("router_change_theory", record | {"table": [row for table in tables.values() for row in table]}))
     draw(record)
 
 
@@ -97,9 +92,7 @@ def variant(setting: toy.Setting, seeds: int) -> dict[str, Any]:
     return {
         "least change of a relevant expert": float(change[:, relevant].min()),
         "largest change of an irrelevant expert": float(change[:, ~relevant].max()),
-        "runs that find the relevant experts": {
-            name: int(toy.finds_relevant(one).sum()) for name, one in scores.items()
-        },
+        FOUND: {name: int(toy.finds_relevant(one).sum()) for name, one in scores.items()},
         "accuracy": {which: numbers(one["accuracy"]) for which, one in results.items()},
         "hinge": {which: numbers(one["hinge"]) for which, one in results.items()},
         "runs": seeds,
@@ -110,20 +103,40 @@ def numbers(values: Tensor) -> dict[str, float]:
     return {"least": float(values.min()), "mean": float(values.mean()), "most": float(values.max())}
 
 
-def shown(found: dict[str, Any]) -> list[tuple[str, str]]:
-    right = found["runs that find the relevant experts"]
-    accuracy = found["accuracy"]
-    return [
-        ("least change of a relevant expert", f"{found['least change of a relevant expert']:+.4f}"),
-        ("largest change of an irrelevant expert", f"{found['largest change of an irrelevant expert']:+.4f}"),
-        *((f"relevant experts found by {name}", f"{count} of {found['runs']}") for name, count in right.items()),
-        ("accuracy, none removed (worst run)", f"{accuracy['none removed']['least']:.3f}"),
-        ("accuracy, 4 lowest removed (worst run)", f"{accuracy['4 lowest removed']['least']:.3f}"),
-        (
-            "accuracy, 4 highest removed (mean; best run)",
-            f"{accuracy['4 highest removed']['mean']:.3f}; {accuracy['4 highest removed']['most']:.3f}",
-        ),
+def shown(record: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """The tables by their titles, each with its head."""
+    variants = [
+        [
+            "variant",
+            "least change, relevant",
+            "largest change, irrelevant",
+            *(f"found by {score}" for score in next(iter(record["variants"].values()))[FOUND]),
+            "accuracy, all kept",
+            "4 lowest removed",
+            "4 highest removed",
+        ]
     ]
+    for name, one in record["variants"].items():
+        accuracy = one["accuracy"]
+        worst = [f"{accuracy[which]['mean']:.3f} ({accuracy[which]['least']:.3f})" for which in accuracy]
+        change = [
+            f"{one['least change of a relevant expert']:+.4f}",
+            f"{one['largest change of an irrelevant expert']:+.4f}",
+        ]
+        variants.append([name, *change, *(f"{count} of {one['runs']}" for count in one[FOUND].values()), *worst])
+    slopes = [["setting", *(f"{name}, {part}" for name in QUANTITIES for part in ("all d", f"d from {LARGE} on"))]]
+    for name, found in record["scaling"].items():
+        slopes.append([name, *(interval(found[one][part]) for one in QUANTITIES for part in ("all", "large"))])
+    beyond_rows = [["variant", *(f"{keep} of {toy.EXPERTS} kept" for keep in KEEPS)]]
+    for name, found in record["beyond"].items():
+        for when in ("before", "after"):
+            cells = [f"{found[str(keep)][when]:.3f} ({found[str(keep)][f'worst_{when}']:.3f})" for keep in KEEPS]
+            beyond_rows.append([f"{name}, {when} fine-tuning", *cells])
+    return {
+        "which experts are found, and accuracy: mean (worst run)": variants,
+        "slope of log |change| of the irrelevant experts over log d (95 % range)": slopes,
+        "accuracy with fewer experts: mean (worst run)": beyond_rows,
+    }
 
 
 def scaling(settings: list[toy.Setting], seeds: int) -> dict[str, Any]:
@@ -183,6 +196,7 @@ def beyond(setting: toy.Setting, seeds: int) -> dict[str, dict[str, float]]:
         found[str(keep)] = {
             "before": float(before.mean()),
             "after": float(after.mean()),
+            "worst_before": float(before.min()),
             "worst_after": float(after.min()),
         }
     return found
@@ -197,12 +211,14 @@ def draw(record: dict[str, Any]) -> None:
     left.loglog(WIDTHS, [top * math.sqrt(WIDTHS[0] / d) for d in WIDTHS], color="grey", label="1 / sqrt(d)")
     left.set(xlabel="patterns d", ylabel=f"mean |change| of irrelevant experts (slope: d >= {LARGE})")
     left.legend(fontsize=7)
-    for routing in toy.GATES:
-        found = record[f"beyond, {routing} choice"]
-        removed = [1 - int(keep) / toy.EXPERTS for keep in found]
-        for when, style in (("before", "--"), ("after", "-")):
-            label = f"{routing} choice, {when} fine-tuning"
-            right.plot(removed, [one[when] for one in found.values()], style, marker="o", label=label)
+    for number, name in enumerate(BEYOND):
+        for routing in toy.GATES:
+            found = record["beyond"][f"{name}, {routing} choice"]
+            removed = [1 - int(keep) / toy.EXPERTS for keep in found]
+            colour = f"C{2 * number + (routing == 'token')}"
+            for when, style in (("before", "--"), ("after", "-")):
+                label = f"{name}, {routing} choice, {when} fine-tuning"
+                right.plot(removed, [one[when] for one in found.values()], style, color=colour, marker="o", label=label)
     right.axvline(0.5, color="grey", linewidth=0.8)
     right.set(xlabel="share of experts pruned (line: the irrelevant ones)", ylabel="mean accuracy")
     right.legend(fontsize=7)

@@ -130,7 +130,7 @@ def test_the_command_makes_a_folder_that_transformers_loads(tmp_path: Path) -> N
         ({"extra": torch.zeros(2)}, r"extra of shape \(2,\) is no array of a V-MoE"),
         ({"embedding/kernel": torch.zeros(2, 3, 3, 8)}, "patches of 2 x 3 pixels"),
         ({"Encoder/encoderblock_1/Moe/Router/dense/kernel": None}, "no block has Moe/Router/dense/kernel"),
-        ({"Encoder/encoderblock_1/Moe/Router/dense/kernel": torch.zeros(8, 3, 1)}, "multiples of ensemble_size 3"),
+        ({"Encoder/encoderblock_1/Moe/Router/dense/kernel": torch.zeros(8, 3, 1)}, "multiple of ensemble_size 3"),
         ({"Encoder/encoderblock_7/Mlp/Dense_0/bias": torch.zeros(12)}, "vmoe.layers.7.mlp.fc1.bias is not expected"),
     ],
 )

@@ -25,6 +25,7 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig, get_state_dict_dtype
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from secateur.checkpoint.model import floats
 from secateur.checkpoint.oracle import text_model
 from secateur.checkpoint.run import no_loading_bars
 from secateur.checkpoint.stream_read import DTYPES, LazyTensor
@@ -230,7 +231,7 @@ def _build(found: Survey) -> tuple[PreTrainedModel, torch.dtype]:
     """(the model on the meta device, its type by the config, or else by the first tensor in the files)."""
     raw = found.folder.config
     if raw.get("model_type") == MODEL_TYPE:
-        config = read_pruned_config(dict(raw))
+        config = read_pruned_config(floats(dict(raw)))
         model_class: Any = pruned_model_class(found.model.model_class)
     else:
         config, model_class = copy.deepcopy(found.model.config), found.model.model_class
