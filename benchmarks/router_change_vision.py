@@ -5,15 +5,17 @@
 Pre-trains a small V-MoE on Fashion-MNIST, fine-tunes it on CIFAR-10 (10,000 images, a split of our own: the numbers
 compare with one another and with nothing published) and on 5,000 images of MNIST, and prunes every MoE layer to 6, 4
 and 2 of 8 experts by the change of the router norm, by importance (total gate weight), by frequency and at random. Both
-meanings of a removed expert, and for the first also after fine-tuning once more. Every result is a file in WORK and is
-not computed twice. Time an image is process time of one thread, the models in turn. Stores
-results/router_change_vision.json and docs/images/router-change-vision.png.
+meanings of a removed expert, and for the first also after fine-tuning once more; on MNIST also with expert choice and
+as an ensemble (E3) from the same pre-trained weights. Every result is a file in WORK and is not computed twice. Time an
+image is process time of one thread, the models in turn. Stores results/router_change_vision.json and
+docs/images/router-change-vision.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ from record import show, store
 from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.decide import Choice, decide_plan
 from secateur.checkpoint.evaluate_images import evaluate_images
-from secateur.checkpoint.folder import read_folder
+from secateur.checkpoint.folder import CONFIG, read_folder
 from secateur.checkpoint.image_batches import batches_for, draw
 from secateur.checkpoint.observe_images import ImageRun, loaded
 from secateur.checkpoint.source import of_folder, of_observation
@@ -77,31 +79,55 @@ PRETRAINING: dict[str, Any] = {
     "batch_size": 64,
     **NEVER_SAVED,
 }
+WAYS = [("none", EXPERTS), *((criterion, keep) for criterion in CRITERIA for keep in KEEPS)]
 ROUNDS, TIMED = 7, 256  # of timing, and its images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A fine-tuning: its images, its options, and those of the fine-tuning after pruning."""
+    """A fine-tuning: its images, its options, those of the fine-tuning after pruning if there is one, and what is
+    changed in the config of the pre-trained model before it.
+    """
 
+    name: str
     images: str
     title: str
     first: dict[str, Any]
-    again: dict[str, Any]
+    again: dict[str, Any] | None = None
+    changes: dict[str, Any] | None = None
 
 
+CIFAR: dict[str, Any] = {"epochs": 8, "learning_rate": 1e-3, "batch_size": 32}
+MNIST: dict[str, Any] = {"epochs": 10, "learning_rate": 1e-3, "batch_size": 32}
 TASKS = (
     Task(
+        name="cifar",
         images="cifar",
         title="CIFAR-10, own split",
-        first={"epochs": 8, "learning_rate": 1e-3, "batch_size": 32},
-        again={"epochs": 1, "learning_rate": 5e-4, "batch_size": 32},
+        first=CIFAR,
+        again={**CIFAR, "epochs": 1, "learning_rate": 5e-4},
     ),
     Task(
+        name="mnist",
         images="mnist",
         title="MNIST, 5,000",
-        first={"epochs": 10, "learning_rate": 1e-3, "batch_size": 32},
-        again={"epochs": 1, "learning_rate": 2e-4, "batch_size": 32},
+        first=MNIST,
+        again={**MNIST, "epochs": 1, "learning_rate": 2e-4},
+    ),
+    # the same pre-trained weights, routed in other ways from here on
+    Task(
+        name="mnist-expert-choice",
+        images="mnist",
+        title="MNIST, expert choice",
+        first=MNIST,
+        changes={"router_type": "expert_choice"},
+    ),
+    Task(
+        name="mnist-e3",
+        images="mnist",
+        title="MNIST, E3 of 2 members",
+        first=MNIST,
+        changes={"ensemble_size": 2, "num_experts_per_tok": 1},
     ),
 )
 
@@ -143,10 +169,22 @@ class Results:
             print(out.relative_to(self.work), flush=True)
             finetune(model, out, FinetuneOptions(data=(str(data),), seed=seed, **options, **more), restart=True)
 
+    def base(self, task: Task, seed: int) -> Path:
+        """The pre-trained model with the task's changes of its config; its tensors are the same."""
+        pretrained = self.pretrained(seed)
+        if task.changes is None:
+            return pretrained
+        out = self.work / f"seed{seed}" / task.name / "pretrained"
+        if not (out / CONFIG).exists():
+            shutil.copytree(pretrained, out, ignore=shutil.ignore_patterns(CONFIG), dirs_exist_ok=True)
+            config = json.loads((pretrained / CONFIG).read_text())
+            atomic_write(out / CONFIG, json.dumps(config | task.changes))
+        return out
+
     def finetuned(self, task: Task, seed: int) -> Path:
-        out = self.work / f"seed{seed}" / task.images / "finetuned"
+        out = self.work / f"seed{seed}" / task.name / "finetuned"
         options = NEVER_SAVED | task.first
-        self.tuned(self.pretrained(seed), out, self.train(task), options, seed, new_head=True)
+        self.tuned(self.base(task, seed), out, self.train(task), options, seed, new_head=True)
         return out
 
     def pruned(self, task: Task, seed: int, criterion: str, keep: int, removed: str) -> Path:
@@ -157,7 +195,7 @@ class Results:
             if choice.needs_data:
                 source = of_observation(self.observed(task, seed), survey(read_folder(model)), str(model))
             else:
-                source = of_folder(model, self.pretrained(seed) if criterion == "router_norm_change" else None)
+                source = of_folder(model, self.base(task, seed) if criterion == "router_norm_change" else None)
             apply_to_model(model, decide_plan(source, choice), out)
         return out
 
@@ -170,6 +208,7 @@ class Results:
         return Observation.load(path)
 
     def tuned_again(self, task: Task, seed: int, criterion: str, keep: int) -> Path:
+        assert task.again is not None
         model = self.finetuned(task, seed) if keep == EXPERTS else self.pruned(task, seed, criterion, keep, "reroute")
         out = model.parent / f"{model.name}-again"
         self.tuned(model, out, self.train(task), NEVER_SAVED | task.again, seed)
@@ -189,7 +228,7 @@ def main() -> None:
     before = [results.accuracy(results.pretrained(seed), fashion)["accuracy"] for seed in seeds]
     runs = [one for seed in seeds for task in TASKS for one in of_seed(results, task, seed)]
     times = timed(results, TASKS[0])
-    rows = [row(runs, times, task, criterion, keep) for task, criterion, keep in lines()]
+    rows = [row(runs, times, task, criterion, keep) for task in TASKS for criterion, keep in WAYS]
     columns = ["task, criterion", "experts", "next experts", "zero slot", "tuned again", "parameters"]
     columns += ["MFLOP an image, next; zero", "ms an image, next; zero"]
     show(f"top-1 accuracy in %, {arguments.seeds} seeds, mean ± standard deviation", columns, rows)
@@ -198,7 +237,7 @@ def main() -> None:
         "sources": json.loads((arguments.images / "sources.json").read_text()),
         "model": MODEL,
         "pretraining": PRETRAINING,
-        "tasks": {task.images: {"first": task.first, "again": task.again} for task in TASKS},
+        "tasks": {task.name: {"first": task.first, "again": task.again, "changes": task.changes} for task in TASKS},
         "pretrained_accuracy_fashion": before,
         "runs": runs,
         "milliseconds_an_image": times,
@@ -208,32 +247,18 @@ def main() -> None:
     figure(runs)
 
 
-def lines() -> list[tuple[Task, str, int]]:
-    whole = [(task, "none", EXPERTS) for task in TASKS]
-    return [
-        line
-        for task, _, _ in whole
-        for line in ((task, "none", EXPERTS), *((task, name, keep) for name in CRITERIA for keep in KEEPS))
-    ]
-
-
 def of_seed(results: Results, task: Task, seed: int) -> list[dict[str, Any]]:
     """The results of one task and seed; `means` is "whole", "reroute", "zero-slot", or "again" for tuned once more."""
     test = results.test(task)
-    about = {"task": task.images, "seed": seed}
-    whole = {"criterion": "none", "keep": EXPERTS, **about}
-    found = [
-        {**whole, "means": "whole", **results.accuracy(results.finetuned(task, seed), test)},
-        {**whole, "means": "again", **results.accuracy(results.tuned_again(task, seed, "none", EXPERTS), test)},
-    ]
-    for criterion in CRITERIA:
-        for keep in KEEPS:
-            one = {"criterion": criterion, "keep": keep, **about}
-            for removed in REMOVED:
-                model = results.pruned(task, seed, criterion, keep, removed)
-                found.append({**one, "means": removed, **results.accuracy(model, test)})
-            model = results.tuned_again(task, seed, criterion, keep)
-            found.append({**one, "means": "again", **results.accuracy(model, test)})
+    found = []
+    for criterion, keep in WAYS:
+        models = {"whole": results.finetuned(task, seed)}
+        if keep < EXPERTS:
+            models = {removed: results.pruned(task, seed, criterion, keep, removed) for removed in REMOVED}
+        if task.again is not None:
+            models["again"] = results.tuned_again(task, seed, criterion, keep)
+        one = {"task": task.name, "seed": seed, "criterion": criterion, "keep": keep}
+        found += [{**one, "means": means, **results.accuracy(model, test)} for means, model in models.items()]
     return found
 
 
@@ -262,7 +287,7 @@ def timed(results: Results, task: Task) -> dict[str, float]:
 
 
 def row(runs: Sequence[dict[str, Any]], times: dict[str, float], task: Task, criterion: str, keep: int) -> list[str]:
-    mine = [one for one in runs if (one["task"], one["criterion"], one["keep"]) == (task.images, criterion, keep)]
+    mine = [one for one in runs if (one["task"], one["criterion"], one["keep"]) == (task.name, criterion, keep)]
 
     def values(means: str, name: str) -> list[float]:
         return [one[name] for one in mine if one["means"] == means]
@@ -270,7 +295,8 @@ def row(runs: Sequence[dict[str, Any]], times: dict[str, float], task: Task, cri
     kinds = ["whole", "whole"] if criterion == "none" else list(REMOVED)
     title = "none pruned" if criterion == "none" else CRITERIA[criterion]
     flops = "; ".join(f"{statistics.mean(values(kind, 'flops_per_image')) / 1e6:.1f}" for kind in kinds)
-    cells = [spread(values(kind, "accuracy")) for kind in (*kinds, "again")]
+    cells = [spread(values(kind, "accuracy")) for kind in kinds]
+    cells.append("" if task.again is None else spread(values("again", "accuracy")))
     milliseconds = "; ".join(f"{times[f'{keep} {kind}']:.2f}" for kind in kinds)
     shown = milliseconds if criterion in ("none", "router_norm_change") and task is TASKS[0] else ""
     parameters = f"{values(kinds[0], 'parameters')[0]:,}"
@@ -290,8 +316,9 @@ def figure(runs: Sequence[dict[str, Any]]) -> None:
         "zero-slot": "zero slot, as the authors do",
         "again": "pruned, then tuned again",
     }
-    drawn, axes = plt.subplots(len(TASKS), len(panels), figsize=(12, 6.4), sharey="row", layout="constrained")
-    for task, of_task in zip(TASKS, axes, strict=True):
+    tasks = [task for task in TASKS if task.again is not None]
+    drawn, axes = plt.subplots(len(tasks), len(panels), figsize=(12, 6.4), sharey="row", layout="constrained")
+    for task, of_task in zip(tasks, axes, strict=True):
         for (means, title), one in zip(panels.items(), of_task, strict=True):
             for criterion, name in CRITERIA.items():
                 one.errorbar(*_curve(runs, task, criterion, means), marker="o", capsize=3, label=name)
@@ -309,7 +336,7 @@ def _curve(
     for keep in (EXPERTS, *KEEPS):
         kind = ("again" if means == "again" else "whole") if keep == EXPERTS else means
         name = "none" if keep == EXPERTS else criterion
-        asked = (task.images, name, keep, kind)
+        asked = (task.name, name, keep, kind)
         mine = [one for one in runs if (one["task"], one["criterion"], one["keep"], one["means"]) == asked]
         values = [100 * one["accuracy"] for one in mine]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
