@@ -17,6 +17,7 @@ from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import read_folder
+from secateur.checkpoint.prune import prune
 from secateur.checkpoint.source import of_folder, of_observation
 from secateur.checkpoint.survey import survey
 from secateur.decide import Rule
@@ -26,7 +27,7 @@ from secateur.observation import Observation
 from secateur.plan import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from test_checkpoint_layout import qwen3_5
+from test_checkpoint_layout import llama4, qwen3_5
 from zero_slot_models import zero_slot_plan
 
 
@@ -231,3 +232,14 @@ def test_a_plan_that_says_nothing_cuts_rows(tmp_path: Path) -> None:
         apply_to_model(tmp_path / "source", zero_slot_plan(range(3), ((0, 3, 5),), removed=removed), tmp_path / name)
         assert tensors_of(tmp_path / name)["model.layers.0.mlp.gate.weight"].shape == (3, 32)
     assert whole.removed is None
+
+
+def test_a_family_that_cannot_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    llama4(nested=False).save_pretrained(tmp_path / "model")
+    choice = Choice(criterion="frequency", keep=Keep(share=0.5), allocation="global", removed="zero-slot")
+
+    def observe(found: object, stats: Path) -> Any:
+        raise AssertionError("data was read")
+
+    with pytest.raises(SecateurError, match="cannot be built"):
+        prune(tmp_path / "model", tmp_path / "out", choice, observe=observe)

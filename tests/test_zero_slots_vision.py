@@ -128,3 +128,19 @@ def test_one_expert_alone_is_balanced() -> None:
     model = tiny_vmoe("token choice")
     remove_into_zero_slots_(model, zero_slot_plan(LAYERS, ((3,),)))
     assert model.train()(random_images(2)).aux_loss == 0
+
+
+def test_a_pool_that_prefers_removed_experts_has_no_loss_and_a_finite_gradient() -> None:
+    """The first two of three slots have experts; all tokens of the second pool prefer the third by far."""
+    pool = torch.tensor([0, 0, 1, 1])
+    logits = torch.tensor([[1.0, 0.9, 0.0], [0.9, 0.8, 0.0], [0.0, 0.1, 200.0], [0.1, 0.0, 200.0]], requires_grad=True)
+    load = load_loss(logits, logits, 1, 0.1, pool, 2, 2)
+    importance = importance_loss(logits.softmax(dim=-1)[:, :2], pool, 2)
+    (load + importance).backward()
+    only = [load_loss(logits[:2], logits[:2], 1, 0.1, pool[:2], 1, 2)]
+    only.append(importance_loss(logits[:2].softmax(dim=-1)[:, :2], pool[:2], 1))
+    assert load > 0.01
+    torch.testing.assert_close(torch.stack([load, importance]), torch.stack(only) / 2)
+    assert logits.grad is not None
+    assert logits.grad[:2].any()
+    assert not logits.grad[2:].any()

@@ -28,6 +28,7 @@ from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import MODULE
 
 PLAN, REPORT, PAGE, CARD, CODE = "plan.json", "report.json", "report.html", "README.md", f"{MODULE}.py"
+FINETUNED = "finetune.json"  # of `secateur finetune`: these weights are no longer those it trained
 MTP_CHOICES = ("whole", "drop")
 ENDS = 4096  # bytes compared at either end of every copied piece; `secateur verify` compares all
 
@@ -166,8 +167,9 @@ def _check_model(found: Survey, plan: Plan) -> None:
 
 
 def _files_to_copy(folder: Folder) -> list[PurePosixPath]:
-    made_here = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS)}
-    return [relative for relative in folder.others if relative not in made_here]
+    """All but what is about the source alone, or is made anew."""
+    about_source = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS, FINETUNED)}
+    return [relative for relative in folder.others if relative not in about_source]
 
 
 def _largest_file(folder: Folder) -> int:

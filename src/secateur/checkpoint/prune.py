@@ -22,7 +22,7 @@ from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.observation import Observation
 from secateur.out_folder import check_target, copy_file
-from secateur.plan import Plan
+from secateur.plan import ZERO_SLOT, LayerPlan, Plan
 
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
 Observe = Callable[[Survey, Path], tuple[Mapping[str, Any], Callable[[], object]]]
@@ -80,7 +80,7 @@ def prune(
     counts = check_choice(source, choice)
     if dry_run or not place_of_work(out).is_dir():
         _check_targets(model, out, undo)
-        stand_in = counts or dataclasses.replace(Plan.identity(found.counts), removed=choice.removed)
+        stand_in = counts or _without_one_expert(found, choice)
         multiple = 1 if counts is None else choice.multiple_of
         apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, dry_run=True)
     if dry_run:
@@ -174,6 +174,21 @@ def _finished(out: Path, source: Source) -> dict[str, Any]:
         "verified": read_object(out / VERIFIED),
         "report": report,
     }
+
+
+def _without_one_expert(found: Survey, choice: Choice) -> Plan:
+    """Stands in for a plan whose counts data will decide: the least that can be removed, if anything can.
+
+    Zero slots need a class of their own, so it has to remove something to show whether the model can have them. Cut
+    rows need none, and which counts a router takes is the plan's own affair.
+    """
+    kept = found.counts
+    if choice.removed == ZERO_SLOT:
+        kept = {layer: max(1, count - 1) for layer, count in kept.items()}
+    layers = {
+        layer: LayerPlan(experts_before=count, order=tuple(range(kept[layer]))) for layer, count in found.counts.items()
+    }
+    return Plan(layers=layers, criterion=choice.criterion, removed=choice.removed)
 
 
 def _check_same(work: Work, asked: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOTHING = 1e-6  # tokens an expert
+
 
 def importance_loss(probabilities: Tensor, pool: Tensor, num_pools: int) -> Tensor:
     """How unevenly the experts are weighed: mean over pools of `(std / mean)^2` of the sums over tokens.
@@ -41,5 +43,9 @@ def _sums(values: Tensor, pool: Tensor, num_pools: int) -> Tensor:
 
 
 def _squared_variation(sums: Tensor) -> Tensor:
-    """Mean over the rows of (P, N) of variance / mean^2; it does not change when a row is multiplied by a number."""
+    """Mean over the rows of (P, N) of variance / mean^2; it does not change when a row is multiplied by a number.
+
+    A row of next to nothing counts 0: no token is near the experts of its pool, because all prefer removed ones.
+    """
+    sums = torch.where(sums.mean(dim=-1, keepdim=True) > NOTHING, sums, 1.0)
     return (sums.var(dim=-1, correction=0) / sums.mean(dim=-1).square()).mean()
