@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
 
 from faults import Kill
@@ -48,6 +50,10 @@ UNEVEN = Plan(
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text_folder(tmp_path_factory.mktemp("text"))
+
+
+def copy_of(root: Path, place: Path) -> Path:
+    return Path(shutil.copytree(root / "source", place / "source"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_what_lay_beside_the_weights_is_kept_and_what_is_no_longer_true_is_not(r
     for name in source.keys() - weights - {"report.json"}:
         assert out[name] == source[name], name
     assert {"config.json", "generation_config.json", "plan.json", "more/notes.txt", "tokenizer.json"} <= out.keys()
-    assert out.keys() - source.keys() == {"model.safetensors", "README.md"}
+    assert out.keys() - source.keys() == {"README.md"}
     assert "report.json" not in out
     assert b"fine-tuned from `source`" in out["README.md"]
     assert not place_of_work(tuned, WHAT).exists()
@@ -278,6 +284,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "all frozen": ({"freeze": (".",)}, "no parameter is left"),
     "no expression": ({"freeze": ("(",)}, "not a regular expression"),
     "a head for text": ({"new_head": True}, "--new-head: a 'qwen3_moe' model reads text"),
+    "a seed that is not there": ({"seed": -1}, "--seed: found -1"),
+    "a seed that is too large": ({"seed": 2**32}, "--seed: found 4294967296"),
+    "an optimizer that is not there": ({"optimizer": "lion"}, "--optimizer lion: expected one of adamw, sgd"),
+    "a logger that is not there": ({"report_to": "nonsense"}, "--report-to nonsense: expected none, all or one of"),
     "steps of nothing": ({"eval_steps": 3}, "--eval-steps needs --eval-data"),
 }
 
@@ -290,6 +300,33 @@ def test_wrong_input_is_named(root: Path, tmp_path: Path, what: str, monkeypatch
     with pytest.raises(SecateurError, match=message):
         run(root, tmp_path / "out", text_options(root, **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["little.txt"]
+
+
+def test_a_logger_without_its_package_is_named_before_data_is_read(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_package() -> None:
+        raise RuntimeError("it requires x to be installed")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", without_package)
+    with pytest.raises(SecateurError, match="--report-to wandb: it requires x to be installed"):
+        run(root, tmp_path / "out", text_options(root, report_to="wandb", data=("nowhere",)), dry_run=True)
+
+
+@pytest.mark.slow
+def test_a_tied_tensor_that_is_stored_twice_stays_so(root: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(root / "source")
+    source = tmp_path / "source"
+    tiny_model("qwen3_moe", vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    run(tmp_path, tmp_path / "out", text_options(root))
+    after = tensors_of(tmp_path / "out")
+    assert after.keys() == tensors.keys()
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
 
 
 def test_a_folder_that_is_not_free_a_job_of_two_and_a_quantised_model_are_refused(
@@ -385,6 +422,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert files_of(out) == files_of(uninterrupted)
     for key in ("losses", "evaluations", "steps", "data"):
         assert record_of(out)[key] == record_of(uninterrupted)[key], key
+    one, other = (record["tokens_per_second"] * record["seconds"] for record in map(record_of, (out, uninterrupted)))
+    assert one == pytest.approx(other)  # those before the kill are counted, and once
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -417,8 +456,132 @@ def test_logs_for_tensorboard_are_in_the_result(root: Path, tmp_path: Path) -> N
         logs.mkdir(exist_ok=True)
         (logs / "events").write_text("as TensorBoard would")
 
-    run(root, tmp_path / "out", text_options(root, steps=1), on_progress=write)
-    assert (tmp_path / "out" / "runs" / "events").is_file()
+    source = copy_of(root, tmp_path)
+    (source / "runs").mkdir()
+    (source / "runs" / "of the model before").touch()
+    run(tmp_path, tmp_path / "out", text_options(root, steps=1), on_progress=write)
+    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["events"]
+
+
+def test_tensors_wider_than_the_config_says_are_neither_rounded_nor_narrowed(root: Path, tmp_path: Path) -> None:
+    """Routers in float32 in a model of bfloat16."""
+    source = copy_of(root, tmp_path)
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        mixed = {name: one * (1 + 2**-12) if "mlp.gate." in name else one.bfloat16() for name, one in tensors.items()}
+        save_file(mixed, path, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    run(tmp_path, tmp_path / "out", text_options(root, steps=1, freeze=(r"mlp\.gate\.",)))
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert {one.dtype for one in before.values()} == {torch.float32, torch.bfloat16}
+    assert {name: one.dtype for name, one in before.items()} == {name: one.dtype for name, one in after.items()}
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if "mlp.gate." in name
+    }
+
+
+def test_tensors_that_transformers_passes_over_are_named_before_training(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model("qwen3_5_moe_text", vocab_size=len(load_tokenizer(root / "source"))).save_pretrained(source)
+    load_tokenizer(root / "source").save_pretrained(source)
+    tensors = load_file(source / "model.safetensors") | {"model.visual.patch_embed.weight": torch.ones(3)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SecateurError, match=r"1 of its tensors, which would be lost: model\.visual\.patch_embed"):
+        run(tmp_path, tmp_path / "out", text_options(root), dry_run=True)
+
+
+def test_a_balance_loss_over_zero_slots_is_refused(root: Path, tmp_path: Path) -> None:
+    plain = copy_of(root, tmp_path / "plain")
+    (plain / "plan.json").unlink()  # a stand-in that is no plan
+    apply_to_model(plain, dataclasses.replace(UNEVEN, removed="zero-slot"), tmp_path / "source")
+    with pytest.raises(SecateurError, match=r"--router-aux-loss: .* has zero slots in layers \[0, 2\]"):
+        run(tmp_path, tmp_path / "out", text_options(root, router_aux_loss=0.1))
+    assert run(tmp_path, tmp_path / "out", text_options(root, router_aux_loss=0.0), dry_run=True)
+
+
+def test_resuming_onto_a_result_of_another_run_deletes_nothing(root: Path, tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tuned, out)
+    work = place_of_work(out, WHAT)
+    (work / "checkpoint-5").mkdir(parents=True)
+    same = text_options(root, eval_data=text_options(root).data, steps=10)
+    other = text_options(root, eval_data=text_options(root).data, steps=10, learning_rate=0.5)
+    with pytest.raises(SecateurError, match=r"not from this run \(--resume: --learning-rate is 0\.5, but .* 0\.01"):
+        run(root, out, other, resume=True)
+    with pytest.raises(SecateurError, match=r"nothing says what .* is of"):
+        run(root, out, same, resume=True)
+    assert (work / "checkpoint-5").is_dir()
+    (work / "checkpoint-5").rmdir()
+    assert run(root, out, same, resume=True) == record_of(tuned)
+    assert not work.exists()
+
+
+def test_what_is_left_without_a_whole_checkpoint_is_not_mixed_in(root: Path, tmp_path: Path) -> None:
+    work = place_of_work(tmp_path / "out", WHAT)
+    (work / "runs").mkdir(parents=True)
+    (work / "runs" / "of a killed run").touch()
+    run(root, tmp_path / "out", text_options(root, steps=1))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_another_process_that_was_faster_is_not_overwritten(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_slowly(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr("secateur.finetune.run.load", load_slowly)
+    with pytest.raises(SecateurError, match="it is there already"):
+        run(root, tmp_path / "out", text_options(root), on_progress=lambda *_: pytest.fail("it trained"))
+
+
+def test_a_model_whose_weights_were_changed_is_not_the_one_that_was_interrupted(root: Path, tmp_path: Path) -> None:
+    source = copy_of(root, tmp_path)
+    options = text_options(root, save_steps=1)
+
+    def stop(done: int, total: int, numbers: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / "out", options, on_progress=stop)
+    os.utime(next(source.glob("*.safetensors")), (1, 1))
+    with pytest.raises(SecateurError, match="--resume: the model is not the one"):
+        run(tmp_path, tmp_path / "out", options, resume=True)
+
+
+def test_sgd_has_momentum_and_is_resumed_with_it(root: Path, tmp_path: Path) -> None:
+    """Against a plain loop of steps: v = 0.9 v + g, w = w - rate v, on one batch of all data."""
+    rate, whole = 0.3, 64
+    options = text_options(root, optimizer="sgd", learning_rate=rate, schedule="constant", batch_size=whole, steps=3,
+                           max_grad_norm=0, save_steps=1)  # fmt: skip
+
+    def stop(done: int, total: int, numbers: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "out", options, on_progress=stop)
+    run(root, tmp_path / "out", options, resume=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(root / "source").train()
+    ids = torch.cat(list(blocks_of(root).values())).long()
+    assert len(ids) <= whole
+    moving = {name: torch.zeros_like(one) for name, one in model.named_parameters()}
+    for _ in range(3):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                moving[name] = 0.9 * moving[name] + one.grad
+                one -= rate * moving[name]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    start = AutoModelForCausalLM.from_pretrained(root / "source")
+    for name, one in model.named_parameters():
+        moved = (one - start.get_parameter(name)).abs().max()
+        assert (found.get_parameter(name) - one).abs().max() < 0.01 * moved + 1e-7, name
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from faults import Kill
 from secateur.checkpoint.apply import apply_to_model
+from secateur.checkpoint.evaluate_images import evaluate_images
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
@@ -92,6 +94,48 @@ def test_a_new_head_is_for_the_classes_of_the_data(root: Path, tmp_path: Path) -
         run(tmp_path, tmp_path / "new", again)
 
 
+def test_images_are_measured_in_the_order_and_the_groups_of_eval(tmp_path: Path) -> None:
+    """Where there are few places, what is routed together decides what is dropped."""
+    root = image_folder(tmp_path, eval_capacity_factor=0.5, batch_priority="max", group_images=4)
+    options = image_options(root, eval_data=(str(root / "train.npz"),), steps=1, batch_size=6, seed=3)
+    measured = run(root, tmp_path / "out", options)["evaluations"][0]
+    images = read_images(root / "train.npz")
+    found, sorted_by_class = (evaluate_images([root / "source"], one)[0] for one in (images.draw(None, seed=0), images))
+    assert measured["loss"] == pytest.approx(found["cross_entropy"], abs=1e-6)
+    assert abs(found["cross_entropy"] - sorted_by_class["cross_entropy"]) > 1e-4
+
+
+def test_the_last_class_may_have_no_example(root: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "four.npz", 4)
+    options = image_options(root, data=(str(tmp_path / "four.npz"),), eval_data=(str(root / "train.npz"),), steps=1)
+    run(root, tmp_path / "out", options, dry_run=True)
+    with pytest.raises(SecateurError, match="labels up to 4, expected 0 to 3"):
+        run(root, tmp_path / "out", dataclasses.replace(options, new_head=True), dry_run=True)
+
+
+def test_a_model_without_a_classifier_is_refused_before_data_is_read(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "source", tmp_path / "source")
+    AutoModelForImageClassification.from_pretrained(root / "source").vmoe.save_pretrained(tmp_path / "source")
+    for new_head in (False, True):
+        with pytest.raises(SecateurError, match="source: a VMoEModel has no classifier"):
+            run(tmp_path, tmp_path / "out", image_options(root, data=("nowhere.npz",), new_head=new_head), dry_run=True)
+
+
+@pytest.mark.slow
+def test_a_new_head_of_a_model_in_several_files_is_in_its_index(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(root / "source", source)
+    (source / "model.safetensors").unlink()
+    AutoModelForImageClassification.from_pretrained(root / "source").save_pretrained(source, max_shard_size="40KB")
+    write_images(tmp_path / "three.npz", 3)
+    run(tmp_path, tmp_path / "out", image_options(root, data=(str(tmp_path / "three.npz"),), new_head=True))
+    found = read_folder(tmp_path / "out")
+    assert len(found.headers) > 1
+    assert found.index is not None
+    assert found.index["metadata"]["total_size"] == found.num_bytes
+    assert found.tensors["classifier.weight"].shape == (3, 32)
+
+
 def test_a_new_head_begins_without_an_opinion(root: Path, tmp_path: Path) -> None:
     options = image_options(root, eval_data=(str(root / "train.npz"),), steps=1, new_head=True)
     measured = run(root, tmp_path / "out", options)["evaluations"][0]
@@ -152,7 +196,7 @@ def test_every_epoch_moves_an_image_in_its_own_way_and_the_seed_decides(root: Pa
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "other classes": ({"data": ("four.npz",)}, "4 classes, the model knows 5; --new-head"),
+    "other classes": ({"data": ("six.npz",)}, "labels up to 5, expected 0 to 4: the model knows 5 classes"),
     "other classes to measure on": ({"eval_data": ("six.npz",)}, "labels up to 5, expected 0 to 4"),
     "two sets": ({"data": ("four.npz", "six.npz")}, "--data: 2 sets of images"),
     "nothing there": ({"data": ("nowhere.npz",)}, "nowhere.npz: not there"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from secateur.data.images import Images, read_images
+from secateur.data.images import FORMATS, Images, read_images
 from secateur.errors import SecateurError
 from secateur.vision.pixels import FILE, default_pixels, read_pixels
 from tiny_vision import tiny_vmoe
@@ -145,12 +146,52 @@ def test_other_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="f: no folders in it, expected one for every class"):
         read_images(tmp_path / "f")
     class_folder(tmp_path / "g" / "train")
-    with pytest.raises(SecateurError, match=r"train: no image in it .*of several splits"):
+    with pytest.raises(SecateurError, match=r"train/class 0: a folder in that of a class.*of several splits"):
         read_images(tmp_path / "g")
     (tmp_path / "g" / "train" / "class 1" / "2.png").write_bytes(b"no image")
     images = read_images(tmp_path / "g" / "train")
     with pytest.raises(SecateurError, match=r"2\.png: cannot be read as an image"):
         images.image(2)
+
+
+def test_nothing_in_a_class_folder_is_passed_over_in_silence(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "f")
+    (folder / "README.md").touch()
+    (folder / ".cache").mkdir()
+    for name in (".DS_Store", ".hidden.txt"):
+        (folder / "class 1" / name).touch()
+    assert len(read_images(folder)) == 6
+    for name in ("class 1/b.heic", "class 1/a.txt", "class 2/c.png.part"):
+        (folder / name).touch()
+    with pytest.raises(SecateurError, match=r"f: 3 files in its folders are no images .*first is .*class 1/a\.txt"):
+        read_images(folder)
+    (folder / "class 2" / "more").mkdir()
+    with pytest.raises(SecateurError, match="class 2/more: a folder in that of a class"):
+        read_images(folder)
+    (tmp_path / "g" / "a").mkdir(parents=True)
+    with pytest.raises(SecateurError, match="a: no image in it"):
+        read_images(tmp_path / "g")
+
+
+def test_what_a_suffix_hides_reaches_no_other_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*given: object) -> None:
+        raise AssertionError(f"a program would run: {given}")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", start)
+    (tmp_path / "a").mkdir()
+    content = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a" / "x.jpg").write_text(content)
+    with pytest.raises(SecateurError, match=r"x\.jpg: cannot be read as an image"):
+        read_images(tmp_path).image(0)
+    Image.fromarray(COLOUR).save(tmp_path / "a" / "x.jpg", format="PNG")
+    assert np.array_equal(read_images(tmp_path).image(0), COLOUR)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_accepted_suffix_is_read(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(GREY[0]).save(tmp_path / "a" / f"x{suffix.upper()}")
+    assert read_images(tmp_path).image(0).shape[:2] == (4, 5)
 
 
 def test_a_file_with_more_than_8_bits_is_refused(tmp_path: Path) -> None:
@@ -163,8 +204,30 @@ def test_a_file_with_more_than_8_bits_is_refused(tmp_path: Path) -> None:
 def test_labels_beyond_the_classes_of_a_model_are_refused(tmp_path: Path) -> None:
     images = read_images(arrays(tmp_path / "a.npz"))
     images.check_labels(3)
-    with pytest.raises(SecateurError, match="labels up to 2, expected 0 to 1"):
-        images.check_labels(2)
+    for found in (images, read_images(class_folder(tmp_path / "f")).take([0])):
+        with pytest.raises(SecateurError, match="labels up to 2, expected 0 to 1"):
+            found.check_labels(2)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("class 0", "class 1", "class 2", "d"), None),
+        (("a", "b", "c"), None),  # nothing in common: the names say nothing
+        (("class 1", "class 2", "d"), "class folder 0 is 'class 0', but m calls class 0 'class 1'"),
+        (("a", "class 2", "c"), "class folder 0 is 'class 0', but m calls class 0 'a'"),
+        (("class 0", "class 1", "c"), "class folder 2 is 'class 2', but m calls class 2 'c'"),
+        (("class 0", "class 1"), "labels up to 2, expected 0 to 1"),
+    ],
+)
+def test_class_folders_named_as_those_of_a_model_are_all_of_them_in_its_order(
+    names: tuple[str, ...], message: str | None, tmp_path: Path
+) -> None:
+    folder, stored = read_images(class_folder(tmp_path / "f")), read_images(arrays(tmp_path / "a.npz"))
+    if len(names) > 2:
+        stored.check_classes(names, Path("m"))
+    with nullcontext() if message is None else pytest.raises(SecateurError, match=message):
+        folder.check_classes(names, Path("m"))
 
 
 def model_folder(path: Path, **changes: Any) -> Path:

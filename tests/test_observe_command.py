@@ -102,7 +102,7 @@ def test_it_writes_what_the_whole_model_shows_and_where_it_comes_from(folder: Pa
     assert found.data["domains"] == {name: {"sequences": 3, "tokens": 48} for name in ("prose", "code")}
     assert found.data["digest"] == data.digest
     assert {"specs", "seed", "samples", "sequence_length", "tokens", "packed", "batch_size"} < set(found.data)
-    assert set(found.data["versions"]) == {"secateur", "torch", "transformers"}
+    assert {"secateur", "torch", "transformers"} < set(found.data["versions"])
     assert all(one.num_tokens == 96 for one in found.stats.layers.values())
     assert not list(folder.glob(".*"))
 

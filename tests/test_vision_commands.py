@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,7 +312,9 @@ def test_classes_in_another_order_than_that_of_the_model_are_refused(made: Path,
         model_folder(folder, id2label=order)
         found = run("eval", folder, "--data", made / "images", "--quiet")
         assert found[0] == status, found
-    assert "which numbers them class 4, class 3, class 2, class 1, class 0; expected folders in that order" in found[2]
+    assert f"class folder 0 is 'class 0', but {tmp_path / '2'} calls class 0 'class 4'" in found[2]
+    status, _, err = run("eval", tmp_path / "0", tmp_path / "2", "--data", made / "images", "--quiet")
+    assert (status, f"{tmp_path / '2'} calls class 0" in err) == (2, True), err
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -365,6 +368,59 @@ def test_text_and_images_are_not_compared_and_eval_names_options_of_text(made: P
     model_folder(tmp_path / "two", num_labels=2)
     status, _, err = run("eval", tmp_path / "two", "--data", made / "images")
     assert (status, "labels up to 4, expected 0 to 1" in err) == (2, True), err
+
+
+def test_models_of_different_numbers_of_classes_are_not_compared(made: Path, tmp_path: Path, run: Run) -> None:
+    model_folder(tmp_path / "ten", num_labels=10)
+    status, _, err = run("eval", tmp_path / "ten", made / "source", "--data", tmp_path / "not read")
+    assert (status, f"source: it tells 5 classes, {tmp_path / 'ten'} 10" in err) == (2, True), err
+
+
+def test_a_model_without_a_classifier_is_observed_and_not_evaluated(made: Path, tmp_path: Path, run: Run) -> None:
+    model = tiny_vmoe("few places")
+    model.vmoe.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / FILE).write_text(json.dumps(default_pixels(model.config)))
+    status, _, err = run("eval", tmp_path / "base", "--data", tmp_path / "not read")
+    assert (status, "base: a VMoEModel, expected a VMoEForImageClassification" in err) == (2, True), err
+    stats = []
+    for source in (tmp_path / "base", made / "source"):
+        words = ("--data", made / "images.npz", "--samples", 4, "--json", "--force", "--out", tmp_path / "s")
+        status, out, err = run("observe", source, *words)
+        assert status == 0, err
+        stats.append(json.loads(out)["stats_digest"])
+    assert stats[0] == stats[1]
+
+
+def test_tasks_of_text_are_not_given_to_models_of_images(
+    made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    words = ("--criterion", "random", "--keep", "0:4,2:6", "--verify-tokens", 0, "--quiet")
+    assert run("prune", made / "source", *words, "--out", tmp_path / "pruned")[0] == 0
+    for model in (made / "source", tmp_path / "pruned"):
+        for data in ((), ("--data", made / "images")):
+            status, _, err = run("eval", model, *data, "--lm-eval", "arc_easy")
+            assert (status, "--lm-eval: for text, but the model reads images" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("command", ["observe", "prune", "plan", "eval"])
+def test_a_negative_seed_is_refused_by_the_option(command: str, run: Run) -> None:
+    status, _, err = run(command, "model", *(() if command == "eval" else ("--out", "out")), "--seed", -1)
+    assert (status, "Invalid value for '--seed'" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("removed", ["mixed", "foo"])
+@pytest.mark.parametrize("command", [("plan",), ("prune",), ("apply", "plan.json")])
+def test_only_the_two_meanings_of_a_removed_expert_can_be_asked_for(
+    command: tuple[str, ...], removed: str, run: Run
+) -> None:
+    status, _, err = run(command[0], "model", *command[1:], "--out", "out", "--removed", removed)
+    assert (status, f"--removed {removed}: expected reroute or zero-slot" in err) == (2, True), err
+
+
+def test_a_home_folder_is_found_as_for_text(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(made))
+    assert draw(["~/images"], 3, 0).images.digest() == draw([str(made / "images")], 3, 0).images.digest()
 
 
 # --- convert-vmoe ---------------------------------------------------------------------------------------------------

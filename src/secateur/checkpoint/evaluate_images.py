@@ -21,6 +21,7 @@ from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.vision.flops import flops_per_image
+from secateur.vision.modeling import VMoEForImageClassification
 
 Progress = Callable[[int, int], None]
 
@@ -42,13 +43,12 @@ def evaluate_images(
         on_step: gives for a model what is called with (batches done, batches in all).
 
     Raises:
-        SecateurError: no such model, one that cannot be run here, or images that are not of its classes.
+        SecateurError: see `check_models` and `batches_for`; or images that are not of the models' classes.
     """
-    surveys = {model: survey(read_folder(model)) for model in models}
+    surveys = check_models(models)
     batches = {model: batches_for(found, images, batch_size) for model, found in surveys.items()}
-    for model, found in surveys.items():  # what cannot be run shows before another is measured
-        check_loads(found)
-        _check_classes(model, found, images)
+    for model, found in surveys.items():  # what does not fit shows before another is measured
+        images.check_classes(_class_names(found), model)
     results: list[dict[str, Any]] = []
     first: Scores | None = None
     for model, found in surveys.items():
@@ -68,16 +68,33 @@ def evaluate_images(
     return results
 
 
-def _check_classes(model: Path, found: Survey, images: Images) -> None:
+def check_models(models: Sequence[Path]) -> dict[Path, Survey]:
+    """The folders, all of which can be run here and compared with each other.
+
+    Raises:
+        SecateurError: no such model, one that cannot be run here, or has no classifier, or other classes.
+    """
+    surveys = {model: survey(read_folder(model)) for model in models}
+    first, *_ = models
+    for model, found in surveys.items():
+        check_loads(found)
+        native = found.model.model_class
+        if not issubclass(native, VMoEForImageClassification):
+            raise SecateurError(
+                f"{model}: a {native.__name__}, expected a VMoEForImageClassification; without a classifier no label "
+                "can be compared"
+            )
+        number, expected = (len(_class_names(one)) for one in (found, surveys[first]))
+        if number != expected:
+            raise SecateurError(
+                f"{model}: it tells {number} classes, {first} {expected}; expected models of the same classes"
+            )
+    return surveys
+
+
+def _class_names(found: Survey) -> list[str]:
     config: Any = found.model.config
-    names = [name for _, name in sorted(config.id2label.items())]
-    images.check_labels(len(names))
-    known = images.classes or ()
-    if set(known) <= set(names) and list(known) != names[: len(known)]:
-        raise SecateurError(
-            f"{images.name}: class folders {', '.join(known)[:200]} are classes of {model}, which numbers them "
-            f"{', '.join(names)[:200]}; expected folders in that order, a folder for each"
-        )
+    return [name for _, name in sorted(config.id2label.items())]
 
 
 def _measured(found: Survey, batches: ImageBatches, device: str, on_step: Progress) -> tuple[Scores, dict[str, Any]]:

@@ -56,6 +56,16 @@ class Folder:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
     @property
+    def state(self) -> dict[str, Any]:
+        """By which the model is known to be the same, unchanged, as JSON."""
+        files = {name: (self.path / name).stat() for name in self.headers}
+        return {
+            "path": str(self.path.resolve()),
+            "config": self.config_digest,
+            "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
+        }
+
+    @property
     def num_bytes(self) -> int:
         return sum(tensor.length for tensor in self.tensors.values())
 

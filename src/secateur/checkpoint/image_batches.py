@@ -40,7 +40,7 @@ def draw(specs: Sequence[str], samples: int | None, seed: int, most: int | None 
         raise SecateurError("--data is missing; the model reads images: a folder with one for every class, or .npz")
     if len(specs) != 1:
         raise SecateurError(f"--data is given {len(specs)} times; expected one folder or .npz file of images")
-    images = read_images(Path(specs[0]))
+    images = read_images(Path(specs[0]).expanduser())
     number = min(len(images), most or len(images)) if samples is None else samples
     drawn = images.draw(number, seed=seed)
     about = {"specs": list(specs), "images": len(drawn), "of": len(images), "seed": seed, "digest": drawn.digest()}

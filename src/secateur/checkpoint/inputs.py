@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.survey import Survey
 
 Reads = Literal["text", "images"]
@@ -12,3 +14,10 @@ READS: dict[str, Reads] = {"vmoe": "images"}  # by model type, of pruned models 
 
 def reads(found: Survey) -> Reads:
     return READS.get(found.model.model_type, "text")
+
+
+def declared(model: Path) -> Reads:
+    """By the config.json alone, so of models without experts too; "text" where there is none."""
+    file = model / "config.json"
+    config = read_object(file) if file.is_file() else {}
+    return READS.get(str(config.get("base_model_type", config.get("model_type"))), "text")

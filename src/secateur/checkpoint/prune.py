@@ -212,25 +212,14 @@ def _remove_unfinished_undo(work: Work, asked: Mapping[str, Any], undo: Path | N
             shutil.rmtree(undo)
 
 
-def _state(found: Survey) -> dict[str, Any]:
-    """By which a model is known to be the same, unchanged."""
-    folder = found.folder
-    files = {name: (folder.path / name).stat() for name in folder.headers}
-    return {
-        "path": str(folder.path.resolve()),
-        "config": folder.config_digest,
-        "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
-    }
-
-
 def _asked(
     source: Source, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None
 ) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
     assert source.found is not None
     plain = {
-        "model": _state(source.found),
-        "pretrained": None if source.pretrained is None else _state(source.pretrained),
+        "model": source.found.folder.state,
+        "pretrained": None if source.pretrained is None else source.pretrained.folder.state,
         "data": data,
         "choice": dataclasses.asdict(choice),
         "undo": None if undo is None else str(undo.resolve()),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.criteria import CRITERIA
+from secateur.errors import SecateurError
+from secateur.plan import REMOVED
 
 if TYPE_CHECKING:
     from secateur.checkpoint.decide import Choice
@@ -18,6 +20,12 @@ ALLOCATION_HELP = {
     "global": "different numbers, so that the smallest sum of scores goes, each layer's scores as shares of their sum",
     "laep": "different numbers by LAEP's threshold on the loads, just high enough",
 }
+
+
+def _known(removed: str | None) -> str | None:
+    if removed not in (None, *REMOVED):
+        raise SecateurError(f"--removed {removed}: expected {' or '.join(REMOVED)}")
+    return removed
 
 
 def _listed(table: dict[str, str]) -> str:
@@ -44,6 +52,7 @@ Removed = Annotated[
     str | None,
     typer.Option(
         "--removed",
+        callback=_known,
         help="What becomes of a removed expert. reroute (the default): its row of the router goes too, and its tokens "
         "go to the next experts. zero-slot: the router stays as it is, and what it sends there contributes nothing; "
         "such a model carries code of its own.",
@@ -62,7 +71,7 @@ ExpertParallel = Annotated[
     int, typer.Option("--ep", min=1, help="Expert-parallel ranks to serve on: every layer's count is a multiple.")
 ]
 MinExperts = Annotated[int, typer.Option("--min-experts", min=1, help="Every layer keeps at least so many.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the criterion random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the criterion random.")]
 Protect = Annotated[
     bool | None,
     typer.Option(

@@ -44,7 +44,7 @@ def eval(
     pack: Pack = None,
     text_key: TextKey = None,
     split: Split = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of data, and of the ranges.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of data, and of the ranges.")] = 0,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -89,7 +89,7 @@ def eval(
         split=split,
         seed=seed,
     )
-    kind = _kind(models) if data else "text"
+    kind = _kind(models, with_data=bool(data))
     result: dict[str, Any] = {"format": "secateur-eval", "version": 1, "data": None, "models": [], "lm_eval": {}}
     show = not (quiet or as_json)
     if kind == "images":
@@ -105,12 +105,12 @@ def eval(
         SHOW[kind](result)
 
 
-def _kind(models: Sequence[Path]) -> Reads:
+def _kind(models: Sequence[Path], *, with_data: bool) -> Reads:
     from secateur.checkpoint.folder import read_folder
-    from secateur.checkpoint.inputs import reads
+    from secateur.checkpoint.inputs import declared, reads
     from secateur.checkpoint.survey import survey
 
-    kinds = {model: reads(survey(read_folder(model))) for model in models}
+    kinds = {model: reads(survey(read_folder(model))) if with_data else declared(model) for model in models}
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{model}: {kind}" for model, kind in kinds.items())
         raise SecateurError(f"models of text and of images cannot be compared ({listed})")
@@ -137,8 +137,9 @@ def _on_text(models: Sequence[Path], asked: Asked, stream: bool | None, *, devic
 def _on_images(
     models: Sequence[Path], asked: Asked, others: Sequence[str], *, device: str, show: bool
 ) -> dict[str, Any]:
-    from secateur.checkpoint.evaluate_images import evaluate_images
+    from secateur.checkpoint.evaluate_images import check_models, evaluate_images
 
+    check_models(models)  # reading images may take long
     drawn = asked.images(others=others)
     with _bar_of_each(lambda model: batches_bar(model.name, show=show)) as on_step:
         results = evaluate_images(

@@ -37,7 +37,7 @@ def observe(
     data: Data = None,
     samples: Samples = None,
     sequence_length: SequenceLength = None,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the sequences, or the images and their order.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the sequences, or the images and their order.")] = 0,
     batch_size: BatchSize = None,
     pack: Pack = None,
     text_key: TextKey = None,

@@ -53,7 +53,7 @@ def prune(
     allocation: options.Allocation = "uniform",
     expert_parallel: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of data, and of the criterion random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of data, and of the criterion random.")] = 0,
     protect: options.Protect = None,
     alpha: options.Alpha = None,
     beta: options.Beta = None,

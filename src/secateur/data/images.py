@@ -17,7 +17,9 @@ from PIL import Image, ImageOps
 from secateur.errors import SecateurError
 
 Pixels8: TypeAlias = NDArray[np.uint8]
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+# suffix -> the reader of Pillow, which goes by the content: it is offered no others, some of which start programs
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF",
+           ".tiff": "TIFF", ".webp": "WEBP", ".ppm": "PPM", ".pgm": "PPM"}  # fmt: skip
 # mode of an image file -> the one it is read in: grey or colour, 8 bits
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB", "RGBX": "RGB",
          "CMYK": "RGB", "YCbCr": "RGB"}  # fmt: skip
@@ -57,13 +59,36 @@ class Images:
             raise SecateurError(f"{self.name}: {number} images wanted, it has {len(self)}")
         return self.take(np.random.default_rng(seed).permutation(len(self))[:number].tolist())
 
+    @property
+    def num_classes(self) -> int:
+        """Those that have a name, or else those that the labels need."""
+        return int(self.labels.max()) + 1 if self.classes is None else len(self.classes)
+
     def check_labels(self, num_classes: int) -> None:
         """Raises SecateurError: a label that a model of so many classes does not know."""
-        if int(self.labels.max()) >= num_classes:
+        if self.num_classes > num_classes:
             raise SecateurError(
-                f"{self.name}: labels up to {int(self.labels.max())}, expected 0 to {num_classes - 1}: the model knows "
+                f"{self.name}: labels up to {self.num_classes - 1}, expected 0 to {num_classes - 1}: the model knows "
                 f"{num_classes} classes"
             )
+
+    def check_classes(self, names: Sequence[str], model: Path) -> None:
+        """Check that a model whose classes have these names means the same by a label.
+
+        Where no class here has a name of the model's, names say nothing, and labels are taken as they are.
+
+        Raises:
+            SecateurError: a label that the model does not know, or one that stands for another class there.
+        """
+        self.check_labels(len(names))
+        if self.classes is None or set(self.classes).isdisjoint(names):
+            return
+        for label, (mine, its) in enumerate(zip(self.classes, names, strict=False)):
+            if mine != its:
+                raise SecateurError(
+                    f"{self.name}: class folder {label} is {mine!r}, but {model} calls class {label} {its!r}; where "
+                    "folders are named as its classes, expected one for each, in its order"
+                )
 
     def digest(self) -> str:
         """sha256 (hex) of all pixels and labels in their order, whatever file they come from."""
@@ -79,8 +104,8 @@ def read_images(path: Path) -> Images:
     """The images of a folder or an .npz file.
 
     A folder has a subfolder for every class, numbered by the order of their names, with its images, which come in the
-    order of theirs. An .npz file holds `images`, uint8 (N, H, W) or (N, H, W, 1 or 3), and `labels`, (N,) whole
-    numbers from 0. Nothing pickled is read.
+    order of theirs, and nothing else that is not hidden. An .npz file holds `images`, uint8 (N, H, W) or (N, H, W, 1 or
+    3), and `labels`, (N,) whole numbers from 0. Nothing pickled is read.
 
     Raises:
         SecateurError: neither of the two, no image, or arrays of another kind; an image that cannot be read says so
@@ -101,14 +126,12 @@ def _of_folder(path: Path) -> Images:
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        here = sorted(one for one in folder.iterdir() if one.suffix.lower() in SUFFIXES and one.name[0] != ".")
+        here = sorted(one for one in folder.iterdir() if one.name[0] != ".")
         if not here:
-            raise SecateurError(
-                f"{folder}: no image in it ({' '.join(sorted(SUFFIXES))}), expected those of a class; of several "
-                "splits, such as train and test, name one"
-            )
+            raise SecateurError(f"{folder}: no image in it, expected those of a class")
         files += here
         labels += [label] * len(here)
+    _check_suffixes(path, files)
     return Images(
         name=str(path),
         labels=np.array(labels, dtype=np.int64),
@@ -117,9 +140,23 @@ def _of_folder(path: Path) -> Images:
     )
 
 
+def _check_suffixes(path: Path, files: Sequence[Path]) -> None:
+    others = [file for file in files if file.suffix.lower() not in FORMATS]
+    if nested := next((file for file in others if file.is_dir()), None):
+        raise SecateurError(
+            f"{nested}: a folder in that of a class, where only images are expected; of several splits, such as train "
+            "and test, name one"
+        )
+    if others:
+        raise SecateurError(
+            f"{path}: {len(others)} files in its folders are no images ({' '.join(FORMATS)}), the first is "
+            f"{others[0]}; take them out"
+        )
+
+
 def _read(file: Path) -> Pixels8:
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=sorted(set(FORMATS.values()))) as opened:
             if opened.mode not in MODES:
                 raise SecateurError(f"{file}: an image of mode {opened.mode!r}, expected one of {', '.join(MODES)}")
             upright = ImageOps.exif_transpose(opened)

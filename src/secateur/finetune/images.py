@@ -22,6 +22,7 @@ from secateur.vision.pixels import Pixels, read_pixels
 # settings of text, and what they are when nobody gave them
 TEXT_ONLY = {"sequence_length": None, "text_key": "text", "split": "train", "router_aux_loss": None}
 SHIFT = 8  # images are moved by up to one part in so many of a side
+EVAL_SEED = 0  # of the order of images that are measured: that of `eval` where nobody gives one
 UNNAMED = re.compile(r"LABEL_\d+")
 
 
@@ -42,17 +43,18 @@ def image_task(found: Survey, options: FinetuneOptions) -> Task:
     if evaluation is not None:
         if None not in (train.classes, evaluation.classes) and train.classes != evaluation.classes:
             raise SecateurError(f"--eval-data: classes {evaluation.classes}, expected those of --data, {train.classes}")
-        evaluation.check_labels(num_classes(train))
+        evaluation.check_labels(train.num_classes if options.new_head else len(_names(found)))
     pixels = read_pixels(found.folder.path)
     items = ImageItems(train, augment_seed=options.seed if options.augment else None)
     return Task(
         unit="images",
         per_item=1,
         train=items,
-        evaluation={} if evaluation is None else {"images": ImageItems(evaluation)},
+        evaluation={} if evaluation is None else {"images": ImageItems(evaluation.draw(None, seed=EVAL_SEED))},
         about={"train": _about(train), "eval": {} if evaluation is None else _about(evaluation)},
         collate=lambda rows: collate(pixels, rows),
         set_epoch=items.set_epoch,
+        together=found.model.config.group_images or 1,
         images=train,
     )
 
@@ -99,26 +101,24 @@ def collate(pixels: Pixels, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tens
     }
 
 
-def num_classes(images: Images) -> int:
-    return int(images.labels.max()) + 1 if images.classes is None else len(images.classes)
-
-
 def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
     """Refuse images whose classes are not those that the model knows, unless it gets a new head for them.
 
     Raises:
         SecateurError: another number of classes, or names in another order.
     """
-    known: Any = found.model.config.id2label
-    names = [known[label] for label in sorted(known)]
     if new_head:
         return
-    if num_classes(images) != len(names):
+    names = _names(found)
+    if images.classes is None:  # the highest may have no example
+        images.check_labels(len(names))
+        return
+    if images.num_classes != len(names):
         raise SecateurError(
-            f"{images.name}: {num_classes(images)} classes, the model knows {len(names)}; --new-head gives it a new "
+            f"{images.name}: {images.num_classes} classes, the model knows {len(names)}; --new-head gives it a new "
             "classifier for these"
         )
-    if images.classes is None or all(UNNAMED.fullmatch(name) for name in names):
+    if all(UNNAMED.fullmatch(name) for name in names):
         return
     for label, (mine, its) in enumerate(zip(images.classes, names, strict=True)):
         if mine != its:
@@ -128,6 +128,12 @@ def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
             )
 
 
+def _names(found: Survey) -> list[str]:
+    """Of the classes that the model knows."""
+    known: Any = found.model.config.id2label
+    return [known[label] for label in sorted(known)]
+
+
 def _read(flag: str, paths: Sequence[str]) -> Images:
     if len(paths) > 1:
         raise SecateurError(f"{flag}: {len(paths)} sets of images, expected one folder or .npz file")
@@ -135,4 +141,4 @@ def _read(flag: str, paths: Sequence[str]) -> Images:
 
 
 def _about(images: Images) -> dict[str, Any]:
-    return {"images": {"images": len(images), "classes": num_classes(images), "digest": images.digest()}}
+    return {"images": {"images": len(images), "classes": images.num_classes, "digest": images.digest()}}

@@ -5,37 +5,42 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.checkpoint import run
-from secateur.checkpoint.folder import CONFIG, INDEX, STATS, read_folder
+from secateur.checkpoint.folder import CONFIG, INDEX, STATS, Folder, read_folder
+from secateur.checkpoint.inputs import reads
 from secateur.checkpoint.report import VERIFIED
-from secateur.checkpoint.survey import Survey, survey
+from secateur.checkpoint.run import no_loading_bars
+from secateur.checkpoint.survey import LISTED, Survey, survey
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
-from secateur.finetune.images import num_classes
+from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 from secateur.out_folder import copy_file
+from secateur.safetensors_header import read_header
+from secateur.vision import VMoEForImageClassification
 
 HEAD = "classifier"
+LOGS = "runs"  # where transformers has TensorBoard write
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # that float32 holds without rounding
 # what says of a pruned folder that its bytes are those of its source, or was counted on the weights from before
 STALE = {"report.json", "report.html", VERIFIED, STATS, "finetune.json"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loaded:
-    """model: in float32. dtypes: what its tensors were on the disk, by name. head: the classes of a new one."""
+    """model: in float32. head: the classes of a new one."""
 
     model: PreTrainedModel
-    dtypes: dict[str, torch.dtype]
     head: tuple[str, ...] | None
 
     @property
@@ -51,8 +56,15 @@ def check_trainable(found: Survey) -> None:
     """Refuse what cannot be trained whole.
 
     Raises:
-        SecateurError: a quantised model, or one with layers that predict further tokens.
+        SecateurError: a quantised model, one with layers that predict further tokens, or one without a head.
     """
+    model_class = found.model.model_class
+    images = reads(found) == "images"
+    if not (issubclass(model_class, VMoEForImageClassification) if images else model_class.can_generate()):
+        raise SecateurError(
+            f"{found.folder.path}: a {model_class.__name__} has no {'classifier' if images else 'language model head'} "
+            "to train it by"
+        )
     if any(key in found.folder.config for key in ("quantization_config", "compression_config")):
         raise SecateurError(f"{found.folder.path}: it is quantised; fine-tune the model that it was made from")
     if found.mtp:
@@ -70,13 +82,11 @@ def load(found: Survey, *, freeze: Sequence[str] = (), new_classes: Images | Non
         new_classes: replace the classifier by one of zeros for the classes of these.
 
     Raises:
-        SecateurError: transformers does not load all of it, a pattern that fits no name, or nothing left to train.
+        SecateurError: transformers does not load all of it, or would not write all of it; a pattern that fits no name,
+            or nothing left to train.
     """
-    model, problems = run.load(found.folder.path, found)
-    if problems:
-        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
-    model.float()  # type: ignore[no-untyped-call]
+    model = _from_disk(found)
+    _check_comes_back(model, found)
     model.config.use_cache = False
     head = None if new_classes is None else _replace_head_(model, new_classes)
     for pattern in freeze:
@@ -86,57 +96,121 @@ def load(found: Survey, *, freeze: Sequence[str] = (), new_classes: Images | Non
             raise SecateurError(f"--freeze {pattern}: no parameter has such a name; names are like {some}")
         for name in names:
             model.get_parameter(name).requires_grad_(False)
-    loaded = Loaded(model=model, dtypes=dtypes, head=head)
+    loaded = Loaded(model=model, head=head)
     if not loaded.num_trained:
         raise SecateurError(f"--freeze {' '.join(freeze)}: no parameter is left to train")
     return loaded
 
 
 def write(loaded: Loaded, found: Survey, folder: Path) -> None:
-    """Write the model into a new folder, in the dtypes it had and with the files that lay beside it.
+    """Write the model into a new folder: tensors in the files they were in and in the dtypes they had, and other files.
 
-    config.json is the source's own, with other classes where there is a new head.
+    config.json is the source's own, with other classes where there is a new head. The model is moved to the CPU.
 
     Raises:
-        SecateurError: what was written is not a model with the same experts. OSError: the disk refused.
+        SecateurError: what was written is not the same model but for its numbers. OSError: the disk refused.
     """
-    model = loaded.model
-    for name, tensor in _tensors(model):
-        tensor.data = tensor.data.to(loaded.dtypes.get(name, tensor.dtype))
-    # not written here, and the source's own may be one that is refused
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors" and path.name != INDEX:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    source = found.folder
+    loaded.model.zero_grad()
+    loaded.model.cpu()
+    tensors = _as_stored(loaded.model)
+    for file, header in source.headers.items():
+        mine = {
+            name: _as_before(tensors.pop(name), stored.dtype)
+            for name, stored in source.tensors.items()
+            if stored.file == file
+        }
+        save_file(mine, folder / file, metadata={"format": "pt"} | dict(header.metadata))
+        with (folder / file).open("rb") as written:
+            os.fsync(written.fileno())
     for relative in kept_files(found):
-        copy_file(found.folder.path / relative, folder / relative)
+        copy_file(source.path / relative, folder / relative)
+    names = [CONFIG, INDEX] if source.index is not None else [CONFIG]
     if loaded.head is None:
-        copy_file(found.folder.path / CONFIG, folder / CONFIG)
+        for name in names:
+            copy_file(source.path / name, folder / name)
     else:
         atomic_write(folder / CONFIG, json.dumps(_with_classes(found, loaded.head), indent=2) + "\n")
-    written = survey(read_folder(folder)).all_counts
-    if written != found.all_counts:
-        raise SecateurError(f"{folder}: experts {written} were written, expected {found.all_counts}")
+        if source.index is not None:
+            atomic_write(folder / INDEX, json.dumps(_resized(source.index, folder, source.headers), indent=2) + "\n")
+    _check_written(read_folder(folder), found, new_head=loaded.head is not None)
 
 
 def kept_files(found: Survey) -> list[PurePosixPath]:
     """What is carried along beside weights and config.json."""
-    return [relative for relative in found.folder.others if str(relative) not in STALE]
+    return [relative for relative in found.folder.others if str(relative) not in STALE and relative.parts[0] != LOGS]
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Those with decimals; a number that counts is of its type for good."""
-    every = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, tensor) for name, tensor in every if tensor.is_floating_point()]
+def _from_disk(found: Survey) -> PreTrainedModel:
+    """In float32, whatever config.json says, so that no tensor is rounded."""
+    loader: Any = found.model.model_class
+    if found.folder.config.get("model_type") == MODEL_TYPE:
+        loader = pruned_model_class(loader)
+    with no_loading_bars():
+        model, info = loader.from_pretrained(found.folder.path, output_loading_info=True, dtype=torch.float32)
+    if problems := {key: sorted(map(str, value)) for key, value in info.items() if value}:
+        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
+    with torch.no_grad():
+        for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
+            tensor.data = tensor.data.clone()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _as_stored(model: PreTrainedModel, device: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a loaded model by the names that they have in files."""
+    tensors: dict[str, torch.Tensor] = model.state_dict()
+    if device is not None:
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return stored
+
+
+def _check_comes_back(model: PreTrainedModel, found: Survey) -> None:
+    """Refuse a folder of which something would be lost: transformers passes over some tensors without a word."""
+    tensors = _as_stored(model, "meta")
+    source = found.folder
+    if lost := [name for name in source.tensors if name not in tensors]:
+        raise SecateurError(
+            f"{source.path}: {found.model.model_class.__name__} does not load {len(lost)} of its tensors, which would "
+            f"be lost: {', '.join(lost[:LISTED])}"
+        )
+    for name, stored in source.tensors.items():
+        if tuple(tensors[name].shape) != stored.shape:
+            raise SecateurError(
+                f"{source.path}: {name} is {stored.shape}, but transformers would write {tuple(tensors[name].shape)}"
+            )
+        if tensors[name].is_floating_point() and stored.dtype not in DTYPES:
+            raise SecateurError(f"{source.path}: {name} is {stored.dtype}, expected one of {', '.join(DTYPES)}")
+
+
+def _as_before(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """In memory of its own, and where it has decimals in the dtype it had; a number that counts is of its type."""
+    wanted = DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(wanted, memory_format=torch.contiguous_format, copy=True)
+
+
+def _resized(index: Mapping[str, Any], folder: Path, files: Iterable[str]) -> dict[str, Any]:
+    total = sum(entry.length for file in files for entry in read_header(folder / file).entries.values())
+    return {**index, "metadata": {"total_size": total}}
+
+
+def _check_written(written: Folder, found: Survey, *, new_head: bool) -> None:
+    def kinds(folder: Folder) -> set[tuple[str, str, tuple[int, ...]]]:
+        return {
+            (name, one.dtype, () if new_head and name.startswith(f"{HEAD}.") else one.shape)
+            for name, one in folder.tensors.items()
+        }
+
+    if differ := sorted(kinds(written) ^ kinds(found.folder)):
+        raise SecateurError(f"{written.path}: what was written differs from {found.folder.path} in {differ[:LISTED]}")
+    if (counts := survey(written).all_counts) != found.all_counts:
+        raise SecateurError(f"{written.path}: experts {counts} were written, expected {found.all_counts}")
 
 
 def _replace_head_(model: PreTrainedModel, classes: Images) -> tuple[str, ...]:
     old: Any = model.get_submodule(HEAD)
-    number = num_classes(classes)
+    number = classes.num_classes
     new = nn.Linear(old.in_features, number)
     nn.init.zeros_(new.weight)
     nn.init.zeros_(new.bias)

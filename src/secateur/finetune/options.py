@@ -24,7 +24,10 @@ LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "router_aux_loss": 0,
+    "seed": 0,
 }
+OPTIMIZERS = ("adamw", "sgd")
+MAX_SEED = 2**32  # of NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class FinetuneOptions:
         data: text specs (see `data.corpus.read_documents`; .jsonl of chats too), or the folder or .npz of images.
         eval_data: the same, to measure the loss on; domains are told apart.
         steps, epochs: one of the two; one epoch without either.
+        optimizer: "adamw", or "sgd" with a momentum of 0.9.
         warmup: a share of the steps below 1, from 1 on a number of steps.
         sequence_length: tokens of a sequence; 512, or what the model can take if that is less, without it.
         freeze: regular expressions; parameters in whose name one is found stay as they are.
@@ -57,6 +61,7 @@ class FinetuneOptions:
     epochs: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 2e-5
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -86,6 +91,10 @@ class FinetuneOptions:
                 raise SecateurError(f"{option(name)}: found {value}, expected a number above 0")
         if self.steps is not None and self.epochs is not None:
             raise SecateurError("--steps and --epochs: give one of the two")
+        if self.seed >= MAX_SEED:
+            raise SecateurError(f"--seed: found {self.seed}, expected less than 2**32")
+        if self.optimizer not in OPTIMIZERS:
+            raise SecateurError(f"--optimizer {self.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise SecateurError(f"--schedule {self.schedule}: expected one of {', '.join(SCHEDULES)}")
         if self.eval_steps is not None and not self.eval_data:

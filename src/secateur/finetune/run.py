@@ -6,25 +6,28 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, TrainerState
 
 from secateur.checkpoint.folder import read_folder, read_object
+from secateur.checkpoint.inputs import Reads, reads
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.work import Work, place_of_work, work_folder
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.files import atomic_write
 from secateur.finetune.images import image_task
-from secateur.finetune.model import Loaded, check_trainable, load, write
+from secateur.finetune.model import LOGS, Loaded, check_trainable, load, write
 from secateur.finetune.options import SCHEDULES, FinetuneOptions, option
 from secateur.finetune.record import CARD, RECORD, evaluations, known, losses, with_section
 from secateur.finetune.task import Task, size
 from secateur.finetune.text import text_task
-from secateur.finetune.trainer import FinetuneLog, FinetuneTrainer, Progress, accuracy, best_class
+from secateur.finetune.trainer import FinetuneLog, FinetuneTrainer, Progress, Spent, accuracy, best_class, check_logger
 from secateur.out_folder import check_target, written_beside
 from secateur.train import checkpoints
 from secateur.train.arguments import trainer_arguments
@@ -34,8 +37,8 @@ from secateur.train.environment import peak_memory_bytes
 from secateur.train.progress import only_our_messages
 
 WHAT = "finetuning"  # name of the work folder
-LOGS = "runs"  # where transformers has TensorBoard write
-TASKS = {"input_ids": text_task, "pixel_values": image_task}
+TASKS: dict[Reads, Callable[[Survey, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}
+MOMENTUM = 0.9  # of --optimizer sgd
 
 
 def finetune(
@@ -69,29 +72,60 @@ def finetune(
         raise SecateurError(f"fine-tuning runs in one process, WORLD_SIZE is {world_size()}; start it without torchrun")
     if resume and restart:
         raise SecateurError("--resume and --restart: give one of the two")
-    if resume and (out / RECORD).is_file() and place_of_work(out, WHAT).is_dir():  # killed after the last of all
-        with work_folder(out, what=WHAT) as work:
-            work.remove()
-        return read_object(out / RECORD)
-    check_target(model, out)
+    check_logger(options.report_to)
+    killed_last = resume and (out / RECORD).is_file() and place_of_work(out, WHAT).is_dir()
+    if not killed_last:
+        check_target(model, out)
     found = survey(read_folder(model))
     check_trainable(found)
     with only_our_messages():
-        task = TASKS[found.model.model_class.main_input_name](found, options)
+        task = TASKS[reads(found)](found, options)
+        asked = _asked(found, task, options)
+        if killed_last:
+            return _finished(out, asked, dry_run=dry_run)
         loaded = _load(found, task, options)
         if dry_run:
             return known(found, loaded, task, options)
         if resume and not place_of_work(out, WHAT).is_dir():
             raise SecateurError(f"--resume: nothing was left of a fine-tuning into {out}")
-        with work_folder(out, restart=restart, what=WHAT) as work, _kept_for_resume(work):
-            run, checkpoint = _begin(work, found, task, options, resume=resume)
-            record = known(found, loaded, task, options) | _train(
-                loaded, found, task, options, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
-            )
-            with written_beside(out) as beside:
-                _write_all(loaded, found, work, record, beside)
+        with work_folder(out, restart=restart, what=WHAT) as work:
+            check_target(model, out)  # another process may have been at it until now
+            with _kept_for_resume(work):
+                run, checkpoint = _begin(work, asked, resume=resume)
+                record = known(found, loaded, task, options) | _train(
+                    loaded, found, task, options, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
+                )
+                with written_beside(out) as beside:
+                    _write_all(loaded, found, work, record, beside)
+                work.remove()
+    return record
+
+
+def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
+    """The record of a run that was killed when its result had its name already; what it left is removed.
+
+    Raises:
+        SecateurError: the result, or what lies beside it, is of another run.
+    """
+    record = read_object(out / RECORD)
+    with work_folder(out, what=WHAT) as work:
+        try:
+            _check_same({"model": asked["model"]} | record, asked)
+            if work.before is None and any(work.path.iterdir()):
+                raise SecateurError(f"nothing says what {work.path} is of")
+            _check_same(work.before or asked, asked)
+        except SecateurError as error:
+            raise SecateurError(f"--out {out}: it is there already, and not from this run ({error})") from error
+        if not dry_run:
             work.remove()
     return record
+
+
+def _asked(found: Survey, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+    """All that decides the result, as it comes back from a file."""
+    plain = {"model": found.folder.state, "data": dict(task.about), "options": options.to_json()}
+    asked: dict[str, Any] = json.loads(json.dumps(plain))
+    return asked
 
 
 @contextlib.contextmanager
@@ -105,13 +139,12 @@ def _kept_for_resume(work: Work) -> Iterator[None]:
         raise
 
 
-def _begin(work: Work, found: Survey, task: Task, options: FinetuneOptions, *, resume: bool) -> tuple[str, Path | None]:
+def _begin(work: Work, asked: Mapping[str, Any], *, resume: bool) -> tuple[str, Path | None]:
     """(what tells this run from others, the checkpoint to go on from).
 
     Raises:
         SecateurError: a killed run lies there and nobody said what becomes of it, or it had other settings.
     """
-    asked = {"model": found.folder.config_digest, "data": dict(task.about), "options": options.to_json()}
     last = checkpoints.last_whole(work.path)
     if last is not None and not resume:
         raise SecateurError(
@@ -120,18 +153,21 @@ def _begin(work: Work, found: Survey, task: Task, options: FinetuneOptions, *, r
         )
     if resume and work.before is not None:
         _check_same(work.before, asked)
+    if last is None:
+        for entry in work.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     work.note(asked)
     checkpoints.remove_unfinished(work.path)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(), last
 
 
 def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(asked))
-    for name, value in now["options"].items():
-        if (was := before["options"].get(name)) != value:
+    options = before.get("options") or {}
+    for name, value in asked["options"].items():
+        if (was := options.get(name)) != value:
             raise SecateurError(f"--resume: {option(name)} is {value!r}, but the run was started with {was!r}")
     for what in ("model", "data"):
-        if before[what] != now[what]:
+        if before.get(what) != asked[what]:
             raise SecateurError(f"--resume: the {what} is not the one that the run was started with")
 
 
@@ -187,9 +223,18 @@ def _train(
 ) -> dict[str, Any]:
     """Train the model in place; returns what finetune.json says of it."""
     steps = options.num_steps(task.num_items)
-    log = FinetuneLog(task, run=run, steps_per_epoch=options.steps_per_epoch(task.num_items), on_progress=on_progress)
+    spent = Spent()
+    log = FinetuneLog(
+        task,
+        run=run,
+        steps_per_epoch=options.steps_per_epoch(task.num_items),
+        spent=spent,
+        on_progress=on_progress,
+    )
+    sgd = (torch.optim.SGD, {"lr": options.learning_rate, "momentum": MOMENTUM})
     with _balanced(loaded, found, options) as balance:
         trainer = FinetuneTrainer(
+            spent=spent,
             model=loaded.model,
             args=_arguments(task, options, folder, steps, is_new=checkpoint is None),
             train_dataset=task.train,
@@ -197,6 +242,7 @@ def _train(
             data_collator=task.collate,
             compute_metrics=accuracy if task.images else None,
             preprocess_logits_for_metrics=best_class if task.images else None,
+            optimizer_cls_and_kwargs=sgd if options.optimizer == "sgd" else None,
             callbacks=[*balance, log],
         )
         trainer.remove_callback(PrinterCallback)
@@ -208,11 +254,11 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
     sizes = {name: size(one) for name, one in task.evaluation.items()}
-    speed = trainer.items * task.per_item / log.seconds if log.seconds else None
+    speed = spent.items * task.per_item / spent.seconds if spent.seconds else None
     return {
         "losses": losses(history),
         "evaluations": evaluations(history, sizes),
-        "seconds": log.seconds,
+        "seconds": spent.seconds,
         "resumed_after_step": None if checkpoint is None else checkpoints.step_of(checkpoint),
         f"{task.unit}_per_second": speed,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -226,7 +272,7 @@ def _arguments(task: Task, options: FinetuneOptions, folder: Path, steps: int, *
         seed=options.seed,
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_eval_batch_size=task.eval_batch(options.batch_size),
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps(steps),

@@ -19,6 +19,7 @@ class Task:
         train: items to train on. evaluation: by name, items to measure the loss on.
         collate: makes a batch of items; None where transformers does.
         set_epoch: to be called with the number of every epoch that begins.
+        together: items whose results depend on each other; measured in batches of a multiple of that.
         images: what is trained on, where that is images. about: as JSON, with a digest of all of it.
     """
 
@@ -29,11 +30,16 @@ class Task:
     about: Mapping[str, Any]
     collate: Callable[[list[Any]], dict[str, Any]] | None = None
     set_epoch: Callable[[int], None] = lambda epoch: None
+    together: int = 1
     images: Images | None = None
 
     @property
     def num_items(self) -> int:
         return size(self.train)
+
+    def eval_batch(self, batch_size: int) -> int:
+        """At least `batch_size`, in whole groups of items that belong together."""
+        return -(-batch_size // self.together) * self.together
 
 
 def size(dataset: Dataset[Any]) -> int:

@@ -28,13 +28,19 @@ def text_task(found: Survey, options: FinetuneOptions) -> Task:
     """The blocks that `options` name, by the model's own tokenizer.
 
     Raises:
-        SecateurError: no such text, too little of it, no tokenizer, or one that does not fit the model.
+        SecateurError: no such text, too little of it, no tokenizer, or one that does not fit the model; settings of
+            images, or a loss that the model cannot have.
     """
     for name in IMAGES_ONLY:
         if getattr(options, name):
             raise SecateurError(
                 f"--{name.replace('_', '-')}: a {found.model.model_type!r} model reads text; leave it out"
             )
+    if options.router_aux_loss and found.model.kept:
+        raise SecateurError(
+            f"--router-aux-loss: {found.folder.path} has zero slots in layers {sorted(found.model.kept)}, and a loss "
+            "that balances experts would count the empty ones; leave it out, or give 0 for none"
+        )
     config = found.model.text
     longest = getattr(config, "max_position_embeddings", None)
     length = options.sequence_length or min(LENGTH, longest or LENGTH)

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
+from secateur.errors import SecateurError
+from secateur.files import atomic_write
 from secateur.finetune.task import Task
 from secateur.train.checkpoints import seal
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.run_log import check_finite
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, SPENT = "weights.safetensors", "spent.json"
 Progress = Callable[[int, int, str], None]
 
 
-class FinetuneTrainer(ResumableTrainer):
-    """Checkpoints hold the weights as they are in memory: a model folder would store some experts one by one.
+@dataclass
+class Spent:
+    """What the steps of a run took, those before it was resumed too.
 
-    Attributes:
-        items: sequences or images trained on by this process.
+    items: sequences or images trained on. seconds: from the begin of a step, when its data is there, to its end.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    items: int = 0
+    seconds: float = 0.0
+
+
+class FinetuneTrainer(ResumableTrainer):
+    """Checkpoints hold the weights as they are in memory: a model folder would store some experts one by one."""
+
+    def __init__(self, *, spent: Spent, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.items = 0
+        self._spent = spent
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        self.items += len(inputs["labels"])
+        self._spent.items += len(inputs["labels"])
         return super().training_step(model, inputs, num_items_in_batch)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -53,19 +65,21 @@ class FinetuneTrainer(ResumableTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
         save_model(model, str(folder / WEIGHTS))
+        atomic_write(folder / SPENT, json.dumps(asdict(self._spent)) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         mine: Any = self.model
         load_model(mine, Path(resume_from_checkpoint) / WEIGHTS)
+        before = json.loads((Path(resume_from_checkpoint) / SPENT).read_text())
+        self._spent.items, self._spent.seconds = before["items"], before["seconds"]
 
 
 class FinetuneLog(TrainerCallback):
     """Stops at a loss that is no number, seals checkpoints, counts training seconds, and tells of progress."""
 
-    def __init__(self, task: Task, *, run: str, steps_per_epoch: int, on_progress: Progress) -> None:
+    def __init__(self, task: Task, *, run: str, steps_per_epoch: int, spent: Spent, on_progress: Progress) -> None:
         self._task, self._run, self._steps_per_epoch, self._on_progress = task, run, steps_per_epoch, on_progress
-        self._started = 0.0
-        self.seconds = 0.0
+        self._started, self._spent = 0.0, spent
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,7 +92,7 @@ class FinetuneLog(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self._spent.seconds += time.perf_counter() - self._started
         self._on_progress(state.global_step, state.max_steps, "")
 
     def on_log(
@@ -98,6 +112,24 @@ class FinetuneLog(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._run)
+
+
+def check_logger(name: str) -> None:
+    """Refuse a logger that transformers does not know, or whose package is missing.
+
+    Raises:
+        SecateurError: it is one of these.
+    """
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise SecateurError(
+            f"--report-to {name}: expected none, all or one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        )
+    try:
+        INTEGRATION_TO_CALLBACK[name]()
+    except (ImportError, RuntimeError) as error:
+        raise SecateurError(f"--report-to {name}: {error}") from error
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from secateur import __version__
+
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Installed versions by package name."""
     found = {name: metadata.version(name) for name in PACKAGES}
-    return {"secateur": metadata.version("secateur"), "python": platform.python_version(), **found}
+    return {"secateur": __version__, "python": platform.python_version(), **found}
 
 
 def hardware() -> dict[str, Any]:
