@@ -22,7 +22,7 @@ from dcp_checkpoints import PLAN, save, tensors_of
 from secateur.errors import SecateurError
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
 from secateur.surgery.dcp_metadata import read_dcp
-from secateur.surgery.dcp_pickle import ALLOWED, read_stubs
+from secateur.surgery.dcp_pickle import ALLOWED, Stub, read_stubs
 from secateur.surgery.dcp_stored import Chunk, StoredBytes, whole_tensor
 
 TENSORS = {"w": torch.arange(12.0).reshape(4, 3), "scalar": torch.tensor(3), "bf16": torch.ones(5).bfloat16()}
@@ -82,12 +82,19 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(folder: P
     assert not (folder / "ran").exists()
 
 
+def test_a_member_of_an_enumeration_as_some_pythons_pickle_it_is_described_and_not_looked_up() -> None:
+    found = read_stubs(b"cbuiltins\ngetattr\n(ctorch.serialization\n_get_layout\nS'__globals__'\ntR.")
+    assert isinstance(found, Stub)
+    assert (found.kind, found.args[1]) == ("builtins.getattr", "__globals__")
+    assert issubclass(found.args[0], Stub)
+
+
 @pytest.mark.parametrize(
     "code",
     [
         b"cos\nsystem\n(S'true'\ntR.",
         b"cbuiltins\neval\n(S'1'\ntR.",
-        b"cbuiltins\ngetattr\n.",
+        b"cbuiltins\nexec\n.",
         b"ctorch\nload\n.",
         b"ctorch.serialization\nload\n.",
         b"ctorch.distributed.checkpoint.metadata\nos.system\n.",

@@ -18,8 +18,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions by package name."""
-    found = {name: metadata.version(name) for name in PACKAGES}
+    """Installed versions by package name; that of torch says what it was built for."""
+    found = {name: metadata.version(name) for name in PACKAGES} | {"torch": str(torch.__version__)}
     return {"secateur": __version__, "python": platform.python_version(), **found}
 
 
