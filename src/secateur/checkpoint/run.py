@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,16 +59,21 @@ def no_loading_bars() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def load(folder: Path, survey: Survey) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+def load(
+    folder: Path, survey: Survey, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """(model, what transformers reports of the load: missing, unexpected and mismatched tensors, errors).
 
     Nothing but transformers' own classes is loaded, whatever the folder's auto_map says.
+
+    Args:
+        dtype: of all tensors; "auto" is what config.json says, to which wider ones are rounded.
     """
     pruned = survey.folder.config.get("model_type") == MODEL_TYPE
     native = survey.model.model_class
     loader: Any = pruned_model_class(native) if pruned else native
     with no_loading_bars():
-        model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        model, info = loader.from_pretrained(folder, output_loading_info=True, dtype=dtype)
     with torch.no_grad():
         for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
             tensor.data = tensor.data.clone()

@@ -16,15 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from secateur.checkpoint import run
 from secateur.checkpoint.folder import CONFIG, INDEX, STATS, Folder, read_folder
 from secateur.checkpoint.inputs import reads
 from secateur.checkpoint.report import VERIFIED
-from secateur.checkpoint.run import no_loading_bars
 from secateur.checkpoint.survey import LISTED, Survey, survey
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
-from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 from secateur.out_folder import copy_file
 from secateur.safetensors_header import read_header
 from secateur.vision import VMoEForImageClassification
@@ -85,7 +84,10 @@ def load(found: Survey, *, freeze: Sequence[str] = (), new_classes: Images | Non
         SecateurError: transformers does not load all of it, or would not write all of it; a pattern that fits no name,
             or nothing left to train.
     """
-    model = _from_disk(found)
+    # in float32 whatever config.json says, so that no tensor is rounded
+    model, problems = run.load(found.folder.path, found, torch.float32)
+    if problems:
+        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
     _check_comes_back(model, found)
     model.config.use_cache = False
     head = None if new_classes is None else _replace_head_(model, new_classes)
@@ -139,22 +141,6 @@ def write(loaded: Loaded, found: Survey, folder: Path) -> None:
 def kept_files(found: Survey) -> list[PurePosixPath]:
     """What is carried along beside weights and config.json."""
     return [relative for relative in found.folder.others if str(relative) not in STALE and relative.parts[0] != LOGS]
-
-
-def _from_disk(found: Survey) -> PreTrainedModel:
-    """In float32, whatever config.json says, so that no tensor is rounded."""
-    loader: Any = found.model.model_class
-    if found.folder.config.get("model_type") == MODEL_TYPE:
-        loader = pruned_model_class(loader)
-    with no_loading_bars():
-        model, info = loader.from_pretrained(found.folder.path, output_loading_info=True, dtype=torch.float32)
-    if problems := {key: sorted(map(str, value)) for key, value in info.items() if value}:
-        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
-    with torch.no_grad():
-        for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
-            tensor.data = tensor.data.clone()
-    loaded: PreTrainedModel = model
-    return loaded
 
 
 def _as_stored(model: PreTrainedModel, device: str | None = None) -> dict[str, torch.Tensor]:
