@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of children too: sums are rounded by the number of threads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest

@@ -288,6 +288,7 @@ def run_command(out: Path, words: list[str]) -> None:
 def interrupted(out: Path, words: list[str]) -> None:
     from secateur.train.run_log import RunLog
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     steps = RunLog.on_step_end
 
     def ctrl_c(self: RunLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
