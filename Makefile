@@ -13,11 +13,11 @@ demo: .venv/.installed
 	@echo "open $(DEMO)/report.html"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What to run while working: two minutes.
 quick: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: lint types test
 
