@@ -14,7 +14,7 @@ from secateur.checkpoint.compare import verify_written
 from secateur.checkpoint.config import edited_config
 from secateur.checkpoint.copy import Shard, into_shards, write_index, write_shard
 from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import CONFIG, STATS, Folder, read_folder
+from secateur.checkpoint.folder import CONFIG, FINETUNED, STATS, Folder, read_folder
 from secateur.checkpoint.report import VERIFIED, describe, page
 from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors, layer_plan
 from secateur.checkpoint.survey import Survey, survey
@@ -28,7 +28,6 @@ from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import MODULE
 
 PLAN, REPORT, PAGE, CARD, CODE = "plan.json", "report.json", "report.html", "README.md", f"{MODULE}.py"
-FINETUNED = "finetune.json"  # of `secateur finetune`: these weights are no longer those it trained
 MTP_CHOICES = ("whole", "drop")
 ENDS = 4096  # bytes compared at either end of every copied piece; `secateur verify` compares all
 

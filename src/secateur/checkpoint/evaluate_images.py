@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from secateur.checkpoint.accuracy import Scores, difference, joined, scores, summary
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.image_batches import ImageBatches, batches_for
+from secateur.checkpoint.inputs import class_names
 from secateur.checkpoint.observe_images import check_loads, loaded
 from secateur.checkpoint.survey import Survey, survey
 from secateur.data.images import Images
@@ -48,7 +49,7 @@ def evaluate_images(
     surveys = check_models(models)
     batches = {model: batches_for(found, images, batch_size) for model, found in surveys.items()}
     for model, found in surveys.items():  # what does not fit shows before another is measured
-        images.check_classes(_class_names(found), model)
+        images.check_classes(class_names(found), model)
     results: list[dict[str, Any]] = []
     first: Scores | None = None
     for model, found in surveys.items():
@@ -84,17 +85,12 @@ def check_models(models: Sequence[Path]) -> dict[Path, Survey]:
                 f"{model}: a {native.__name__}, expected a VMoEForImageClassification; without a classifier no label "
                 "can be compared"
             )
-        number, expected = (len(_class_names(one)) for one in (found, surveys[first]))
+        number, expected = (len(class_names(one)) for one in (found, surveys[first]))
         if number != expected:
             raise SecateurError(
                 f"{model}: it tells {number} classes, {first} {expected}; expected models of the same classes"
             )
     return surveys
-
-
-def _class_names(found: Survey) -> list[str]:
-    config: Any = found.model.config
-    return [name for _, name in sorted(config.id2label.items())]
 
 
 def _measured(found: Survey, batches: ImageBatches, device: str, on_step: Progress) -> tuple[Scores, dict[str, Any]]:

@@ -16,6 +16,7 @@ from secateur.safetensors_header import Header, read_header
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 STATS = "observed/stats.safetensors"  # what `secateur prune` leaves in its result
+FINETUNED = "finetune.json"  # what `secateur finetune` says of it: of these weights, and no others
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.survey import Survey
@@ -14,6 +14,12 @@ READS: dict[str, Reads] = {"vmoe": "images"}  # by model type, of pruned models 
 
 def reads(found: Survey) -> Reads:
     return READS.get(found.model.model_type, "text")
+
+
+def class_names(found: Survey) -> list[str]:
+    """Of a classifier, in the order of its labels."""
+    known: Any = found.model.config.id2label
+    return [name for _, name in sorted(known.items())]
 
 
 def declared(model: Path) -> Reads:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from secateur.checkpoint.inputs import class_names
 from secateur.checkpoint.survey import Survey
 from secateur.data.images import Images, Pixels8, read_images
 from secateur.errors import SecateurError
@@ -43,7 +44,7 @@ def image_task(found: Survey, options: FinetuneOptions) -> Task:
     if evaluation is not None:
         if None not in (train.classes, evaluation.classes) and train.classes != evaluation.classes:
             raise SecateurError(f"--eval-data: classes {evaluation.classes}, expected those of --data, {train.classes}")
-        evaluation.check_labels(train.num_classes if options.new_head else len(_names(found)))
+        evaluation.check_labels(train.num_classes if options.new_head else len(class_names(found)))
     pixels = read_pixels(found.folder.path)
     items = ImageItems(train, augment_seed=options.seed if options.augment else None)
     return Task(
@@ -109,7 +110,7 @@ def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
     """
     if new_head:
         return
-    names = _names(found)
+    names = class_names(found)
     if images.classes is None:  # the highest may have no example
         images.check_labels(len(names))
         return
@@ -126,12 +127,6 @@ def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
                 f"{images.name}: class {label} is {mine!r}, the model calls it {its!r}; --new-head gives it a new "
                 "classifier for these"
             )
-
-
-def _names(found: Survey) -> list[str]:
-    """Of the classes that the model knows."""
-    known: Any = found.model.config.id2label
-    return [known[label] for label in sorted(known)]
 
 
 def _read(flag: str, paths: Sequence[str]) -> Images:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.checkpoint import run
-from secateur.checkpoint.folder import CONFIG, INDEX, STATS, Folder, read_folder
+from secateur.checkpoint.apply import PAGE, REPORT
+from secateur.checkpoint.folder import CONFIG, FINETUNED, INDEX, STATS, Folder, read_folder
 from secateur.checkpoint.inputs import reads
 from secateur.checkpoint.report import VERIFIED
 from secateur.checkpoint.survey import LISTED, Survey, survey
@@ -32,7 +33,7 @@ HEAD = "classifier"
 LOGS = "runs"  # where transformers has TensorBoard write
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # that float32 holds without rounding
 # what says of a pruned folder that its bytes are those of its source, or was counted on the weights from before
-STALE = {"report.json", "report.html", VERIFIED, STATS, "finetune.json"}
+STALE = {REPORT, PAGE, VERIFIED, STATS, FINETUNED}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur import __version__
+from secateur.checkpoint.folder import FINETUNED
 from secateur.checkpoint.survey import Survey
 from secateur.finetune.model import Loaded
 from secateur.finetune.options import FinetuneOptions
@@ -14,7 +15,6 @@ from secateur.finetune.task import Task
 from secateur.train.environment import hardware, versions
 
 FORMAT, VERSION = "secateur-finetune", 1
-RECORD, CARD = "finetune.json", "README.md"
 
 
 def known(found: Survey, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
@@ -91,4 +91,4 @@ def with_section(card: str, record: Mapping[str, Any]) -> str:
     if card:
         card = card.rstrip("\n") + "\n\n"
         what += " What this card says above of weights that were not changed is about the model before."
-    return f"{card}{what}\n\n`{RECORD}` has the settings, the losses and the versions.\n"
+    return f"{card}{what}\n\n`{FINETUNED}` has the settings, the losses and the versions.\n"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerState
 
-from secateur.checkpoint.folder import read_folder, read_object
+from secateur.checkpoint.apply import CARD
+from secateur.checkpoint.folder import FINETUNED, read_folder, read_object
 from secateur.checkpoint.inputs import Reads, reads
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.work import Work, place_of_work, work_folder
@@ -24,7 +25,7 @@ from secateur.files import atomic_write
 from secateur.finetune.images import image_task
 from secateur.finetune.model import LOGS, Loaded, check_trainable, load, write
 from secateur.finetune.options import SCHEDULES, FinetuneOptions, option
-from secateur.finetune.record import CARD, RECORD, evaluations, known, losses, with_section
+from secateur.finetune.record import evaluations, known, losses, with_section
 from secateur.finetune.task import Task, size
 from secateur.finetune.text import text_task
 from secateur.finetune.trainer import FinetuneLog, FinetuneTrainer, Progress, Spent, accuracy, best_class, check_logger
@@ -73,7 +74,7 @@ def finetune(
     if resume and restart:
         raise SecateurError("--resume and --restart: give one of the two")
     check_logger(options.report_to)
-    killed_last = resume and (out / RECORD).is_file() and place_of_work(out, WHAT).is_dir()
+    killed_last = resume and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
     if not killed_last:
         check_target(model, out)
     found = survey(read_folder(model))
@@ -107,7 +108,7 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
     Raises:
         SecateurError: the result, or what lies beside it, is of another run.
     """
-    record = read_object(out / RECORD)
+    record = read_object(out / FINETUNED)
     with work_folder(out, what=WHAT) as work:
         try:
             _check_same({"model": asked["model"]} | record, asked)
@@ -178,7 +179,7 @@ def _write_all(loaded: Loaded, found: Survey, work: Work, record: Mapping[str, A
     atomic_write(card, with_section(text, record))
     if (work.path / LOGS).is_dir():
         os.rename(work.path / LOGS, folder / LOGS)
-    atomic_write(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    atomic_write(folder / FINETUNED, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _load(found: Survey, task: Task, options: FinetuneOptions) -> Loaded:
