@@ -86,14 +86,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     arguments = parser.parse_args()
-    evidence = Evidence(json.loads((RESULTS / f"laep_tables_{arguments.scale}.json").read_text()))
-    why = json.loads((RESULTS / "laep_why.json").read_text())
+    evidence, why = read(arguments.scale)
     DOCS.mkdir(exist_ok=True)
-    parts = [about(evidence), *(section(evidence) for section in SECTIONS), reasons(why)]
-    (DOCS / "README.md").write_text("\n\n".join(parts) + "\n")
-    (DOCS / "where-it-does-not-help.md").write_text(losses(evidence) + "\n")
+    for name, text in pages(evidence, why).items():
+        (DOCS / name).write_text(text, encoding="utf-8")
     figures.draw(evidence, why, DOCS)
     print(DOCS)
+
+
+def read(scale: str) -> tuple[Evidence, dict[str, Any]]:
+    """What was stored: all runs, and the runs that say why."""
+    stored, why = (json.loads((RESULTS / f"{name}.json").read_text()) for name in (f"laep_tables_{scale}", "laep_why"))
+    return Evidence(stored), why
+
+
+def pages(evidence: Evidence, why: dict[str, Any]) -> dict[str, str]:
+    """{file name: text} of docs/evidence."""
+    parts = [about(evidence), *(section(evidence) for section in SECTIONS), reasons(why)]
+    return {"README.md": "\n\n".join(parts) + "\n", "where-it-does-not-help.md": losses(evidence) + "\n"}
 
 
 def about(evidence: Evidence) -> str:

@@ -215,6 +215,7 @@ def reads_or_refuses(folder: Path) -> None:
         survey(read_folder(folder))
 
 
+@pytest.mark.slow
 @fuzzed
 @given(st.data())
 def test_a_header_with_any_change_is_read_or_refused(good: Path, tmp_path: Path, data: st.DataObject) -> None:

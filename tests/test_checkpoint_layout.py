@@ -192,7 +192,13 @@ def with_mtp(prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors | extra | {f"{prefix}eh_proj.weight": torch.rand(4, 4)}
 
 
-@pytest.mark.parametrize("prefix", ["model.layers.3.", "mtp.layers.0.", "model.mtp.layers.0."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.layers.3.",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mtp.layers.0.", "model.mtp.layers.0.")),
+    ],
+)
 def test_layers_for_further_tokens_have_counts_of_their_own(prefix: str, tmp_path: Path) -> None:
     source = write(tmp_path / "source", *with_mtp(prefix))
     assert (found(source).counts, found(source).mtp_counts) == ({1: 8, 2: 8}, {3: 8})

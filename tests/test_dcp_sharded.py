@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.multiprocessing import spawn
 
 from dcp_checkpoints import PLAN, tensors_of
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
 from secateur.surgery.dcp_metadata import read_dcp
 from secateur.surgery.dcp_shards import read_shards
+from secateur.train.distributed.launch import join, leave
+from small_jobs import Ended, job
 
 RANKS = 2
 # layer 1 has no experts; 7 rows over 2 ranks are 4 and 3, 1 row is 1 and none
@@ -54,19 +54,19 @@ def sharded(tensors: dict[str, Tensor], placement: str) -> dict[str, Any]:
     }
 
 
-def write(rank: int, folder: str, placement: str) -> None:
-    join(rank, folder)
+def write(folder: str, placement: str) -> None:
+    join()
     for name, writer in (("dcp", dcp.FileSystemWriter), ("shards", shards_writer)):
         dcp.save(sharded(full(), placement), storage_writer=writer(os.path.join(folder, name)))
-    dist.destroy_process_group()
+    leave()
 
 
 def shards_writer(folder: str) -> HuggingFaceStorageWriter:
     return HuggingFaceStorageWriter(folder, save_distributed=True)
 
 
-def read(rank: int, folder: str, placement: str) -> None:
-    join(rank, folder)
+def read(folder: str, placement: str) -> None:
+    join()
     expected = pruned(full())
     for name, reader in (("dcp", dcp.FileSystemReader), ("shards", HuggingFaceStorageReader)):
         state = sharded({key: torch.zeros_like(value) for key, value in expected.items()}, placement)
@@ -74,13 +74,7 @@ def read(rank: int, folder: str, placement: str) -> None:
         for key, value in state.items():
             assert isinstance(value, DTensor)
             assert torch.equal(value.full_tensor(), expected[key]), (name, key)
-    dist.destroy_process_group()
-
-
-def join(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(os.path.dirname(folder), f"store-{os.path.basename(folder)}"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    leave()
 
 
 @pytest.mark.slow
@@ -89,13 +83,13 @@ def join(rank: int, folder: str) -> None:
 )
 def test_shards_of_two_ranks_become_the_pruned_tensors_on_two_ranks(tmp_path: Path, before: str, after: str) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
-    spawn(write, (str(source), before), nprocs=RANKS)
+    assert job(RANKS, write, str(source), before, folder=tmp_path) == Ended((0, 0), "")
     for name, read_folder in (("dcp", read_dcp), ("shards", read_shards)):
         chunks = read_folder(source / name).tensors["model.layers.0.mlp.experts.gate_up_proj"].chunks
         assert len(chunks) == (1 if before == "Replicate" else RANKS)
 
     apply_to_checkpoint(source, PLAN, out)
 
-    spawn(read, (str(out), after), nprocs=RANKS)
+    assert job(RANKS, read, str(out), after, folder=tmp_path) == Ended((0, 0), "")
     found = tensors_of(out / "dcp")
     assert all(torch.equal(found[name], value) for name, value in pruned(full()).items())

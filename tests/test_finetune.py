@@ -427,6 +427,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_neither_lost_nor_mixed_up(root: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", text_options(root, save_steps=2)
 
@@ -553,6 +554,7 @@ def test_a_model_whose_weights_were_changed_is_not_the_one_that_was_interrupted(
         run(tmp_path, tmp_path / "out", options, resume=True)
 
 
+@pytest.mark.slow
 def test_sgd_has_momentum_and_is_resumed_with_it(root: Path, tmp_path: Path) -> None:
     """Against a plain loop of steps: v = 0.9 v + g, w = w - rate v, on one batch of all data."""
     rate, whole = 0.3, 64

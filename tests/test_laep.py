@@ -380,7 +380,13 @@ def test_mixed_precision_and_a_gradient_scaler_go_on_after_a_pruning() -> None:
 
 @pytest.mark.parametrize(
     ("stop", "moment"),
-    [(3, "in a window"), (4, "just before"), (5, "just after"), (8, "between"), (9, "just after the second")],
+    [
+        pytest.param(3, "in a window", marks=pytest.mark.slow),
+        (4, "just before"),
+        (5, "just after"),
+        pytest.param(8, "between", marks=pytest.mark.slow),
+        pytest.param(9, "just after the second", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stop: int, moment: str, tmp_path: Path) -> None:
     schedule = [Pruning(rule=Rule(target_params=0.85), at_step=5), Pruning(rule=Rule(alpha=1.0), at_step=9)]
@@ -412,7 +418,7 @@ def without_clock_in(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"events": [event | {"surgery_seconds": None} for event in state["events"]]}
 
 
-@pytest.mark.parametrize("stop", [8, 9, 10])
+@pytest.mark.parametrize("stop", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (9, 10))])
 def test_the_stable_phase_is_found_at_the_same_step_after_a_resume(stop: int) -> None:
     whole = Run(target_params=0.8)
     steps = list(whole.go(0, 14))
@@ -506,6 +512,7 @@ def test_an_optimizer_without_a_rule_is_refused_before_training(optimizer: type[
     assert everything(model) == before
 
 
+@pytest.mark.slow
 def test_a_model_in_data_parallel_or_compiled_is_refused() -> None:
     model = tiny_model("mixtral")
     for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):

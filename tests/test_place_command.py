@@ -209,6 +209,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(json_values | st.dictionaries(st.sampled_from(["0", "1", "layers", "format"]), json_values))
 def test_anything_else_gives_loads_or_one_clear_error(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:

@@ -265,6 +265,7 @@ def test_quiet_says_nothing_in_the_control_run_either(start: Any) -> None:
     start(steps=20, control=True, prune_at_step=7)  # which looks at what was said
 
 
+@pytest.mark.slow
 def test_a_plain_terminal_gets_only_our_lines(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,6 +448,7 @@ def test_a_run_shorter_than_a_log_step_has_a_result(start: Any) -> None:
     assert strict(run / "report.json")["validation_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_config_file_is_trained_as_it_says(start: Any, tmp_path: Path) -> None:
     fields = {
         "model_type": "qwen3_moe",

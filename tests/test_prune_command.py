@@ -269,6 +269,7 @@ def test_two_at_once_into_one_folder_are_refused(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_pruned_before_is_pruned_again(folder: Path) -> None:
     start(folder, choice=Choice(criterion="frequency", keep=Keep(count=6)))
     result = prune(folder / "out", folder / "second", Choice(criterion="weight_norm", keep=Keep(count=4)))
@@ -298,7 +299,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("criterion", ["aimer", "weight_norm", "router_row_norm", "random"])
+@pytest.mark.parametrize(
+    "criterion",
+    ["aimer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("weight_norm", "router_row_norm", "random"))],
+)
 def test_criteria_without_data_need_none(criterion: str, run: Run, folder: Path) -> None:
     status, out, err = run(folder, "--criterion", criterion, "--keep", "0.75")
     assert status == 0, err

@@ -158,7 +158,7 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
     "after two prunings": ("all", Kill(STEP_END, 38)),
     "after a last validation that no interval asked for": ("odd steps", Kill("secateur.train.pretrain:run_summary")),
 }
-QUICK = ("in the middle of the pruning, optimizer done and model not", "after the first checkpoint of the pruned model")
+QUICK = ("in the middle of the pruning, optimizer done and model not",)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,7 @@ class Hostile:
         return os.mkdir, ("ran",)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_would_run_code_is_refused(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,10 +58,11 @@ MODELS = {f"preset {name}": (preset_model, name, name not in ("deepseek_v3",)) f
     f"tiny {name}": (tiny_model, name, family.balance_loss) for name, family in FAMILIES.items()
 }
 
-# Loading with Secateur differs from loading with remote code before the model class is made, so fewer families do.
-WITH_SECATEUR = [title for title in MODELS if title.startswith("preset")] + [f"tiny {name}" for name in QUICK]
+# Loading with Secateur differs from loading with remote code before the model class is made, and one count for all
+# layers gives the native class, which the tests of the surgery see for every family: a few are enough for both.
+FEW = [title for title in MODELS if title.startswith("preset")] + [f"tiny {name}" for name in QUICK]
 WAYS = [(title, "remote") for title in MODELS] + [
-    (title, mode) for title in WITH_SECATEUR for mode in ("secateur first", "transformers first")
+    (title, mode) for title in FEW for mode in ("secateur first", "transformers first")
 ]
 
 WORKER = """
@@ -130,6 +131,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved") / "models"
     for title, (make, name, has_loss) in MODELS.items():
         for kind, prune in (("pruned", different_counts), ("uniform", same_counts)):
+            if kind == "uniform" and title not in FEW:
+                continue
             folder = root / f"{kind} {title}"
             model = prune(make(name))
             model.save_pretrained(folder)
@@ -151,7 +154,7 @@ def loaded(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     }
     found = {}
     for mode in ("remote", "secateur first", "transformers first"):
-        command = [sys.executable, "-c", WORKER, mode, str(saved), *WITH_SECATEUR]
+        command = [sys.executable, "-c", WORKER, mode, str(saved), *FEW]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found[mode] = json.loads(done.stdout.rpartition("RESULT")[2])
@@ -185,7 +188,7 @@ def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("title", FEW)
 def test_layers_that_agree_load_in_stock_transformers_with_neither_flag_nor_secateur(
     title: str, loaded: dict[str, Any], saved: Path
 ) -> None:

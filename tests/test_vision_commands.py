@@ -154,6 +154,7 @@ def test_without_a_size_a_batch_is_made_of_whole_groups(
     assert ImageRun(survey(read_folder(tmp_path / "m")), drawn, tmp_path / "s").batches.size == size
 
 
+@pytest.mark.slow
 def test_every_criterion_on_data_makes_a_plan_of_the_statistics(made: Path, tmp_path: Path, run: Run) -> None:
     stats = tmp_path / "s"
     assert run("observe", made / "source", "--data", made / "images", "--out", stats, "--quiet")[0] == 0
@@ -252,6 +253,7 @@ def test_the_scores_of_members_are_their_mean() -> None:
         torch.testing.assert_close(each, torch.stack([one[name] for one in alone]).mean(dim=0))
 
 
+@pytest.mark.slow
 def test_eval_measures_models_side_by_side(made: Path, tmp_path: Path, run: Run) -> None:
     model = model_folder(tmp_path / "ensemble", "ensemble", num_labels=7)
     model_folder(tmp_path / "other", num_labels=7)

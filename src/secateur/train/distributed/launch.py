@@ -78,7 +78,11 @@ def _attempt() -> str:
 
 
 def leave() -> None:
-    """Take leave of the others, so that the process can end; after an error it must just end."""
+    """Take leave of the others, so that the process can end; after an error it must just end.
+
+    The last message is one without tensors: a thread of gloo that lets go of one while Python ends aborts the process.
+    """
+    barrier()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
