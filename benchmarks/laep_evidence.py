@@ -1,8 +1,8 @@
-"""The pages docs/evidence/*.md and their figures, from results/laep_tables_SCALE.json and results/laep_why.json.
+"""Tables and figures in docs/evidence, from results/laep_tables_SCALE.json and results/laep_why.json.
 
     python benchmarks/laep_evidence.py
 
-Every run that was made is in the tables. Nothing is computed here that is not in the two files.
+Every run that was made is in the tables. What is to be learnt from them, docs/evidence/README.md says in words.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def read(scale: str) -> tuple[Evidence, dict[str, Any]]:
 
 
 def pages(evidence: Evidence, why: dict[str, Any]) -> dict[str, str]:
-    """{file name: text} of docs/evidence."""
+    """{file name: text} in docs/evidence; its README.md is written by hand."""
     parts = [about(evidence), *(section(evidence) for section in SECTIONS), reasons(why)]
-    return {"README.md": "\n\n".join(parts) + "\n", "where-it-does-not-help.md": losses(evidence) + "\n"}
+    return {"tables.md": "\n\n".join(parts) + "\n", "where-it-does-not-help.md": losses(evidence) + "\n"}
 
 
 def about(evidence: Evidence) -> str:
@@ -114,7 +114,7 @@ def about(evidence: Evidence) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in stored["versions"].items())
     hardware = ", ".join(f"{name} {value}" for name, value in stored["hardware"].items() if value is not None)
     failed = sum(run["status"] != "finished" for run in runs)
-    return f"""# The evidence for LAEP at a size that anyone can run
+    return f"""# All runs behind the evidence for LAEP
 
 {len(runs)} training runs, {failed} of which failed or could not be made; every one is a row. Seeds {seeds}.
 Tokens a run: {", ".join(f"{number:,}" for number in tokens)}.
@@ -295,7 +295,7 @@ def losses(evidence: Evidence) -> str:
     return f"""# Where it does not help
 
 {len(rows)} of the {len(pruned)} settings that were compared with a base ended above it (or not at all). Worst first;
-the rows are those of [the evidence](README.md).
+the rows are those of [all tables](tables.md).
 
 {markdown(COLUMNS, [row for _, row in rows])}"""
 

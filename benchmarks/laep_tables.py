@@ -108,7 +108,7 @@ class Runs:
             return
         fields = [word for name, value in one.model for word in ("--set", f"{name}={value}")]
         tokenizer = ["--tokenizer", str(self.work / "tokenizer"), "--preset", one.preset, *fields]
-        curve = 100 if one.group == "when" else 400  # only there losses between are looked at
+        curve = 200 if one.group == "when" else one.steps  # only there losses between are looked at
         rarely = ["--log-steps", "10", "--eval-steps", str(curve), "--save-steps", str(one.steps)]
         arguments = [*self._arguments(seed, one.steps), *tokenizer, *rarely, *times, "--out", str(out)]
         began = time.perf_counter()

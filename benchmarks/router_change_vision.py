@@ -80,7 +80,7 @@ PRETRAINING: dict[str, Any] = {
     **NEVER_SAVED,
 }
 WAYS = [("none", EXPERTS), *((criterion, keep) for criterion in CRITERIA for keep in KEEPS)]
-ROUNDS, TIMED = 7, 256  # of timing, and its images
+ROUNDS, TIMED = 25, 256  # of timing, and its images
 
 
 @dataclass(frozen=True, kw_only=True)
