@@ -64,6 +64,14 @@ def test_prune_needs_no_data_and_its_result_passes_every_check(folders: Path, tm
     assert not (tmp_path / "out" / "observed").exists()
 
 
+def test_a_model_that_does_not_belong_is_refused_and_leaves_nothing(folders: Path, tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "other")
+    words = ["prune", folders / "tuned", "--keep", "0.5", "--out", tmp_path / "out", "--pretrained"]
+    with pytest.raises(SecateurError, match=r"is a 'qwen3_moe' and .*other a 'mixtral', expected one family"):
+        run(*words, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 def test_a_plan_from_an_adapter_is_that_of_the_merged_model(folders: Path, tmp_path: Path) -> None:
     base = tiny_model("qwen3_moe")
     base.save_pretrained(tmp_path / "base")

@@ -102,7 +102,12 @@ def prune(
             if not work.stats.is_file():
                 take()
             source = of_observation(Observation.load(work.stats), found, str(work.stats))
-        plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
+        try:
+            plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
+        except SecateurError:
+            if work.before is None and take is None:
+                work.remove()  # a first start that was refused leaves nothing to go on from
+            raise
         plan.save(work.plan)
 
         def finish(written: Path) -> None:
@@ -193,13 +198,15 @@ def _without_one_expert(found: Survey, choice: Choice) -> Plan:
 
 def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
     for key in ("model", "pretrained", "data"):
-        before = None if work.before is None else work.before.get(key)
-        if before is not None and asked[key] is not None and before != asked[key]:
-            raise SecateurError(
-                f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} "
-                f"({before!r:.200}, now {asked[key]!r:.200}); give what was given then, or begin "
-                "anew with --restart"
-            )
+        before, now = (work.before or {}).get(key), asked[key]
+        if before is None or now is None or before == now:
+            continue
+        name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+        raise SecateurError(
+            f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} ({name} was "
+            f"{before.get(name)!r:.200}, is {now.get(name)!r:.200}); give what was given then, or begin anew with "
+            "--restart"
+        )
 
 
 def _remove_unfinished_undo(work: Work, asked: Mapping[str, Any], undo: Path | None, out: Path) -> None:
