@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from laep_rows import Evidence
 from laep_scale import EXPERTS, RETAINED
-
-if TYPE_CHECKING:
-    from laep_evidence import Evidence
+from laep_statistics import fitted
 
 KINDS = {"global": "o", "uniform": "s", "random experts": "x"}
 
@@ -27,28 +26,31 @@ def draw(evidence: Evidence, why: dict[str, Any], folder: Path) -> None:
         plt.close(found)
 
 
-def loss_at(run: dict[str, Any], step: float) -> float:
-    """The validation loss of a run at a step, on straight lines between its evaluations."""
-    steps, _, values = zip(*run["evaluations"], strict=True)
-    return float(np.interp(step, steps, values))
-
-
-def scaling_points(evidence: Evidence) -> list[tuple[float, float, float]]:
-    """(log10 of the base's parameters, log2 of its experts, loss minus the base's) of every pruned run."""
+def scaling_points(evidence: Evidence) -> list[dict[str, Any]]:
+    """Of every size: its width, experts and parameters, and the loss minus the base's, of each seed and their mean."""
     points = []
     for name in evidence.group("scaling"):
-        base = evidence.finished(evidence.base_of(name))
-        for seed, run in evidence.finished(name).items() if name != evidence.base_of(name) else ():
-            if seed in base:
-                difference = run["validation_loss"] - base[seed]["validation_loss"]
-                experts = run["model"]["num_experts"]
-                points.append((math.log10(run["parameters_before"]), math.log2(experts), difference))
+        base, runs = evidence.finished(evidence.base_of(name)), evidence.finished(name)
+        seeds = sorted(runs.keys() & base.keys())
+        if name == evidence.base_of(name) or not seeds:
+            continue
+        differences = [runs[seed]["validation_loss"] - base[seed]["validation_loss"] for seed in seeds]
+        run = runs[seeds[0]]
+        points.append(
+            {
+                "width": run["model"]["hidden_size"],
+                "experts": run["model"]["num_experts"],
+                "parameters": run["parameters_before"],
+                "difference": statistics.fmean(differences),
+                "differences": differences,
+            }
+        )
     return points
 
 
 def balance(evidence: Evidence, why: dict[str, Any]) -> Any:
     figure, axis = plt.subplots(figsize=(9, 3.6))
-    names = evidence.group("table 1")[:-1]
+    names = [name for name in evidence.group("table 1") if evidence.base_of(name) == "base, grouped-query"]
     for place, name in enumerate(names):
         values = [run["validation_loss"] for run in evidence.finished(name).values()]
         axis.plot([place] * len(values), values, "o", color="tab:blue" if "LAEP" in name else "tab:grey")
@@ -61,15 +63,21 @@ def when(evidence: Evidence, why: dict[str, Any]) -> Any:
     figure, axis = plt.subplots(figsize=(9, 3.6))
     base = evidence.finished("when: base")
     for name in evidence.group("when"):
-        runs = {seed: run for seed, run in evidence.finished(name).items() if seed in base}
-        if name == "when: base" or not runs:
+        seeds = sorted(evidence.finished(name).keys() & base.keys())
+        if name.startswith("when: base") or not seeds:
             continue
-        steps = [step for step, _, _ in next(iter(runs.values()))["evaluations"]]
+        curves = [
+            {step: loss for step, _, loss in runs[seed]["evaluations"]}
+            for seed in seeds
+            for runs in (evidence.finished(name), base)
+        ]
+        steps = sorted(set.intersection(*map(set, curves)))
         gaps = [
-            statistics.fmean(loss_at(run, step) - loss_at(base[seed], step) for seed, run in runs.items())
+            statistics.fmean(curve[step] for curve in curves[::2])
+            - statistics.fmean(curve[step] for curve in curves[1::2])
             for step in steps
         ]
-        axis.plot(steps, gaps, label=name.removeprefix("when: "))
+        axis.plot(steps, gaps, marker=".", label=name.removeprefix("when: "))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xlabel="step", ylabel="loss minus base, mean of the seeds")
     axis.legend(fontsize=7)
@@ -94,35 +102,47 @@ def automatic(evidence: Evidence, why: dict[str, Any]) -> Any:
 
 
 def scaling(evidence: Evidence, why: dict[str, Any]) -> Any:
+    """Every seed, and a line through the means of the sizes with the range of the fitted mean."""
     figure, axis = plt.subplots(figsize=(7, 3.6))
     points = scaling_points(evidence)
-    for experts in sorted({point[1] for point in points}):
-        mine = [point for point in points if point[1] == experts]
-        axis.plot(
-            [10 ** point[0] for point in mine], [point[2] for point in mine], "o", label=f"{2**experts:.0f} experts"
-        )
+    for experts in sorted({point["experts"] for point in points}):
+        mine = [point for point in points if point["experts"] == experts]
+        sizes = [point["parameters"] for point in mine for _ in point["differences"]]
+        axis.plot(sizes, [one for point in mine for one in point["differences"]], "o", label=f"{experts} experts")
+    if len(points) > 2:
+        logs = [math.log10(point["parameters"]) for point in points]
+        line = fitted([point["difference"] for point in points], logs)
+        at = np.linspace(min(logs), max(logs), 50)
+        middle, low, high = zip(*(line.at(x) for x in at), strict=True)
+        axis.plot(10**at, middle, color="black", linewidth=1, label="line through the sizes, 95 % range")
+        axis.fill_between(10**at, low, high, color="grey", alpha=0.25)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xscale="log", xlabel="parameters of the base", ylabel="loss minus base")
-    axis.legend()
+    axis.legend(fontsize=7)
     return figure
 
 
 def reasons(evidence: Evidence, why: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    windows = why["runs"][0]["windows"]
-    layers = list(windows[0]["loads"])
-    steps = [window["step"] for window in windows]
-    for layer in layers:
-        colour = plt.get_cmap("viridis")(int(layer) / max(1, len(layers) - 1))
-        peaks = [max(window["loads"][layer]) / statistics.fmean(window["loads"][layer]) for window in windows]
-        ranks = [window["rank_correlation"].get(layer, math.nan) for window in windows]
-        for axis, values in zip(axes, (peaks, ranks, [window["entropy"][layer] for window in windows]), strict=True):
-            axis.plot(steps, values, color=colour, linewidth=0.9, label=f"layer {layer}")
+    """Of the first seed: the whole run above, the pruned one below."""
+    run = why["runs"][0]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.2), sharex=True, sharey="col")
     titles = ("busiest expert over mean", "rank correlation with the window before", "entropy of the router (1: even)")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(xlabel="step", title=title)
-    axes[1].set(ylim=(0, 1.02))
-    axes[0].legend(fontsize=5, ncols=2)
+    for name, row in zip(("windows", "windows_pruned"), axes, strict=True):
+        windows = run[name]
+        steps = [window["step"] for window in windows]
+        layers = list(windows[0]["loads"])
+        for layer in layers:
+            colour = plt.get_cmap("viridis")(int(layer) / max(1, len(layers) - 1))
+            peaks = [max(window["loads"][layer]) / statistics.fmean(window["loads"][layer]) for window in windows]
+            ranks = [window["rank_correlation"].get(layer, math.nan) for window in windows]
+            for axis, values in zip(row, (peaks, ranks, [window["entropy"][layer] for window in windows]), strict=True):
+                axis.plot(steps, values, color=colour, linewidth=0.9, label=f"layer {layer}")
+        for axis, title in zip(row, titles, strict=True):
+            axis.set_title(f"{'whole' if name == 'windows' else 'pruned'}: {title}", fontsize=9)
+    for axis in axes[1]:
+        axis.set(xlabel="step")
+    axes[0][1].set(ylim=(0, 1.02))
+    axes[0][0].legend(fontsize=5, ncols=2)
     return figure
 
 

@@ -6,9 +6,11 @@ the same weights, as far as their models are the same.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 # Looser than the defaults of `pretrain`, which wait until half of a run as short as these is over.
 DETECTOR = ("--min-rank-correlation", "0.9", "--max-total-variation", "0.1", "--min-stable-layers", "0.75")
@@ -17,6 +19,7 @@ BETAS = ("0.05", "0.1", "0.2")
 ALPHAS = ("0.2", "0.4", "0.6")
 TARGETS = ("0.85", "0.75", "0.67", "0.5")
 DETECTED = "when: at the detector's step"
+SMALL = "as small as target 0.75, uniform, from the start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,12 @@ class Scale:
     options: tuple[str, ...]
     steps: int
     long_steps: int  # so long that four times the detector's step is still inside
+    shorter_steps: tuple[int, ...]
     fixed_step: int  # where no detector decides
     widths: tuple[int, ...]
     experts: tuple[int, ...]
     between: int  # steps between the parts of a pruning in parts
+    experts_left: int  # of each layer, where 0.75 of the parameters are left
 
 
 SCALES = {
@@ -39,10 +44,12 @@ SCALES = {
         options=("--sequence-length", "128", "--vocab-size", "2048", "--max-data-bytes", "8000000", "--threads", "1"),
         steps=1200,
         long_steps=1600,
+        shorter_steps=(1300, 1450),
         fixed_step=400,
         widths=(48, 64, 96),
         experts=(16, 64, 128),
         between=40,
+        experts_left=11,
     ),
     # for a GPU
     "large": Scale(
@@ -50,10 +57,12 @@ SCALES = {
         options=("--sequence-length", "512", "--vocab-size", "8192", "--batch-size", "32", "--precision", "bf16"),
         steps=3000,
         long_steps=4000,
+        shorter_steps=(3200, 3600),
         fixed_step=800,
         widths=(256, 512, 768),
         experts=(16, 64, 128),
         between=100,
+        experts_left=11,
     ),
 }
 
@@ -62,8 +71,10 @@ SCALES = {
 class Setting:
     """One row: its group, its name, and what `pretrain` is given beside data, seed and the scale's options.
 
-    after: a setting of the same seed whose first pruning this one's times count from; `{N}` in `options` is then N
-    times that step, `{N+M}` with M steps more. random: which experts go is drawn, in the numbers the rule says.
+    after: a setting of the same seed that this one follows. In `options`, `{N}` is then N times the step of its first
+        pruning, `{N+M}` with M steps more, and `{part K of N}` the share of the parameters that part K leaves of what
+        it finds, so that all N remove as many experts as it did, as evenly as whole experts allow.
+    random: which experts go is drawn, in the numbers the rule says.
     """
 
     group: str
@@ -80,10 +91,16 @@ class Setting:
         """The name of a run's folder."""
         return f"{re.sub(r'[^a-z0-9.]+', '-', self.name.lower())}-seed{seed}"
 
+    def told(self) -> dict[str, Any]:
+        """What its runs are known by, as it comes back from a JSON file."""
+        names = ("preset", "model", "options", "steps", "after", "random")
+        found: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in names}))
+        return found
+
 
 def grid(scale: Scale) -> list[Setting]:
     """All settings, those first that others are compared with."""
-    found = [*_table_1(), *_table_2(), *_when(scale), *_automatic(), *_scaling(scale)]
+    found = [*_table_1(), *_table_2(), *_when(scale), *_automatic(scale), *_scaling(scale)]
     return [replace(one, steps=one.steps or scale.steps, model=_model(one, scale)) for one in found]
 
 
@@ -114,6 +131,9 @@ ATTENTION = {"qwen3_moe": "grouped-query", "deepseek_v3": "latent", "mixtral": "
 def _table_1() -> Iterator[Setting]:
     base = "base, grouped-query"
     yield Setting(group="table 1", name=base, base=base)
+    # what a change without a meaning does: the runs part after some steps, and the difference is chance
+    options = ("--no-prune", "--learning-rate", "0.00201")
+    yield Setting(group="table 1", name="base, learning rate 0.5 % higher", base=base, options=options)
     for kind in ("deepseek_v3", "mixtral"):
         for strength in AUXILIARY:
             options = ("--no-prune", "--balance", kind, "--balance-strength", strength)
@@ -140,6 +160,8 @@ def _table_2() -> Iterator[Setting]:
 def _when(scale: Scale) -> Iterator[Setting]:
     base, steps = "when: base", scale.long_steps
     yield Setting(group="when", name=base, base=base, steps=steps)
+    for fewer in scale.shorter_steps:  # with a schedule of their own, to compare at equal time
+        yield Setting(group="when", name=f"{base}, {fewer} steps", base=base, steps=fewer)
     yield Setting(group="when", name=DETECTED, base=base, options=("--target-params", "0.75", *DETECTOR), steps=steps)
     for factor, words in ((0.5, "half"), (2, "twice"), (4, "four times")):
         options = ("--target-params", "0.75", "--prune-at-step", f"{{{factor}}}")
@@ -149,26 +171,20 @@ def _when(scale: Scale) -> Iterator[Setting]:
     for parts in (2, 4, 8):
         options = ()
         for part in range(parts):
-            target = 1 - 0.25 * (part + 1) / parts
-            options += ("--prune", f"step={{1+{part * scale.between}}} target_params={_share(target, part, parts)}")
+            options += ("--prune", f"step={{1+{part * scale.between}}} target_params={{part {part} of {parts}}}")
         name = f"when: in {parts} parts, {scale.between} steps apart"
         yield Setting(group="when", name=name, base=base, options=options, steps=steps, after=DETECTED)
 
 
-def _share(target: float, part: int, parts: int) -> str:
-    """`pretrain` counts a share of what the model has at that time."""
-    before = 1 - 0.25 * part / parts
-    return f"{target / before:.6f}"
-
-
-def _automatic() -> Iterator[Setting]:
+def _automatic(scale: Scale) -> Iterator[Setting]:
+    base = "base, grouped-query"
     for target in TARGETS:
         options = ("--target-params", target, *DETECTOR)
         words = f"target {target}"
-        base = "base, grouped-query"
         yield Setting(group="automatic", name=f"{words}, global", base=base, options=options)
         yield Setting(group="automatic", name=f"{words}, uniform", base=base, options=(*options, "--uniform"))
         yield Setting(group="automatic", name=f"{words}, random experts", base=base, options=options, random=True)
+    yield Setting(group="automatic", name=SMALL, base=base, model=(("num_experts", scale.experts_left),))
 
 
 def _scaling(scale: Scale) -> Iterator[Setting]:

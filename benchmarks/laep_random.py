@@ -7,6 +7,7 @@ The control that must lose if loads tell which experts a layer can do without. T
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from typing import Any
 
@@ -21,9 +22,11 @@ decide = laep.decide
 
 
 def drawn(stats: RouterStats, *arguments: Any, **more: Any) -> Plan:
-    """The plan of `secateur.decide.decide` with the same counts and drawn experts; the same for the same statistics."""
+    """The plan of `secateur.decide.decide` with drawn experts; statistics and counts seed the draw."""
     plan = decide(stats, *arguments, **more)
-    draw = torch.Generator().manual_seed(int(stats.digest()[:12], 16))
+    counts = [one.experts_after for one in plan.layers.values()]
+    drawn_for = hashlib.sha256(f"{stats.digest()} {counts}".encode()).hexdigest()
+    draw = torch.Generator().manual_seed(int(drawn_for[:12], 16))
     layers, lost = {}, {}
     for layer, one in plan.layers.items():
         kept = torch.randperm(one.experts_before, generator=draw)[: one.experts_after].sort().values.tolist()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from laep_grid import SCALES, Setting, grid
-from laep_timing import FILE as STEP_TIMES
 from record import show, store
+from secateur.train.run_folder import RunFolder
 
+STEP_TIMES = "step_times.json"  # what laep_timing.py leaves in WORK/SCALE
 DOMAINS = ("manuals", "dictionary", "speeches")
 KEPT = ("run.json", "metrics.jsonl", "loads.jsonl", "events.json", "plan.json", "report.json", "summary.json")
 SCRIPT = Path(__file__).with_name("laep_random.py")
@@ -56,7 +58,7 @@ def main() -> None:
     rows = [[one["group"], one["name"], str(one["seed"]), one["status"], _loss(one)] for one in runs]
     show(f"{len(runs)} runs", ["group", "run", "seed", "status", "validation loss"], rows)
     sources = json.loads((arguments.text / "sources.json").read_text())
-    times = arguments.work / STEP_TIMES
+    times = work.work / STEP_TIMES
     record = {
         "scale": arguments.scale,
         "sources": sources,
@@ -74,7 +76,7 @@ class Runs:
     """The folder of all runs: one folder a setting and seed."""
 
     def __init__(self, work: Path, text: Path, scale: str) -> None:
-        self.work, self.text, self.scale = work, text, SCALES[scale]
+        self.work, self.text, self.scale = work / scale, text, SCALES[scale]
 
     def prepare(self) -> None:
         """Text of all domains in one form, and the tokenizer that all runs share."""
@@ -96,15 +98,21 @@ class Runs:
         return self.work / one.folder(seed)
 
     def train(self, one: Setting, seed: int) -> None:
-        """Train, unless it was; what a stopped start left is thrown away."""
+        """Train, unless it was; what a stopped start or another setting of this name left is thrown away.
+
+        Raises:
+            SecateurError: another process is training it.
+        """
         out = self.folder(one, seed)
-        if (out / "outcome.json").exists():
+        if self.outcome(one, seed) is not None:
             return
-        shutil.rmtree(out, ignore_errors=True)
+        if out.is_dir():
+            with RunFolder(out).locked():
+                shutil.rmtree(out)
         try:
             times = self._times(one, seed)
         except LookupError as error:
-            self._finish(out, {"status": f"not run: {error}"})
+            self._finish(out, {"status": f"not run: {error}", "setting": one.told()})
             return
         fields = [word for name, value in one.model for word in ("--set", f"{name}={value}")]
         tokenizer = ["--tokenizer", str(self.work / "tokenizer"), "--preset", one.preset, *fields]
@@ -112,23 +120,33 @@ class Runs:
         rarely = ["--log-steps", "10", "--eval-steps", str(curve), "--save-steps", str(one.steps)]
         arguments = [*self._arguments(seed, one.steps), *tokenizer, *rarely, *times, "--out", str(out)]
         began = time.perf_counter()
-        error = self._call(arguments, random=one.random)
+        try:
+            error = self._call(arguments, random=one.random)
+        except InterruptedError:
+            return  # the next start trains it again
         seconds = time.perf_counter() - began
         status = "finished" if error is None else f"failed: {error}"
-        self._finish(out, {"status": status, "seconds": seconds, "options": times})
+        self._finish(out, {"status": status, "setting": one.told(), "seconds": seconds, "options": times})
         print(f"{one.name}, seed {seed}: {status}, {seconds:.0f} s", flush=True)
+
+    def outcome(self, one: Setting, seed: int) -> dict[str, Any] | None:
+        """How its run ended; None where it was not made, or with other settings."""
+        path = self.folder(one, seed) / "outcome.json"
+        found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return found if found is not None and found.get("setting") == one.told() else None
 
     def read(self, one: Setting, seed: int) -> dict[str, Any] | None:
         """What one run is in the results; None while it has not been run."""
-        out = self.folder(one, seed)
-        if not (out / "outcome.json").exists():
+        outcome, out = self.outcome(one, seed), self.folder(one, seed)
+        if outcome is None:
             return None
         about = {"group": one.group, "name": one.name, "base": one.base, "seed": seed, "preset": one.preset}
-        about |= {"model": dict(one.model), "steps": one.steps, **json.loads((out / "outcome.json").read_text())}
+        about |= {"model": dict(one.model), "steps": one.steps, **outcome}
         if about["status"] != "finished":
             return about
         summary, events = (json.loads((out / name).read_text()) for name in ("summary.json", "events.json"))
-        model = json.loads((out / "run.json").read_text())["model"]
+        run = json.loads((out / "run.json").read_text())
+        model = run["model"]
         return about | {
             "validation_loss": summary["validation_loss"],
             "by_domain": summary["validation_loss_by_domain"],
@@ -138,7 +156,8 @@ class Runs:
             "experts_before": model["experts"],
             "events": [_event(event) for event in events],
             "evaluations": _evaluations(out),
-            "tokens_per_second": summary["tokens_per_second"],
+            "versions": run["versions"],
+            "hardware": run["hardware"],
         }
 
     def _arguments(self, seed: int, steps: int) -> list[str]:
@@ -155,14 +174,19 @@ class Runs:
         events = json.loads(path.read_text()) if path.exists() else []
         if not events:
             raise LookupError(f"{one.after!r} never pruned")
-        step = events[0]["step"]
-        return [re.sub(r"\{([0-9.]+)\+?([0-9]*)\}", lambda found: _time(found, step), word) for word in one.options]
+        return [resolved(word, events[0], one.steps) for word in one.options]
 
     def _call(self, arguments: Sequence[str], *, random: bool) -> str | None:
-        """Run it; the last line of its error, or None."""
+        """Run it; the last line of its error, or None.
+
+        Raises:
+            InterruptedError: somebody ended it.
+        """
         program = [str(SCRIPT)] if random else ["-m", "secateur"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run([sys.executable, *program, *arguments], env=environment, capture_output=True, text=True)
+        if done.returncode < 0 or done.returncode == 130:
+            raise InterruptedError(f"ended with {done.returncode}")
         return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
 
     def _finish(self, out: Path, outcome: dict[str, Any]) -> None:
@@ -174,8 +198,29 @@ class Runs:
         (out / "outcome.json").write_text(json.dumps(outcome) + "\n")
 
 
-def _time(found: re.Match[str], step: int) -> str:
-    return str(round(float(found[1]) * step) + int(found[2] or 0))
+def resolved(word: str, event: dict[str, Any], steps: int) -> str:
+    """An option with the places filled in that `Setting.after` is about.
+
+    Raises:
+        LookupError: a step that is not before the end of the run.
+    """
+
+    def step(found: re.Match[str]) -> str:
+        number = round(float(found[1]) * event["step"]) + int(found[2] or 0)
+        if number >= steps:
+            raise LookupError(f"step {number} of {steps} is not before the end")
+        return str(number)
+
+    word = re.sub(r"\{([0-9.]+)\+?([0-9]*)\}", step, word)
+    return re.sub(r"\{part (\d+) of (\d+)\}", lambda found: _share(event, int(found[1]), int(found[2])), word)
+
+
+def _share(event: dict[str, Any], part: int, parts: int) -> str:
+    """What a part leaves of the parameters it finds; rounded up, so that not one expert more goes."""
+    gone = sum(layer["experts_before"] - layer["experts_after"] for layer in event["layers"].values())
+    of_one = (event["parameters_before"] - event["parameters_after"]) / gone
+    before, after = (event["parameters_before"] - math.ceil(gone * k / parts) * of_one for k in (part, part + 1))
+    return f"{math.ceil(1e6 * after / before) / 1e6:.6f}"
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:

@@ -1,33 +1,47 @@
-"""What a step of training takes before and after the prunings of laep_tables.py.
+"""What a step of training takes in the runs of laep_tables.py, before and after every pruning.
 
     python benchmarks/laep_timing.py --work WORK
 
-For every pruned run of seed 0: its model with fresh weights, and the same cut to the counts the run kept, train in turn
-on random tokens in one process of one thread. Process time, so that other work on the machine counts little; the median
-of the turns. Writes WORK/step_times.json, which laep_tables.py puts into its result.
+For every setting with a run of seed 0: its model with fresh weights, and the same cut to the counts that each pruning
+of that run left, train in turn on random tokens in one process. On a CPU process time of one thread, so that other work
+on the machine counts little; the median of the turns. Fresh routers send tokens to every expert, trained ones leave
+some idle. Writes WORK/SCALE/step_times.json, which laep_tables.py puts into its result.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from laep_grid import SCALES, Setting, grid
+from laep_grid import SCALES, Scale, Setting, grid
+from laep_tables import STEP_TIMES
 from secateur.families import describe_moe
 from secateur.plan import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
+from secateur.train.balance import attach_balance
 from secateur.train.models import make_model, model_config
 from secateur.train.options import PretrainOptions
 
 TURNS, STEPS = 9, 3
-FILE = "step_times.json"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# what of a command line the time of a step depends on
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "--balance": str,
+    "--balance-strength": float,
+    "--sequence-length": int,
+    "--vocab-size": int,
+    "--batch-size": int,
+    "--precision": str,
+}
 
 
 def main() -> None:
@@ -36,47 +50,91 @@ def main() -> None:
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    path = arguments.work / FILE
+    scale, work = SCALES[arguments.scale], arguments.work / arguments.scale
+    path = work / STEP_TIMES
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for one in grid(SCALES[arguments.scale]):
-        events = arguments.work / one.folder(0) / "events.json"
-        if one.name in found or not events.exists() or not (plans := json.loads(events.read_text())):
+    for one in grid(scale):
+        events = work / one.folder(0) / "events.json"
+        if not events.exists():
             continue
-        whole = Plan.from_json(plans[0]["plan"])
-        for event in plans[1:]:
-            whole = whole.compose(Plan.from_json(event["plan"]))
-        found[one.name] = compared(one, {layer: part.experts_after for layer, part in whole.layers.items()})
+        counts = counts_after(json.loads(events.read_text()))
+        about = {"setting": one.told(), "counts": [[*one.values()] for one in counts]}
+        if found.get(one.name, {}).items() >= about.items():
+            continue
+        options = options_of(one, scale)
+        seconds = step_seconds(options, counts)
+        tokens = options.batch_size * options.sequence_length
+        found[one.name] = {**about, "tokens_a_step": tokens, "seconds": seconds}
         path.write_text(json.dumps(found, indent=1) + "\n")
-        print(one.name, found[one.name], flush=True)
+        print(one.name, [round(tokens / one) for one in seconds], flush=True)
 
 
-def compared(one: Setting, counts: dict[int, int]) -> dict[str, float]:
-    """Seconds a step of the whole and of the pruned model, and tokens/s of the second over the first."""
-    options = PretrainOptions(preset=one.preset, overrides=dict(one.model), vocab_size=2048, sequence_length=128)
-    models = [make_model(options, model_config(options, None)) for _ in range(2)]
-    moe = describe_moe(models[1])
-    layers = {
-        layer: LayerPlan(experts_before=moe.counts[layer], order=tuple(range(count))) for layer, count in counts.items()
+def counts_after(events: list[dict[str, Any]]) -> list[dict[int, int]]:
+    """{layer: experts} after each pruning of a run."""
+    plans = itertools.accumulate((Plan.from_json(event["plan"]) for event in events), Plan.compose)
+    return [{layer: part.experts_after for layer, part in plan.layers.items()} for plan in plans]
+
+
+def options_of(one: Setting, scale: Scale) -> PretrainOptions:
+    words = [*scale.options, *one.options]
+    given = {
+        word.removeprefix("--").replace("-", "_"): OPTIONS[word](value)
+        for word, value in itertools.pairwise(words)
+        if word in OPTIONS
     }
-    prune_model_(moe, Plan(layers=layers, criterion="timing"))
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
-    seconds: list[list[float]] = [[], []]
+    return PretrainOptions(preset=one.preset, overrides=dict(one.model), **given)
+
+
+def step_seconds(options: PretrainOptions, counts: list[dict[int, int]]) -> list[float]:
+    """Of the whole model, and of each that `counts` tells."""
+    trained = [Trained(options, one) for one in [{}, *counts]]
+    seconds: list[list[float]] = [[] for _ in trained]
     for turn in range(TURNS + 1):
-        for which, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            begin = time.process_time()
-            train(model, optimizer, options, turn)
-            seconds[which].append((time.process_time() - begin) / STEPS)
-    before, after = (statistics.median(times[1:]) for times in seconds)
-    return {"seconds_before": before, "seconds_after": after, "speed": before / after}
+        for which, one in enumerate(trained):
+            seconds[which].append(one.seconds(turn))
+    return [statistics.median(times[1:]) for times in seconds]
 
 
-def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, options: PretrainOptions, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(STEPS):
-        tokens = torch.randint(0, 2048, (options.batch_size, options.sequence_length), generator=draw)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+class Trained:
+    """A model with its optimizer and its balance."""
+
+    def __init__(self, options: PretrainOptions, counts: dict[int, int]) -> None:
+        self.options = options
+        self.model: PreTrainedModel = make_model(options, model_config(options, None)).to(DEVICE)
+        moe = describe_moe(self.model)
+        if counts:
+            layers = {
+                layer: LayerPlan(experts_before=moe.counts[layer], order=tuple(range(count)))
+                for layer, count in counts.items()
+            }
+            prune_model_(moe, Plan(layers=layers, criterion="timing"))
+        self.balance = attach_balance(
+            self.model, options.balance, blocks=moe.blocks, model_type=moe.model_type, **options.balance_arguments()
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def seconds(self, seed: int) -> float:
+        """Of one of STEPS steps."""
+        begin = now()
+        draw = torch.Generator().manual_seed(seed)
+        size = (self.options.batch_size, self.options.sequence_length)
+        for _ in range(STEPS):
+            tokens = torch.randint(0, self.options.vocab_size, size, generator=draw).to(DEVICE)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=self.options.precision == "bf16"):
+                loss = self.model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+            self.optimizer.step()
+            self.balance.after_optimizer_step()
+            self.optimizer.zero_grad()
+        return (now() - begin) / STEPS
+
+
+def now() -> float:
+    if DEVICE == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -57,16 +57,18 @@ def main() -> None:
     parser.add_argument("--prune-at", type=int, default=400)
     parser.add_argument("--target", type=float, default=0.75)
     arguments = parser.parse_args()
+    if arguments.prune_at % WINDOW or not 0 < arguments.prune_at < arguments.steps:
+        parser.error(f"--prune-at {arguments.prune_at}: expected a multiple of {WINDOW} before --steps")
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_code(arguments.text)
+    settings = {name: getattr(arguments, name) for name in ("steps", "prune_at", "target")}
     found = []
     for seed in range(arguments.seeds):
-        path = arguments.work / f"why-seed{seed}.json"
+        path = arguments.work / f"why-seed{seed}-{arguments.steps}-{arguments.prune_at}-{arguments.target}.json"
         if not path.exists():
-            path.write_text(json.dumps(one_seed(arguments, seed)))
+            path.write_text(json.dumps(one_seed(arguments, seed), allow_nan=False))
         found.append(json.loads(path.read_text()))
         print(f"seed {seed}: {path}", flush=True)
-    settings = {name: getattr(arguments, name) for name in ("steps", "prune_at", "target")}
     about = {"settings": settings, "model": dict(OPTIONS.overrides), "domains": list(DOMAINS)}
     print(store("laep_why", {**about, "runs": found}))
 
@@ -100,11 +102,12 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
                     "pruned": float(pruned.losses[after][mask].mean()),
                 }
                 for name, mask in (("lost", lost), ("kept", ~lost))
+                if mask.any()
             }
             for after in AFTER
             if after in whole.losses
         },
-        "who_lost": who_lost(data, whole.validation[:, 1:].reshape(-1), whole.domain, lost),
+        "who_lost": who_lost(data, whole.validation[:, :-1].reshape(-1), whole.domain, lost),
     }
 
 
@@ -128,7 +131,10 @@ class Training:
         self.steps, self.prune_at, self.seed = arguments.steps, arguments.prune_at, seed
         set_seed(seed)
         self.model = make_model(OPTIONS, model_config(OPTIONS, data.tokenizer))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, weight_decay=0.1)
+        matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
+        others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))  # as in `pretrain`
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 20, self.steps)
         rule: dict[str, Any] = {"at_step": self.prune_at, "target_params": arguments.target} if prune else {}
         self.laep = LAEP(self.model, self.optimizer, window_steps=WINDOW, **(rule or {"prunings": ()}))
@@ -240,7 +246,7 @@ def entropies(moe: MoEModel, found: dict[int, float]) -> Iterator[None]:
 
 
 def who_lost(data: PreparedData, ids: Tensor, domain: list[str], lost: Tensor) -> dict[str, Any]:
-    """The share of tokens that lost an expert, by domain, and by how common the next token is (bins of equal size)."""
+    """The share of tokens that lost an expert, by domain, and by how common the token is (bins of equal size)."""
     blocks = BlockDataset(data.train)
     seen = torch.cat([blocks[row]["input_ids"] for row in range(len(blocks))])
     counts = torch.bincount(seen, minlength=OPTIONS.vocab_size)[ids]
