@@ -1,4 +1,4 @@
-"""Tables and figures in docs/evidence, from results/laep_tables_SCALE.json and results/laep_why.json.
+"""Tables and figures in docs/evidence/SCALE, from results/laep_tables_SCALE.json and results/laep_why.json.
 
     python benchmarks/laep_evidence.py
 
@@ -34,10 +34,11 @@ def main() -> None:
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     arguments = parser.parse_args()
     evidence, why = read(arguments.scale)
-    DOCS.mkdir(exist_ok=True)
-    (DOCS / "tables.md").write_text(tables(evidence, why), encoding="utf-8")
-    figures.draw(evidence, why, DOCS)
-    print(DOCS)
+    folder = DOCS / arguments.scale
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.md").write_text(tables(evidence, why), encoding="utf-8")
+    figures.draw(evidence, why, folder)
+    print(folder)
 
 
 def read(scale: str) -> tuple[Evidence, dict[str, Any]]:
@@ -61,7 +62,7 @@ def about(evidence: Evidence) -> str:
     return f"""# All runs behind the evidence for LAEP
 
 {len(runs)} training runs, {failed} of which failed or could not be made; every one is a row. What is to be learnt from
-them is in [README.md](README.md) and [where it does not help](where-it-does-not-help.md).
+them is in [the evidence](../README.md) and [where it does not help](../where-it-does-not-help.md).
 
 Seeds {seeds}. Tokens a run: {", ".join(f"{number:,}" for number in tokens)}. Model: {json.dumps(scale.model)},
 unless a row says otherwise: 16 experts in each of its MoE layers, top-2. Text: code, manuals, dictionary, speeches.

@@ -93,7 +93,7 @@ def automatic(evidence: Evidence, why: dict[str, Any]) -> Any:
             statistics.fmean(run["parameters"] / run["parameters_before"] for run in evidence.finished(name).values())
             for name, _ in found
         ]
-        means, spreads = [one.mean for _, one in found], [one.deviation for _, one in found]
+        means, spreads = [one.mean for _, one in found], [one.deviation or 0.0 for _, one in found]
         axis.errorbar(left, means, spreads, marker=marker, capsize=3, label=kind)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xlabel="share of the parameters left", ylabel="loss minus base")

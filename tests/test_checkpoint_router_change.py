@@ -126,7 +126,8 @@ def test_rank_stabilised_adapters_and_routers_trained_as_a_whole_are_read(tmp_pa
 
 
 def test_an_adapter_that_peft_itself_wrote_is_read(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # a slow import
+
     base = found_after_saving("qwen3_moe", tmp_path / "base")
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
     tuned = peft.get_peft_model(tiny_model("qwen3_moe"), config)
