@@ -76,7 +76,9 @@ def main() -> None:
     rows = [row(runs, name, share) for name, share in combinations()]
     show(f"perplexity; fine-tuned on {NEW}", COLUMNS, rows)
     draw(runs)
-    follows = {seed: followed(arguments.work, texts, base, seed) for seed in range(arguments.seeds)}
+    tunings = {seed: arguments.work / f"tuned-{seed}" for seed in range(arguments.seeds)}
+    loads = {seed: loads_of(base, tuned, texts) for seed, tuned in tunings.items()}
+    follows = {seed: followed(base, tuned, loads[seed]) for seed, tuned in tunings.items()}
     record = {
         "sources": json.loads((arguments.text / "sources.json").read_text()),
         "pretrain": command,
@@ -86,6 +88,7 @@ def main() -> None:
         "further_steps": arguments.further_steps,
         "learning_rate": arguments.learning_rate,
         "rank_correlation_of_router_norm_change": follows,
+        "loads": loads,
         "runs": runs,
     }
     for what in follows[0]:
@@ -175,16 +178,20 @@ def seen_by(folder: Path, texts: dict[str, dict[str, Path]]) -> RouterStats:
     return observed(describe_moe(model), text)
 
 
-def followed(work: Path, texts: dict[str, dict[str, Path]], base: Path, seed: int) -> dict[str, dict[str, float]]:
-    """{what: {layer: rank correlation of router_norm_change with it, over experts}}."""
-    tuned = work / f"tuned-{seed}"
-    changes = router_changes(tuned, survey(read_folder(base)))
+def loads_of(base: Path, tuned: Path, texts: dict[str, dict[str, Path]]) -> dict[str, dict[str, list[int]]]:
+    """{layer: tokens of each expert on text of the new domain, before and after the fine-tuning}."""
     before, after = (seen_by(folder, texts).loads() for folder in (base, tuned))
+    return {str(layer): {"before": before[layer], "after": after[layer]} for layer in before}
+
+
+def followed(base: Path, tuned: Path, loads: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, float]]:
+    """{what: {layer: rank correlation of router_norm_change with it, over experts}}."""
     found: dict[str, dict[str, float]] = {"load": {}, "growth of the load": {}}
-    for layer, change in changes.items():
+    for layer, change in router_changes(tuned, survey(read_folder(base))).items():
         score = router_norm_change(change).tolist()
-        growth = [now - then for now, then in zip(after[layer], before[layer], strict=True)]
-        for what, values in zip(found, (after[layer], growth), strict=True):
+        before, after = loads[str(layer)]["before"], loads[str(layer)]["after"]
+        growth = [now - then for now, then in zip(after, before, strict=True)]
+        for what, values in zip(found, (after, growth), strict=True):
             found[what][str(layer)] = float(spearmanr(score, values).statistic)
     return found
 

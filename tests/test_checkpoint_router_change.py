@@ -120,7 +120,8 @@ def test_rank_stabilised_adapters_and_routers_trained_as_a_whole_are_read(tmp_pa
     names = {id(parameter): name for name, parameter in tuned.named_parameters()}
     whole = {f"base_model.model.{names[id(one)]}": one.detach() for one in routers(tuned).values()}
     tuned.save_pretrained(tmp_path / "tuned")
-    by_whole = router_changes(write_adapter(tmp_path / "whole", whole), base)
+    a_number_each = {name.replace(".weight", ".bias"): torch.ones(len(value)) for name, value in whole.items()}
+    by_whole = router_changes(write_adapter(tmp_path / "whole", whole | a_number_each), base)
     by_model = router_changes(tmp_path / "tuned", base)
     assert all(same(by_whole[layer], by_model[layer]) for layer in by_model)
 
@@ -169,6 +170,15 @@ def untouched(folder: Path) -> Path:
     return folder
 
 
+def partly_frozen(folder: Path) -> Path:
+    """Fine-tuned, but for the router of layer 1."""
+    model, before = finetuned("qwen3_moe"), routers(tiny_model("qwen3_moe"))
+    with torch.no_grad():
+        routers(model)[1].copy_(before[1])
+    model.save_pretrained(folder)
+    return folder
+
+
 def other_attention(folder: Path) -> Path:
     tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}
     return write_adapter(folder, tensors)
@@ -183,10 +193,16 @@ def pickled_adapter(folder: Path) -> Path:
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another family": (model_of("mixtral"), "is a 'mixtral' and .* a 'qwen3_moe', expected one family"),
     "routers that were not trained": (untouched, "its routers are those of"),
+    "a router that was not trained": (partly_frozen, r"its routers of layers \[1\] are those of"),
     "adapter without routers": (other_attention, "has no tensor of a router"),
     "adapter of another kind": (adapter_with(peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
     "DoRA": (adapter_with(use_dora=True), "use_dora is on; merge this adapter"),
     "ranks of single modules": (adapter_with(rank_pattern={"gate": 4}), "rank_pattern is on"),
+    "an adapter whose start changed the model": (
+        adapter_with(init_lora_weights="pissa_niter_4"),
+        "init_lora_weights is",
+    ),
+    "repeated layers": (adapter_with(layer_replication=[[0, 2], [1, 3]]), "layer_replication is on"),
     "half an adapter": (adapter_without("lora_B.weight"), "the adapter has .'lora_A.weight'., expected"),
     "rank 0": (adapter_with(r=0), "r is 0 and lora_alpha 6, expected numbers"),
     "a pickled adapter": (pickled_adapter, "pickled files are never opened"),

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
 
-from faults import Kill
+from faults import Kill, LimitFileSize
 from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.evaluate import evaluate
 from secateur.checkpoint.folder import read_folder
@@ -425,6 +425,25 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     one, other = (record["tokens_per_second"] * record["seconds"] for record in map(record_of, (out, uninterrupted)))
     assert one == pytest.approx(other)  # those before the kill are counted, and once
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+NO_ROOM = 7
+
+
+def on_a_full_disk(root: Path, out: Path, place: str) -> None:
+    LimitFileSize(place, 1, 1000)()
+    try:
+        run(root, out, steady(root))
+    except OSError as error:
+        sys.exit(NO_ROOM if "safetensors: cannot be written (" in str(error) else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["secateur.finetune.model:save_file", "secateur.finetune.trainer:save_model"])
+def test_a_disk_without_room_for_the_weights_is_an_error_of_the_disk(place: str, root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert in_child(on_a_full_disk, root, out, place) == NO_ROOM
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -230,6 +230,23 @@ def test_class_folders_named_as_those_of_a_model_are_all_of_them_in_its_order(
         folder.check_classes(names, Path("m"))
 
 
+@pytest.mark.parametrize(("folders", "in_order"), [(("8", "9", "10"), False), (("08", "09", "10"), True)])
+def test_folders_with_numbers_for_names_are_in_their_order_or_refused(
+    folders: tuple[str, ...], in_order: bool, tmp_path: Path
+) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.fromarray(GREY[0]).save(tmp_path / name / "image.png")
+    found = read_images(tmp_path)
+    with (
+        nullcontext()
+        if in_order
+        else pytest.raises(SecateurError, match="so that '8' is class 1, but the names are numbers")
+    ):
+        found.check_classes(("a", "b", "c"), Path("m"))
+    found.check_classes(found.classes or (), Path("m"))  # a model that calls its classes so is right
+
+
 def model_folder(path: Path, **changes: Any) -> Path:
     model = tiny_vmoe("token choice", **changes)
     model.save_pretrained(path)

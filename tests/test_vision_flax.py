@@ -21,6 +21,8 @@ from secateur.errors import SecateurError
 from secateur.vision.flax_checkpoint import read_vmoe
 from secateur.vision.flax_files import read_arrays
 
+ROUTER = "Encoder/encoderblock_1/Moe/Router/dense/kernel"
+
 
 def flax_logits(arrays: dict[str, Tensor], images: Tensor, top_k: int, members: int = 1) -> Tensor:
     """(B * members, classes), with the axes as flax has them; without a limit of places. images: (B, H, W, C)."""
@@ -90,6 +92,29 @@ def test_the_model_computes_what_the_checkpoint_computes(members: int, top_k: in
     torch.testing.assert_close(logits, flax_logits(arrays, images, top_k, members), atol=1e-5, rtol=1e-5)
 
 
+def test_parameters_alone_are_read_as_those_of_a_training_state(tmp_path: Path) -> None:
+    """What was published is no training state."""
+    arrays = random_arrays()
+    found = read_arrays(write(tmp_path / "published", arrays), "params")
+    assert found.keys() == arrays.keys()
+    assert all(torch.equal(found[name], value) for name, value in arrays.items())
+
+
+def test_members_that_the_routers_do_not_tell_are_given(tmp_path: Path) -> None:
+    """A pre-trained model is no ensemble yet: its experts become blocks of the members."""
+    arrays = random_arrays(members=2)
+    flat = arrays | {ROUTER: arrays[ROUTER].reshape(8, 4)}
+    told, given = (write(tmp_path / name, params(one)) for name, one in (("told", arrays), ("flat", flat)))
+    model = read_vmoe(given, num_experts_per_tok=1, members=2)
+    assert model.config.ensemble_size == 2
+    expected = read_vmoe(told, num_experts_per_tok=1, members=2).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with pytest.raises(SecateurError, match="2 members, but 4 are asked for"):
+        read_vmoe(told, num_experts_per_tok=1, members=4)
+    with pytest.raises(SecateurError, match="4 experts, expected a multiple of the 3 members"):
+        read_vmoe(given, num_experts_per_tok=1, members=3)
+
+
 @pytest.mark.parametrize("num_files", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_arrays_come_back_byte_for_byte(num_files: int, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -154,7 +179,7 @@ ONE = {"params/a": torch.arange(6.0).view(2, 3)}
         ({"index": {"shard_count": 3}}, r"files \['x.data-00000-of-00003'"),
         ({"index": {"index": [1]}}, "a tree of names"),
         ({"index": {"index": {"params": 3}}}, "params is a int"),
-        ({"index": {"index": {"params": {}}}}, "no name begins with 'params'"),
+        ({"index": {"index": {"params": {}}}}, "it names no array"),
         ({"index": {"index": {"params": {"a": b"\xc1"}}}}, "params/a: damaged"),
         ({"info": {"shape": [2, 2**40]}}, "but the data files have"),
         ({"info": {"shape": [2, -3]}}, r"shape \[2, -3\], expected at most 8 numbers above 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -30,6 +31,21 @@ def atomic_write(path: Path | str, content: str | bytes) -> None:
             os.unlink(temporary)
         raise
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def refused_by_the_disk(path: Path) -> Iterator[None]:
+    """Make of what safetensors raises where it cannot write to `path` what it is.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def fsync_folder(folder: Path) -> None:

@@ -24,7 +24,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA_A, LORA_B, WHOLE = "lora_A.weight", "lora_B.weight", "weight"
 # What changes the meaning of the matrices; a plain LoRA has none of it.
-VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias")
+VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias",
+    "layer_replication",
+)  # fmt: skip
+# Ways to begin that leave the model as it was; others ("pissa", "olora", ...) change the weights beneath the adapter.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -52,6 +57,12 @@ class Adapter:
         used = [name for name in VARIANTS if config.get(name)]
         if used:
             raise SecateurError(f"{folder / CONFIG}: {used[0]} is on; merge this adapter and give the merged model")
+        start = config.get("init_lora_weights")
+        if start not in PLAIN_STARTS:
+            raise SecateurError(
+                f"{folder / CONFIG}: init_lora_weights is {start!r:.40}, which changes the model beneath the adapter; "
+                "merge this adapter and give the merged model"
+            )
         if not (folder / WEIGHTS).is_file():
             raise SecateurError(f"{folder}: expected {WEIGHTS}; adapters in pickled files are never opened")
         header = read_header(folder / WEIGHTS)
@@ -71,7 +82,11 @@ class Adapter:
             after[layer] = dict(rows)
             stems = {name: modules[layer][name] for name in rows if name in modules[layer]}
             for name, stem in stems.items():
-                mine = {key: key.rpartition(f"{stem}.")[2] for key in self.names if f"{stem}." in key}
+                mine = {  # a number for each expert, such as a bias, says nothing of rows
+                    key: key.rpartition(f"{stem}.")[2]
+                    for key in self.names
+                    if f"{stem}." in key and tensors[key].dim() > 1
+                }
                 used |= mine.keys()
                 if mine:
                     parts = {end: tensors[key] for key, end in mine.items()}

@@ -69,7 +69,10 @@ def prune(
     source = of_folder(model, pretrained)
     found = source.found
     if found is None:
-        raise SecateurError(f"{model}: a LoRA adapter; merge it into its model (PEFT does) and prune the merged model")
+        raise SecateurError(
+            f"{model}: a LoRA adapter; merge it into its model (PEFT does) and prune the merged model, or "
+            f"apply to that a plan of `secateur plan {model} --pretrained ...`"
+        )
     if choice.needs_data and observe is None:
         raise SecateurError(f"{who_needs_data(choice)} needs data to run the model on")
     if found.mtp_counts and mtp is None:

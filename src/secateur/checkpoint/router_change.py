@@ -26,7 +26,7 @@ def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChang
 
     Raises:
         SecateurError: the two do not belong together (family, layers, numbers of experts, shapes), router tensors are
-            quantised or not finite, or no router changed.
+            quantised or not finite, or a router did not change.
     """
     before = router_rows(pretrained)
     if holds_adapter(finetuned):
@@ -41,10 +41,12 @@ def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChang
         names = sorted(tensors)
         old, new = (torch.cat([rows[name].double() for name in names], dim=1) for rows in (tensors, after[layer]))
         changes[layer] = RouterChange.of_rows(f"the router of layer {layer}", old, new)
-    if not any(bool(change.norm_of_difference.any()) for change in changes.values()):
+    unchanged = [layer for layer, change in changes.items() if not change.norm_of_difference.any()]
+    if unchanged:
+        which = "its routers" if len(unchanged) == len(changes) else f"its routers of layers {unchanged}"
         raise SecateurError(
-            f"{finetuned}: its routers are those of {pretrained.folder.path}, so fine-tuning says nothing of the "
-            "experts; expected a model whose routers were trained"
+            f"{finetuned}: {which} are those of {pretrained.folder.path}, so fine-tuning says nothing of the "
+            "experts there; expected a model whose routers were trained"
         )
     return changes
 

@@ -13,6 +13,14 @@ def convert_vmoe(
     prefix: Annotated[Path, typer.Argument(help="Path of the checkpoint's files, without .index and .data-*.")],
     out: Annotated[Path, typer.Option("--out", help="A new folder for the model.")],
     top_k: Annotated[int, typer.Option("--top-k", help="Experts a token: 2 in the published V-MoE, 1 in E3.")],
+    members: Annotated[
+        int | None,
+        typer.Option(
+            "--members",
+            min=1,
+            help="Members of an E3 whose routers do not tell, such as a pre-trained one. Default: what they say.",
+        ),
+    ] = None,
     capacity_factor: Annotated[
         float, typer.Option("--capacity-factor", help="Places of an expert, relative to an even load.")
     ] = 1.05,
@@ -27,7 +35,7 @@ def convert_vmoe(
     Example: `secateur convert-vmoe vmoe_b16_imagenet21k_randaug_strong --top-k 2 --out vmoe-b16`
     """
     from secateur.errors import SecateurError
-    from secateur.files import atomic_write
+    from secateur.files import atomic_write, refused_by_the_disk
     from secateur.out_folder import written_beside
     from secateur.vision.flax_checkpoint import read_vmoe
     from secateur.vision.pixels import FILE, default_pixels
@@ -37,12 +45,14 @@ def convert_vmoe(
     model: Any = read_vmoe(
         prefix.with_name(prefix.name.removesuffix(".index")),
         num_experts_per_tok=top_k,
+        members=members,
         capacity_factor=capacity_factor,
         eval_capacity_factor=capacity_factor,
         group_images=group_images,
     )
     with written_beside(out) as beside:
-        model.save_pretrained(beside)
+        with refused_by_the_disk(beside):
+            model.save_pretrained(beside)
         atomic_write(beside / FILE, json.dumps(default_pixels(model.config), indent=2) + "\n")
     if not quiet:
         config = model.config

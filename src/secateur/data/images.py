@@ -78,10 +78,18 @@ class Images:
         Where no class here has a name of the model's, names say nothing, and labels are taken as they are.
 
         Raises:
-            SecateurError: a label that the model does not know, or one that stands for another class there.
+            SecateurError: a label that the model does not know, or one that stands for another class there; folders
+                with numbers for names that are not in the order of the numbers.
         """
         self.check_labels(len(names))
-        if self.classes is None or set(self.classes).isdisjoint(names):
+        if self.classes is None:
+            return
+        if set(self.classes).isdisjoint(names):
+            if all(map(str.isdecimal, self.classes)) and sorted(self.classes, key=int) != list(self.classes):
+                raise SecateurError(
+                    f"{self.name}: class folders are taken by name, so that {self.classes[1]!r} is class 1, but the "
+                    "names are numbers in another order; begin the shorter ones with zeros"
+                )
             return
         for label, (mine, its) in enumerate(zip(self.classes, names, strict=False)):
             if mine != its:

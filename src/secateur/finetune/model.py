@@ -24,7 +24,7 @@ from secateur.checkpoint.report import VERIFIED
 from secateur.checkpoint.survey import LISTED, Survey, survey
 from secateur.data.images import Images
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files import atomic_write, refused_by_the_disk
 from secateur.out_folder import copy_file
 from secateur.safetensors_header import read_header
 from secateur.vision import VMoEForImageClassification
@@ -123,7 +123,8 @@ def write(loaded: Loaded, found: Survey, folder: Path) -> None:
             for name, stored in source.tensors.items()
             if stored.file == file
         }
-        save_file(mine, folder / file, metadata={"format": "pt"} | dict(header.metadata))
+        with refused_by_the_disk(folder / file):
+            save_file(mine, folder / file, metadata={"format": "pt"} | dict(header.metadata))
         with (folder / file).open("rb") as written:
             os.fsync(written.fileno())
     for relative in kept_files(found):

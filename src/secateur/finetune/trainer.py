@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files import atomic_write, refused_by_the_disk
 from secateur.finetune.task import Task
 from secateur.train.checkpoints import seal
 from secateur.train.distributed.trainer import ResumableTrainer
@@ -64,7 +64,8 @@ class FinetuneTrainer(ResumableTrainer):
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
-        save_model(model, str(folder / WEIGHTS))
+        with refused_by_the_disk(folder / WEIGHTS):
+            save_model(model, str(folder / WEIGHTS))
         atomic_write(folder / SPENT, json.dumps(asdict(self._spent)) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from secateur.files import refused_by_the_disk
 from secateur.surgery.dcp_changes import Change
 from secateur.surgery.dcp_pieces import Piece, files, new_rows, new_shape, pieces
 from secateur.surgery.dcp_rows import read_bytes
@@ -120,10 +120,8 @@ def write_shards(
         offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in group}
         path = folder / f"shard-{rank:05d}-model-00001-of-00001.safetensors"
         about = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-        try:
+        with refused_by_the_disk(path):
             save_file(tensors, path, metadata=about)
-        except SafetensorError as error:  # how it says that the disk refused
-            raise OSError(f"{path}: cannot be written ({error})") from error
         with path.open("rb") as file:
             os.fsync(file.fileno())
         on_bytes(sum(piece.num_bytes for piece in group))

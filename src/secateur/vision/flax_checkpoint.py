@@ -91,18 +91,24 @@ IN_BLOCK: dict[str, tuple[str, int, Change]] = {
 BLOCK = re.compile(r"Encoder/encoderblock_(0|[1-9][0-9]{0,3})/(.+)")
 
 
-def read_vmoe(prefix: Path, *, num_experts_per_tok: int, **options: Any) -> VMoEForImageClassification:
+def read_vmoe(
+    prefix: Path, *, num_experts_per_tok: int, members: int | None = None, **options: Any
+) -> VMoEForImageClassification:
     """A model from the files `prefix`.index and `prefix`.data-*.
 
     Args:
         num_experts_per_tok: K of the checkpoint; the files do not tell. The published V-MoE have 2, E3 has 1.
+        members: of the ensemble, where routers of shape (D, E) do not tell; theirs are the experts in blocks of
+            E / members. Routers of shape (D, members, E / members) tell themselves.
         options: further fields of VMoEConfig that no parameter tells, such as capacity_factor.
 
     Raises:
-        SecateurError: the files are damaged, or hold another model than a V-MoE or an E3.
+        SecateurError: the files are damaged, or hold another model than a V-MoE or an E3, or one of other members.
     """
     arrays = read_arrays(prefix, "params")
     try:
+        if members is not None:
+            arrays = {name: _of_members(name, array, members) for name, array in arrays.items()}
         config = config_of(arrays, num_experts_per_tok=num_experts_per_tok, **options)
         state = state_of(arrays)
     except SecateurError as error:
@@ -113,6 +119,17 @@ def read_vmoe(prefix: Path, *, num_experts_per_tok: int, **options: Any) -> VMoE
     model.load_state_dict(state, assign=True)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _of_members(name: str, array: Tensor, members: int) -> Tensor:
+    """A router (D, E) as (D, members, E / members); what is no router, as it is."""
+    if not name.endswith(ROUTER):
+        return array
+    if array.ndim == 3 and array.shape[1] != members:
+        raise SecateurError(f"{name}: {array.shape[1]} members, but {members} are asked for")
+    if array.ndim == 2 and (members < 1 or array.shape[1] % members):
+        raise SecateurError(f"{name}: {array.shape[1]} experts, expected a multiple of the {members} members")
+    return array.reshape(len(array), members, -1) if array.ndim == 2 else array
 
 
 def config_of(arrays: Mapping[str, Tensor], **options: Any) -> VMoEConfig:

@@ -62,7 +62,9 @@ class Piece:
 
 
 def read_arrays(prefix: Path, under: str) -> dict[str, Tensor]:
-    """The arrays of a checkpoint whose names begin with `under` + "/", by the rest of the name.
+    """The arrays of a checkpoint whose names begin with `under` + "/", by the rest of the name; all where none does.
+
+    A training state has its parameters under a name, what is published is the parameters alone.
 
     Args:
         prefix: path of the files without `.index`.
@@ -73,8 +75,9 @@ def read_arrays(prefix: Path, under: str) -> dict[str, Tensor]:
     """
     infos, num_files = _read_index(prefix)
     wanted = {name.removeprefix(f"{under}/"): info for name, info in infos.items() if name.startswith(f"{under}/")}
+    wanted = wanted or infos
     if not wanted:
-        raise SecateurError(f"{prefix}.index: no name begins with {under!r}; the first are {sorted(infos)[:5]}")
+        raise SecateurError(f"{prefix}.index: it names no array")
     needed = sorted({number for info in wanted.values() for number in info.files})
     files = [prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{num_files:05d}") for number in needed]
     _check_sizes(prefix, wanted, files)
