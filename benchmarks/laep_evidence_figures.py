@@ -130,10 +130,10 @@ def reasons(evidence: Evidence, why: dict[str, Any]) -> Any:
     for name, row in zip(("windows", "windows_pruned"), axes, strict=True):
         windows = run[name]
         steps = [window["step"] for window in windows]
-        layers = list(windows[0]["loads"])
+        layers = list(windows[0]["busiest"])
         for layer in layers:
             colour = plt.get_cmap("viridis")(int(layer) / max(1, len(layers) - 1))
-            peaks = [max(window["loads"][layer]) / statistics.fmean(window["loads"][layer]) for window in windows]
+            peaks = [window["busiest"][layer] for window in windows]
             ranks = [window["rank_correlation"].get(layer, math.nan) for window in windows]
             for axis, values in zip(row, (peaks, ranks, [window["entropy"][layer] for window in windows]), strict=True):
                 axis.plot(steps, values, color=colour, linewidth=0.9, label=f"layer {layer}")

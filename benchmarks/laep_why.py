@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,10 +68,22 @@ def main() -> None:
         path = arguments.work / f"why-seed{seed}-{arguments.steps}-{arguments.prune_at}-{arguments.target}.json"
         if not path.exists():
             path.write_text(json.dumps(one_seed(arguments, seed), allow_nan=False))
-        found.append(json.loads(path.read_text()))
+        found.append(without_loads(json.loads(path.read_text())))
         print(f"seed {seed}: {path}", flush=True)
     about = {"settings": settings, "model": dict(OPTIONS.overrides), "domains": list(DOMAINS)}
     print(store("laep_why", {**about, "runs": found}))
+
+
+def without_loads(run: dict[str, Any]) -> dict[str, Any]:
+    """Of every window the busiest expert over the mean of its layer, in place of all loads."""
+    return run | {
+        name: [
+            {key: value for key, value in window.items() if key != "loads"}
+            | {"busiest": {layer: max(loads) / statistics.fmean(loads) for layer, loads in window["loads"].items()}}
+            for window in run[name]
+        ]
+        for name in ("windows", "windows_pruned")
+    }
 
 
 def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
