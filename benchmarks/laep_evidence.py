@@ -126,8 +126,8 @@ def table_2(evidence: Evidence) -> str:
 
 def when(evidence: Evidence) -> str:
     names = evidence.group("when")
-    shorter = shorter_bases(evidence)
-    rows = [[name, *at_equal_time(evidence, name)] for name in names if name not in shorter]
+    bases = bases_of_all_lengths(evidence)
+    rows = [[name, *at_equal_time(evidence, name)] for name in names if name not in bases]
     columns = ("run", "steps of the base in the same time", "its loss then", "minus base at equal time")
     return f"""## When to prune
 
@@ -143,7 +143,7 @@ of a step; its loss lies between those of the bases above, which all ended with 
 ![validation loss over steps](when.png)"""
 
 
-def shorter_bases(evidence: Evidence) -> dict[str, int]:
+def bases_of_all_lengths(evidence: Evidence) -> dict[str, int]:
     """{name: steps} of the bases of different lengths, the longest included."""
     return {
         name: evidence.settings[name].steps
@@ -155,7 +155,7 @@ def shorter_bases(evidence: Evidence) -> dict[str, int]:
 def at_equal_time(evidence: Evidence, name: str) -> list[str]:
     """The cells after the name; "-" where no base was as long or as short."""
     runs, times = evidence.finished(name), evidence.stored["step_times"].get(name)
-    lengths = sorted((steps, base) for base, steps in shorter_bases(evidence).items())
+    lengths = sorted((steps, base) for base, steps in bases_of_all_lengths(evidence).items())
     bases = {steps: evidence.finished(base) for steps, base in lengths}
     seeds = [seed for seed, run in runs.items() if run["events"] and all(seed in found for found in bases.values())]
     if times is None or not seeds:

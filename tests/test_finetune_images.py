@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
 from secateur.errors import SecateurError
-from secateur.finetune.images import ImageItems, augmented
+from secateur.finetune.images import ImageItems, augmented, check_classes
 from secateur.finetune.options import FinetuneOptions
 from secateur.plan import LayerPlan, Plan
 from secateur.vision.pixels import FILE, read_pixels
@@ -66,6 +67,34 @@ def test_the_measured_accuracy_and_loss_are_those_of_the_folder(root: Path, tune
         assert (tuned / name).read_bytes() == (root / "source" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("folders", "names", "message"),
+    [
+        (("8", "9", "10", "11", "12"), None, "so that '11' is class 1, but the names are numbers"),
+        (("a", "b", "c", "d", "e"), ("f", "g", "h", "i", "j"), "class 0 is 'a', the model calls it 'f', .*--new-head"),
+        (("a", "b", "c", "d", "e"), ("b", "a", "c", "d", "e"), "class folder 0 is 'a', but .* calls class 0 'b'"),
+        (("08", "09", "10", "11", "12"), None, None),
+        (("a", "b", "c", "d", "e"), ("a", "b", "c", "d", "e"), None),
+    ],
+)
+def test_labels_mean_to_the_model_what_the_folders_say(
+    folders: tuple[str, ...], names: tuple[str, ...] | None, message: str | None, root: Path, tmp_path: Path
+) -> None:
+    """Without names of its own the model calls its classes LABEL_0 to LABEL_4."""
+    shutil.copytree(root / "source", tmp_path / "model")
+    if names is not None:
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | labels))
+    for name in folders:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "image.png")
+    images, found = read_images(tmp_path / "data"), survey(read_folder(tmp_path / "model"))
+    with nullcontext() if message is None else pytest.raises(SecateurError, match=message):
+        check_classes(images, found, new_head=False)
+    check_classes(images, found, new_head=True)
+
+
 def test_a_new_head_is_for_the_classes_of_the_data(root: Path, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for name in ("bird", "cat", "dog"):
@@ -90,7 +119,7 @@ def test_a_new_head_is_for_the_classes_of_the_data(root: Path, tmp_path: Path) -
     (tmp_path / "data" / "bird").rename(tmp_path / "data" / "fish")
     again = image_options(root, data=(str(tmp_path / "data"),), steps=1)
     (tmp_path / "out").rename(tmp_path / "source")
-    with pytest.raises(SecateurError, match="class 0 is 'cat', the model calls it 'bird'"):
+    with pytest.raises(SecateurError, match=r"class folder 0 is 'cat', but .* calls class 0 'bird'.*--new-head"):
         run(tmp_path, tmp_path / "new", again)
 
 

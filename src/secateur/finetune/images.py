@@ -110,23 +110,19 @@ def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
     """
     if new_head:
         return
-    names = class_names(found)
-    if images.classes is None:  # the highest may have no example
-        images.check_labels(len(names))
-        return
-    if images.num_classes != len(names):
+    names, remedy = class_names(found), "--new-head gives it a new classifier for these"
+    if images.classes is not None and len(images.classes) != len(names):  # an .npz may have no example of the highest
+        raise SecateurError(f"{images.name}: {images.num_classes} classes, the model knows {len(names)}; {remedy}")
+    try:
+        images.check_classes(names, found.folder.path)
+    except SecateurError as error:
+        raise SecateurError(f"{error}; {remedy}") from error
+    known = [name for name in names if not UNNAMED.fullmatch(name)]
+    if images.classes is not None and known and set(known).isdisjoint(images.classes):
         raise SecateurError(
-            f"{images.name}: {images.num_classes} classes, the model knows {len(names)}; --new-head gives it a new "
-            "classifier for these"
+            f"{images.name}: class 0 is {images.classes[0]!r}, the model calls it {names[0]!r}, and has none of these "
+            f"names; {remedy}"
         )
-    if all(UNNAMED.fullmatch(name) for name in names):
-        return
-    for label, (mine, its) in enumerate(zip(images.classes, names, strict=True)):
-        if mine != its:
-            raise SecateurError(
-                f"{images.name}: class {label} is {mine!r}, the model calls it {its!r}; --new-head gives it a new "
-                "classifier for these"
-            )
 
 
 def _read(flag: str, paths: Sequence[str]) -> Images:
