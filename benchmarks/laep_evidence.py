@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 import laep_evidence_figures as figures
-from laep_grid import ATTENTION, SCALES, SMALL
-from laep_rows import Evidence, markdown, spread
+from laep_grid import ATTENTION, SCALES, SMALL, TARGETS
+from laep_rows import COLUMNS, Evidence, markdown, spread, tested
 from laep_scale import EXPERTS, RETAINED
 from laep_statistics import fitted, paired
 from record import RESULTS
@@ -108,19 +108,29 @@ attention and compares with its own base.
 
 {evidence.table([*(name for name in names if name not in latent), *latent])}
 
-![validation loss of every seed](balance.png)"""
+![loss minus base of every seed](balance.png)"""
 
 
 def table_2(evidence: Evidence) -> str:
     parts = [
-        "## Individual threshold, by kind of attention\n\nThe three are of three families, which differ in more than "
-        "attention (the one with latent attention has sigmoid routing, a shared expert and a dense first layer): each "
-        "compares with its own base, and not with the others."
+        """## Individual threshold, by kind of attention
+
+The three are of three families, which differ in more than attention (the one with latent attention has sigmoid routing,
+a shared expert and a dense first layer): each compares with its own base, and not with the others."""
     ]
     for attention in ATTENTION.values():
         names = [f"base, {attention}", *(name for name in evidence.group("table 2") if name.endswith(attention))]
         shown = [name for name in dict.fromkeys(names) if name in evidence.runs]
         parts.append(f"### {attention}\n\n{evidence.table(shown)}")
+    pairs = [
+        runs[seed]["validation_loss"] > base[seed]["validation_loss"]
+        for name in evidence.group("table 2")
+        if name != evidence.base_of(name)
+        for runs, base in [(evidence.finished(name), evidence.finished(evidence.base_of(name)))]
+        for seed in runs.keys() & base.keys()
+    ]
+    parts.append(f"{sum(pairs)} of the {len(pairs)} runs ended above the base of their seed.")
+    parts.append("![loss minus base of every seed](attention.png)")
     return "\n\n".join(parts)
 
 
@@ -181,6 +191,12 @@ def equal_steps(run: dict[str, Any], seconds: Sequence[float]) -> float:
 
 def automatic(evidence: Evidence) -> str:
     names = evidence.group("automatic")
+    rows = [
+        [f"target {target}, {other} minus global", *tested(evidence.against_base(*pair))]
+        for target in TARGETS
+        for other in ("uniform", "random experts")
+        if set(pair := (f"target {target}, {other}", f"target {target}, global")) <= evidence.runs.keys()
+    ]
     return f"""## Goals: global, uniform, random
 
 `--target-params` over all layers at once, with one count for all layers, and with the same counts as the first but
@@ -188,6 +204,10 @@ drawn experts: the control that must lose if loads tell anything. One count for 
 share that is left says what it met. The last row is a model that had as few experts from the start.
 
 {evidence.table(names)}
+
+The same runs against each other:
+
+{markdown(("difference, same seed", "mean", *COLUMNS[6:8]), rows)}
 
 ![loss over base by what is left](automatic.png)"""
 
@@ -199,6 +219,8 @@ def scaling(evidence: Evidence) -> str:
         widths, experts, differences = (
             [point[name] for point in points] for name in ("width", "experts", "difference")
         )
+        mean = paired(differences, [0.0] * len(differences))
+        lines.append(f"* mean of the sizes: {mean.mean:+.4f} nats (95 % range {mean.low:+.4f} to {mean.high:+.4f})")
         fit = fitted(differences, np.log2(widths).tolist(), np.log2(experts).tolist())
         for what, slope in zip(("twice the width", "twice the experts"), fit.slopes, strict=True):
             lines.append(f"* {what}: {slope.value:+.4f} nats (95 % range {slope.low:+.4f} to {slope.high:+.4f})")
@@ -211,7 +233,7 @@ the parameters is a third of the experts where there are few of them, and a quar
 
 {evidence.table(evidence.group("scaling"))}
 
-Fitted together to the difference to the base, one point (mean of the seeds) for each size:
+Of the difference to the base, one point (mean of the seeds) for each size, the slopes fitted together:
 
 {fits}
 

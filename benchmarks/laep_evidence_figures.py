@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,29 @@ def scaling_points(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def balance(evidence: Evidence, why: dict[str, Any]) -> Any:
-    figure, axis = plt.subplots(figsize=(9, 3.6))
-    names = [name for name in evidence.group("table 1") if evidence.base_of(name) == "base, grouped-query"]
-    for place, name in enumerate(names):
-        values = [run["validation_loss"] for run in evidence.finished(name).values()]
-        axis.plot([place] * len(values), values, "o", color="tab:blue" if "LAEP" in name else "tab:grey")
+    return differences(evidence, evidence.group("table 1"))
+
+
+def attention(evidence: Evidence, why: dict[str, Any]) -> Any:
+    return differences(evidence, evidence.group("table 2"))
+
+
+def differences(evidence: Evidence, names: Sequence[str]) -> Any:
+    """Loss minus base of every seed, one colour a seed."""
+    names = [name for name in names if name != evidence.base_of(name)]
+    figure, axis = plt.subplots(figsize=(9, 4))
+    pairs = [(evidence.finished(name), evidence.finished(evidence.base_of(name))) for name in names]
+    for seed in sorted({seed for runs, _ in pairs for seed in runs}):
+        found = [
+            (place, runs[seed]["validation_loss"] - base[seed]["validation_loss"])
+            for place, (runs, base) in enumerate(pairs)
+            if seed in runs and seed in base
+        ]
+        axis.plot(*zip(*found, strict=True), "o", label=f"seed {seed}")
+    axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set(ylabel="validation loss, each seed")
+    axis.set(ylabel="loss minus base, same seed")
+    figure.legend(loc="outside right upper", fontsize=7)
     return figure
 
 
@@ -103,7 +120,7 @@ def automatic(evidence: Evidence, why: dict[str, Any]) -> Any:
 
 def scaling(evidence: Evidence, why: dict[str, Any]) -> Any:
     """Every seed, and a line through the means of the sizes with the range of the fitted mean."""
-    figure, axis = plt.subplots(figsize=(7, 3.6))
+    figure, axis = plt.subplots(figsize=(8, 3.6))
     points = scaling_points(evidence)
     for experts in sorted({point["experts"] for point in points}):
         mine = [point for point in points if point["experts"] == experts]
@@ -118,7 +135,7 @@ def scaling(evidence: Evidence, why: dict[str, Any]) -> Any:
         axis.fill_between(10**at, low, high, color="grey", alpha=0.25)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xscale="log", xlabel="parameters of the base", ylabel="loss minus base")
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside upper center", fontsize=7, ncols=4)
     return figure
 
 
@@ -142,7 +159,8 @@ def reasons(evidence: Evidence, why: dict[str, Any]) -> Any:
     for axis in axes[1]:
         axis.set(xlabel="step")
     axes[0][1].set(ylim=(0, 1.02))
-    axes[0][0].legend(fontsize=5, ncols=2)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=len(labels))
     return figure
 
 
@@ -164,6 +182,7 @@ def profile(evidence: Evidence, why: dict[str, Any]) -> Any:
 
 FIGURES = {
     "balance": balance,
+    "attention": attention,
     "when": when,
     "automatic": automatic,
     "scaling": scaling,

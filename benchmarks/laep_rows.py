@@ -65,9 +65,7 @@ class Evidence:
             self.steps(name),
             f"{left:.1%}",
             spread([run["validation_loss"] for run in runs.values()]),
-            "" if found is None else spread([found.mean], found.deviation, sign="+"),
-            "" if found is None or found.low is None else f"{found.low:+.4f} to {found.high:+.4f}",
-            "" if found is None or found.p is None else f"{found.p:.3f}",
+            *tested(found),
             self.speed(name),
         ]
 
@@ -89,6 +87,17 @@ class Evidence:
 
     def table(self, names: Iterable[str]) -> str:
         return markdown(COLUMNS, [self.row(name) for name in names])
+
+
+def tested(found: Paired | None) -> list[str]:
+    """The cells "minus base", "95 % range" and "p"."""
+    if found is None:
+        return ["", "", ""]
+    return [
+        spread([found.mean], found.deviation, sign="+"),
+        "" if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}",
+        "" if found.p is None else f"{found.p:.3f}",
+    ]
 
 
 def spread(values: Sequence[float], deviation: float | None = None, sign: str = "") -> str:
