@@ -83,8 +83,8 @@ Losses are nats a token on held-out text, which differs from seed to seed, so th
 "Minus base" compares runs of the same seed: same weights at the start, same tokens in the same order; the range and p
 are of a paired t-test, which with three pairs tells only large effects from chance, and no correction is made for the
 number of rows. Rows whose losses are equal in every digit pruned the same experts. tokens/s are of a step with the
-final model, process time of one thread, counts of seed 0 and fresh weights; in brackets over those of the whole model,
-measured in turn with it."""
+final model, process time of one thread, counts of seed 0 and fresh weights; in brackets over those of the whole model
+without balancing, measured in turn with it. The machine's speed drifts between rows: only the brackets compare."""
 
 
 def made_on(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -313,7 +313,7 @@ Worst first, and those of which a run failed.
 
 {evidence.table(worst_first(evidence, pruned))}
 
-Controls, balance losses, and bases with fewer steps:
+Controls, balance losses, and bases of other lengths:
 
 {evidence.table(worst_first(evidence, controls))}"""
 

@@ -30,7 +30,7 @@ class Scale:
     options: tuple[str, ...]
     steps: int
     long_steps: int  # so long that four times the detector's step is still inside
-    shorter_steps: tuple[int, ...]
+    other_steps: tuple[int, ...]
     fixed_step: int  # where no detector decides
     widths: tuple[int, ...]
     experts: tuple[int, ...]
@@ -44,7 +44,7 @@ SCALES = {
         options=("--sequence-length", "128", "--vocab-size", "2048", "--max-data-bytes", "8000000", "--threads", "1"),
         steps=1200,
         long_steps=1600,
-        shorter_steps=(1450,),
+        other_steps=(1450, 1750),
         fixed_step=400,
         widths=(48, 64, 96),
         experts=(16, 64, 128),
@@ -57,7 +57,7 @@ SCALES = {
         options=("--sequence-length", "512", "--vocab-size", "8192", "--batch-size", "32", "--precision", "bf16"),
         steps=3000,
         long_steps=4000,
-        shorter_steps=(3600,),
+        other_steps=(3600, 4400),
         fixed_step=800,
         widths=(256, 512, 768),
         experts=(16, 64, 128),
@@ -160,8 +160,8 @@ def _table_2() -> Iterator[Setting]:
 def _when(scale: Scale) -> Iterator[Setting]:
     base, steps = "when: base", scale.long_steps
     yield Setting(group="when", name=base, base=base, steps=steps)
-    for fewer in scale.shorter_steps:  # with a schedule of their own, to compare at equal time
-        yield Setting(group="when", name=f"{base}, {fewer} steps", base=base, steps=fewer)
+    for number in scale.other_steps:  # with a schedule of their own, to compare at equal time
+        yield Setting(group="when", name=f"{base}, {number} steps", base=base, steps=number)
     yield Setting(group="when", name=DETECTED, base=base, options=("--target-params", "0.75", *DETECTOR), steps=steps)
     for factor, words in ((0.5, "half"), (2, "twice"), (4, "four times")):
         options = ("--target-params", "0.75", "--prune-at-step", f"{{{factor}}}")

@@ -77,7 +77,7 @@ class Evidence:
         return "; ".join("+".join(str(event["step"]) for event in run["events"]) or "never" for run in runs)
 
     def speed(self, name: str) -> str:
-        """Tokens/s of the model at the end, and over those of the whole one; see laep_timing.py."""
+        """Tokens/s of the model at the end, and over those of the whole one without balancing; see laep_timing.py."""
         times = self.stored["step_times"].get(name)
         if times is None:
             return ""
@@ -96,7 +96,7 @@ def tested(found: Paired | None) -> list[str]:
     return [
         spread([found.mean], found.deviation, sign="+"),
         "" if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}",
-        "" if found.p is None else f"{found.p:.3f}",
+        "" if found.p is None else f"{found.p:.3f}" if found.p >= 0.001 else "<0.001",
     ]
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/laep_timing.py --work WORK
 
-For every setting with a run of seed 0: its model with fresh weights, and the same cut to the counts that each pruning
-of that run left, train in turn on random tokens in one process. On a CPU process time of one thread, so that other work
-on the machine counts little; the median of the turns. Fresh routers send tokens to every expert, trained ones leave
+For every setting with a run of seed 0: its model with fresh weights and without balancing, the same balanced if the
+setting is, and the same cut to the counts that each pruning of that run left, train in turn on random tokens in one
+process. On a CPU process time of one thread, so that other work
+on the machine counts little. Fresh routers send tokens to every expert, trained ones leave
 some idle. Writes WORK/SCALE/step_times.json, which laep_tables.py puts into its result.
 """
 
@@ -15,7 +16,8 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from secateur.train.balance import attach_balance
 from secateur.train.models import make_model, model_config
 from secateur.train.options import PretrainOptions
 
-TURNS, STEPS = 9, 3
+TURNS, STEPS = 15, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # what of a command line the time of a step depends on
 OPTIONS: dict[str, Callable[[str], Any]] = {
@@ -86,13 +88,24 @@ def options_of(one: Setting, scale: Scale) -> PretrainOptions:
 
 
 def step_seconds(options: PretrainOptions, counts: list[dict[int, int]]) -> list[float]:
-    """Of the whole model, and of each that `counts` tells."""
-    trained = [Trained(options, one) for one in [{}, *counts]]
+    """Of the whole model without balancing, of the balanced one if it is, and of each that `counts` tells."""
+    plain = replace(options, balance="none", balance_strength=None)
+    balanced = [Trained(options, {})] if options.balance != "none" else []
+    trained = [Trained(plain, {}), *balanced, *(Trained(options, one) for one in counts)]
     seconds: list[list[float]] = [[] for _ in trained]
     for turn in range(TURNS + 1):
         for which, one in enumerate(trained):
             seconds[which].append(one.seconds(turn))
-    return [statistics.median(times[1:]) for times in seconds]
+    return of_turns([times[1:] for times in seconds])
+
+
+def of_turns(seconds: Sequence[Sequence[float]]) -> list[float]:
+    """Of the first the median; of each other that times the median ratio in one turn, as a machine's speed drifts."""
+    whole = statistics.median(seconds[0])
+    return [
+        whole * statistics.median(one / first for one, first in zip(times, seconds[0], strict=True))
+        for times in seconds
+    ]
 
 
 class Trained:

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from laep_evidence import equal_steps
 from laep_statistics import fitted, paired
 from laep_tables import resolved
+from laep_timing import of_turns
 
 
 def test_the_paired_test_gives_the_numbers_of_a_textbook() -> None:
@@ -92,3 +93,8 @@ def test_equal_time_counts_every_part_of_a_run_with_the_speed_it_had() -> None:
     """By hand: 100 steps of 2 s, 100 of 1 s and 100 of 0.5 s are 350 s, in which the whole model makes 175 steps."""
     run = {"events": [{"step": 100}, {"step": 200}], "steps": 300}
     assert equal_steps(run, [2.0, 1.0, 0.5]) == 175
+
+
+def test_a_machine_that_slows_down_does_not_change_the_ratio_of_two_models() -> None:
+    """By hand: in two turns of three the second takes half as long, and 0.6 in the third."""
+    assert of_turns([[1.0, 2.0, 4.0], [0.5, 1.2, 2.0]]) == [2.0, 1.0]
