@@ -66,7 +66,7 @@ them is in [the evidence](../README.md) and [where it does not help](../where-it
 
 Seeds {seeds}. Tokens a run: {", ".join(f"{number:,}" for number in tokens)}. Model: {json.dumps(scale.model)},
 unless a row says otherwise: 16 experts in each of its MoE layers, top-2. Text: code, manuals, dictionary, speeches.
-Where a detector decides, it is looser than `pretrain`'s default, so that it fires within so short a run
+Where a detector decides, it is looser than `pretrain`'s default, which waits until about half of so short a run
 (`benchmarks/laep_grid.py` has all settings).
 
 ```

@@ -1,4 +1,4 @@
-"""The evidence pages say what was stored, and every claim of the README points to a row that is there."""
+"""The evidence pages say what was stored, and what the README and other pages quote of it is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from laep_evidence import read, tables
-from laep_grid import SCALES, grid
+from laep_grid import SCALES, SMALL, grid
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence"
@@ -18,6 +18,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNS = (EVIDENCE / "small" / "tables.md").read_text(encoding="utf-8")
 DIFFERENCE = "difference, same seed"  # the first column of the other table that is quoted
+CLAIMS = "in the README's *Measured*"  # the first column of the list of claims, which quotes no row
 LINK = re.compile(r"(?<!`)\[[^\]]+\]\(([^)\s]+)\)")
 
 
@@ -38,25 +39,32 @@ def test_the_tables_are_made_of_what_is_stored() -> None:
     assert tables(*read("small")) == RUNS
 
 
-def test_every_setting_of_the_grid_has_its_rows_for_three_seeds() -> None:
+def test_every_setting_has_finished_runs_of_three_seeds_and_a_timing() -> None:
     evidence, _ = read("small")
-    assert {name: [run["seed"] for run in runs] for name, runs in evidence.runs.items()} == {
-        one.name: [0, 1, 2] for one in grid(SCALES["small"])
-    }
+    settings = {one.name: one for one in grid(SCALES["small"])}
+    seeds = {name: [run["seed"] for run in runs] for name, runs in evidence.runs.items()}
+    assert seeds == {name: [0, 1, 2] for name in settings}
+    for name, one in settings.items():
+        assert {run["status"] for run in evidence.runs[name]} == {"finished"}
+        for stored in (*evidence.runs[name], evidence.stored["step_times"][name]):
+            assert stored["setting"] == one.told(), f"{name} was made with other settings"
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/evidence/README.md", "docs/evidence/where-it-does-not-help.md"])
 def test_what_is_quoted_of_a_run_is_its_row(name: str) -> None:
-    stored = rows(RUNS)
-    quoted = [row for row in rows((ROOT / name).read_text(encoding="utf-8")) if row.keys() & {"run", DIFFERENCE}]
+    stored, shown = rows(RUNS), rows((ROOT / name).read_text(encoding="utf-8"))
+    assert {next(iter(row)) for row in shown} <= {"run", DIFFERENCE, CLAIMS}
+    quoted = [row for row in shown if CLAIMS not in row]
     assert quoted
     for row in quoted:
+        assert len(row) > 1
         assert any(row.items() <= one.items() for one in stored), f"{name}: {row} is not as stored"
 
 
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -71,16 +79,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{link}: no such heading"
 
 
-def test_every_measured_paragraph_of_the_readme_points_to_its_rows() -> None:
+def test_every_paragraph_of_measured_links_to_a_heading_with_its_rows() -> None:
     measured = README.split("## Measured")[1].split("\n## ")[0]
-    for paragraph in measured.strip().split("\n\n"):
-        if re.search(r"\d", paragraph) and not paragraph.startswith("|"):
-            assert re.search(r"\]\(docs/(evidence/|benchmarks\.md)", paragraph), paragraph
+    paragraphs = [part for part in measured.strip().split("\n\n")[:-1] if not part.startswith("|")]
+    assert len(paragraphs) >= 4
+    for paragraph in paragraphs:
+        assert re.search(r"\]\(docs/(evidence/small/tables|benchmarks)\.md#", paragraph), paragraph
 
 
 @pytest.mark.parametrize("scale", sorted(SCALES))
-def test_every_setting_has_a_base_a_folder_and_something_to_follow(scale: str) -> None:
-    settings = grid(SCALES[scale])
-    names = {one.name for one in settings}
-    assert len({one.folder(0) for one in settings}) == len(names) == len(settings)
-    assert {one.base for one in settings} | {one.after for one in settings if one.after} <= names
+def test_every_setting_has_a_folder_and_a_base_that_differs_in_options_only(scale: str) -> None:
+    settings = {one.name: one for one in grid(SCALES[scale])}
+    assert len({one.folder(0) for one in settings.values()}) == len(settings) == len(grid(SCALES[scale]))
+    for name, one in settings.items():
+        base = settings[one.base]
+        assert one.after is None or one.after in settings
+        assert (one.preset, one.model) == (base.preset, base.model) or name == SMALL
+        assert one.steps == base.steps or one.options == base.options  # bases of other lengths
