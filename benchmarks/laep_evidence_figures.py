@@ -97,7 +97,7 @@ def when(evidence: Evidence, why: dict[str, Any]) -> Any:
         axis.plot(steps, gaps, marker=".", label=name.removeprefix("when: "))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xlabel="step", ylabel="loss minus base, mean of the seeds")
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     return figure
 
 
