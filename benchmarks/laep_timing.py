@@ -4,9 +4,9 @@
 
 For every setting with a run of seed 0: its model with fresh weights and without balancing, the same balanced if the
 setting is, and the same cut to the counts that each pruning of that run left, train in turn on random tokens in one
-process. On a CPU process time of one thread, so that other work
-on the machine counts little. Fresh routers send tokens to every expert, trained ones leave
-some idle. Writes WORK/SCALE/step_times.json, which laep_tables.py puts into its result.
+process. On a CPU process time of one thread, so that other work on the machine counts little. Fresh routers send tokens
+to every expert, trained ones leave some idle. Writes WORK/SCALE/step_times.json, which laep_tables.py puts into its
+result.
 """
 
 from __future__ import annotations
