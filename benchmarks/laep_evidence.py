@@ -123,11 +123,10 @@ a shared expert and a dense first layer): each compares with its own base, and n
         shown = [name for name in dict.fromkeys(names) if name in evidence.runs]
         parts.append(f"### {attention}\n\n{evidence.table(shown)}")
     pairs = [
-        runs[seed]["validation_loss"] > base[seed]["validation_loss"]
+        difference > 0
         for name in evidence.group("table 2")
         if name != evidence.base_of(name)
-        for runs, base in [(evidence.finished(name), evidence.finished(evidence.base_of(name)))]
-        for seed in runs.keys() & base.keys()
+        for difference in evidence.differences(name).values()
     ]
     parts.append(f"{sum(pairs)} of the {len(pairs)} runs ended above the base of their seed.")
     parts.append("![loss minus base of every seed](attention.png)")

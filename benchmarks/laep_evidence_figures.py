@@ -31,12 +31,10 @@ def scaling_points(evidence: Evidence) -> list[dict[str, Any]]:
     """Of every size: its width, experts and parameters, and the loss minus the base's, of each seed and their mean."""
     points = []
     for name in evidence.group("scaling"):
-        base, runs = evidence.finished(evidence.base_of(name)), evidence.finished(name)
-        seeds = sorted(runs.keys() & base.keys())
-        if name == evidence.base_of(name) or not seeds:
+        differences = [*evidence.differences(name).values()]
+        if name == evidence.base_of(name) or not differences:
             continue
-        differences = [runs[seed]["validation_loss"] - base[seed]["validation_loss"] for seed in seeds]
-        run = runs[seeds[0]]
+        run = next(iter(evidence.finished(name).values()))
         points.append(
             {
                 "width": run["model"]["hidden_size"],
@@ -61,14 +59,10 @@ def differences(evidence: Evidence, names: Sequence[str]) -> Any:
     """Loss minus base of every seed, one colour a seed."""
     names = [name for name in names if name != evidence.base_of(name)]
     figure, axis = plt.subplots(figsize=(9, 4))
-    pairs = [(evidence.finished(name), evidence.finished(evidence.base_of(name))) for name in names]
-    for seed in sorted({seed for runs, _ in pairs for seed in runs}):
-        found = [
-            (place, runs[seed]["validation_loss"] - base[seed]["validation_loss"])
-            for place, (runs, base) in enumerate(pairs)
-            if seed in runs and seed in base
-        ]
-        axis.plot(*zip(*found, strict=True), "o", label=f"seed {seed}")
+    found = [evidence.differences(name) for name in names]
+    for seed in sorted({seed for one in found for seed in one}):
+        dots = [(place, one[seed]) for place, one in enumerate(found) if seed in one]
+        axis.plot(*zip(*dots, strict=True), "o", label=f"seed {seed}")
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axis.set(ylabel="loss minus base, same seed")

@@ -42,6 +42,14 @@ class Evidence:
     def base_of(self, name: str) -> str:
         return self.settings[name].base
 
+    def differences(self, name: str) -> dict[int, float]:
+        """{seed: validation loss minus that of the base}, of seeds that both finished."""
+        mine, base = self.finished(name), self.finished(self.base_of(name))
+        return {
+            seed: mine[seed]["validation_loss"] - base[seed]["validation_loss"]
+            for seed in sorted(mine.keys() & base.keys())
+        }
+
     def against_base(self, name: str, base: str | None = None) -> Paired | None:
         """The validation loss minus that of the base with the same seed; None without a seed that both finished."""
         mine, other = self.finished(name), self.finished(base or self.base_of(name))
