@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
 from record import show, store
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 NUM_EXPERTS, HIDDEN, WIDTH, VOCABULARY = 64, 2048, 768, 32_000
 KEEP = 48
@@ -43,7 +43,7 @@ APPLY = """
 import json, sys, time
 from pathlib import Path
 import secateur.checkpoint.apply as apply
-from secateur.plan import Plan
+from secateur.plans import Plan
 start = time.perf_counter()
 apply.apply_to_model(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]))
 """
@@ -52,7 +52,7 @@ import json, sys, time
 import torch
 from transformers import AutoModelForCausalLM
 from secateur.families import describe_moe
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.surgery.module import prune_model_
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")

@@ -41,7 +41,7 @@ from secateur.data.calibration import calibrate
 from secateur.families import MoEModel, describe_moe
 from secateur.keep import Keep
 from secateur.observe_activations import ActivationObserver
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.verify import barred_experts
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from secateur.cli import main
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.stats import RouterStats
 from secateur.train import laep
 

@@ -32,7 +32,7 @@ import torch
 from record import show, store
 from secateur.placement import balance, place, rank_loads
 from secateur.placement.moves import order_of, ranks_of, relabel
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 # (layers, experts retained of 64), layer 0 first
 RELEASED = (

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from laep_grid import SCALES, Scale, Setting, grid
 from laep_tables import STEP_TIMES
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.train.balance import attach_balance
 from secateur.train.models import make_model, model_config

@@ -36,8 +36,8 @@ from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.criteria.router_change import router_norm_change
 from secateur.families import describe_moe
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.run import finetune
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.run import finetune
 from secateur.keep import Keep
 from secateur.stats import RouterStats
 

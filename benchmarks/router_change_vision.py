@@ -37,8 +37,8 @@ from secateur.checkpoint.source import of_folder, of_observation
 from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
 from secateur.files import atomic_write
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.run import finetune
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.run import finetune
 from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.vision import VMoEConfig, VMoEForImageClassification

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from tiny_models import tiny_config, tiny_model
 
 logging.disable_progress_bar()

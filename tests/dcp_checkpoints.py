@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from tiny_models import random_tokens, tiny_model
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -82,7 +82,7 @@ class AnotherPlan:
 
 
 def _keep_all(stats: Any) -> Any:
-    from secateur.plan import Plan
+    from secateur.plans import Plan
 
     return Plan.identity({layer: len(loads) for layer, loads in stats.loads().items()})
 

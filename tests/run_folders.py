@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 STEP_TOKENS = 2048
 

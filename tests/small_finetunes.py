@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from models_with_text import model_with_text
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.run import finetune
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.run import finetune
 from secateur.vision.pixels import FILE, default_pixels
 from tiny_vision import tiny_vmoe
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from secateur.report.numbers import report_json
-from secateur.report.run_data import read_run
+from secateur.reporting.numbers import report_json
+from secateur.reporting.run_data import read_run
 from secateur.train.options import PretrainOptions
 from secateur.train.pretrain import pretrain
 from small_corpus import write_corpus

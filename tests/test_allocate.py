@@ -15,7 +15,7 @@ from secateur.criteria.load import laep_removable
 from secateur.decide import Rule, decide
 from secateur.errors import SecateurError
 from secateur.knapsack import cheapest_saving, largest_saving, saving_unit
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import RouterStats
 
 SPEC_LOADS = [5, 40, 10, 300, 20, 80, 35, 510]

@@ -10,7 +10,7 @@ import torch
 
 from dcp_checkpoints import save
 from secateur import cli
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 PLAN = Plan(layers={0: LayerPlan(experts_before=8, order=(6, 1, 3))}, criterion="test")
 BLOCK = "model.layers.0.mlp"

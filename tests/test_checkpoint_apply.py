@@ -22,7 +22,7 @@ from secateur.checkpoint.copy import Writer, into_shards
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.rewrite import Made
 from secateur.errors import SecateurError
-from secateur.plan import Plan
+from secateur.plans import Plan
 
 EXPERTS, ROUTERS = r".*layers\.(\d+)\..*experts\.", ("gate.weight",)
 PLAN = plan_of((0, [6, 1, 3]), (1, [0, 1, 2]), (2, [2, 5, 7]))
@@ -157,7 +157,7 @@ def test_layers_that_differ_get_the_code_and_the_counts(source: Path, tmp_path: 
 def test_a_pruned_folder_is_pruned_again_and_every_expert_still_knows_its_first_id(
     source: Path, tmp_path: Path
 ) -> None:
-    from secateur.plan import LayerPlan
+    from secateur.plans import LayerPlan
 
     apply_to_model(source, DIFFERENT, tmp_path / "first")
     sizes = {0: (3, (2, 0)), 1: (8, (7, 4)), 2: (4, (0, 3))}
@@ -260,7 +260,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from secateur.checkpoint import apply
-from secateur.plan import Plan
+from secateur.plans import Plan
 def wait(*_):
     print("written", flush=True)
     time.sleep(600)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from dcp_checkpoints import PLAN, save, save_shards, tensors_of, trained, training_state
 from secateur.errors import SecateurError
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.surgery import dcp_checkpoint
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
 from secateur.surgery.model_config import with_counts
@@ -156,7 +156,7 @@ def test_a_folder_without_experts_is_refused(tmp_path: Path) -> None:
 CHILD = """
 import resource, signal, sys
 from pathlib import Path
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.surgery import dcp_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 {fault}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.dcp_changes import LIKE_PARAMETER_KEYS, survey
 from secateur.surgery.dcp_names import NAMINGS, TORCHTITAN, TRANSFORMERS, find_naming, understand
 from secateur.surgery.dcp_names_file import read_naming

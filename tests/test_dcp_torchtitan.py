@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcp_checkpoints import NUM_EXPERTS, load, save, tensors_of
 from secateur.errors import SecateurError
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
 from secateur.surgery.dcp_metadata import read_dcp
 from secateur.surgery.dcp_rows import read_bytes

@@ -26,7 +26,7 @@ from dcp_checkpoints import (
 )
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery import dcp_write
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
 from secateur.surgery.dcp_metadata import read_dcp

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.optimizer import unwrap
 from secateur.train.distributed.ddp import DDPFinder, check_ddp, rebuild_ddp_

@@ -39,7 +39,7 @@ from distributed_runs import (
     whole,
 )
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.train.distributed import fsdp as fsdp_module
 from secateur.train.distributed import surgery as surgery_module

@@ -31,11 +31,11 @@ from secateur.cli import app
 from secateur.data.batch import Batch
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
-from secateur.finetune.model import load
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.run import WHAT
-from secateur.finetune.text import pack_domains
-from secateur.plan import LayerPlan, Plan
+from secateur.finetuning.model import load
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.run import WHAT
+from secateur.finetuning.text import pack_domains
+from secateur.plans import LayerPlan, Plan
 from secateur.train import checkpoints
 from small_finetunes import files_of, run, text_folder, text_options
 from small_runs import in_child
@@ -383,13 +383,13 @@ def test_the_command_says_what_it_would_do_and_does_it(root: Path, tmp_path: Pat
 # one epoch is 11 steps here: a checkpoint within the first, one within the second
 STEADY: dict[str, Any] = {"steps": 16, "save_steps": 3, "schedule": "constant", "learning_rate": 1e-3, "batch_size": 3,
                           "gradient_accumulation": 2, "eval_steps": 4}  # fmt: skip
-STEP_END = "secateur.finetune.trainer:FinetuneLog.on_step_end"
+STEP_END = "secateur.finetuning.trainer:FinetuneLog.on_step_end"
 LAST = "after the result got its name"
 MOMENTS = {
     "between two checkpoints": Kill(STEP_END, 8),
-    "between a checkpoint and its seal": Kill("secateur.finetune.trainer:seal", 3),
-    "after the last step": Kill("secateur.finetune.run:write"),
-    "while the result is written": Kill("secateur.finetune.model:copy_file", 2),
+    "between a checkpoint and its seal": Kill("secateur.finetuning.trainer:seal", 3),
+    "after the last step": Kill("secateur.finetuning.run:write"),
+    "while the result is written": Kill("secateur.finetuning.model:copy_file", 2),
     LAST: Kill("secateur.checkpoint.work:Work.remove"),
 }
 
@@ -439,7 +439,7 @@ def on_a_full_disk(root: Path, out: Path, place: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["secateur.finetune.model:save_file", "secateur.finetune.trainer:save_model"])
+@pytest.mark.parametrize("place", ["secateur.finetuning.model:save_file", "secateur.finetuning.trainer:save_model"])
 def test_a_disk_without_room_for_the_weights_is_an_error_of_the_disk(place: str, root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert in_child(on_a_full_disk, root, out, place) == NO_ROOM
@@ -553,7 +553,7 @@ def test_another_process_that_was_faster_is_not_overwritten(
         (tmp_path / "out" / "theirs").touch()
         return load(*args, **kwargs)
 
-    monkeypatch.setattr("secateur.finetune.run.load", load_slowly)
+    monkeypatch.setattr("secateur.finetuning.run.load", load_slowly)
     with pytest.raises(SecateurError, match="it is there already"):
         run(root, tmp_path / "out", text_options(root), on_progress=lambda *_: pytest.fail("it trained"))
 

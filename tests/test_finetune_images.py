@@ -25,9 +25,9 @@ from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
 from secateur.errors import SecateurError
-from secateur.finetune.images import ImageItems, augmented, check_classes
-from secateur.finetune.options import FinetuneOptions
-from secateur.plan import LayerPlan, Plan
+from secateur.finetuning.images import ImageItems, augmented, check_classes
+from secateur.finetuning.options import FinetuneOptions
+from secateur.plans import LayerPlan, Plan
 from secateur.vision.pixels import FILE, read_pixels
 from small_finetunes import files_of, image_folder, image_options, run, write_images
 from small_runs import in_child
@@ -253,7 +253,7 @@ def test_a_folder_that_does_not_say_how_pixels_are_scaled_is_refused(root: Path,
 
 
 # an epoch is 10 steps of 4 images here; noise on the routers and moved images depend on the step
-STEP_END = "secateur.finetune.trainer:FinetuneLog.on_step_end"
+STEP_END = "secateur.finetuning.trainer:FinetuneLog.on_step_end"
 
 
 def noisy(root: Path) -> FinetuneOptions:

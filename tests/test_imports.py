@@ -13,7 +13,7 @@ import pytest
 import secateur
 
 SOURCE = Path(secateur.__file__).parent
-PURE = ("stats", "criteria", "allocate", "decide", "keep", "choose", "knapsack", "plan", "placement", "train.phases")
+PURE = ("stats", "criteria", "allocate", "decide", "keep", "choose", "knapsack", "plans", "placement", "train.phases")
 FOUNDATION = ("errors", "files", "safetensors_header")
 
 

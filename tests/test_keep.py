@@ -17,7 +17,7 @@ from secateur.criteria.router_change import RouterChange
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.keep import Keep, Sizes
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import LayerStats, RouterStats
 
 GB = 10**9

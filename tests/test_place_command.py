@@ -20,7 +20,7 @@ from secateur.commands.place import place as command
 from secateur.commands.place import read_loads, sglang_location
 from secateur.errors import SecateurError
 from secateur.placement import METHODS, place, rank_loads
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import RouterStats
 
 WORKED = [100, 90, 60, 50, 40, 30, 20, 10]

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 
 @pytest.fixture(scope="module")

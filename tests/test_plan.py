@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 
 def plan_of(orders: dict[int, tuple[int, list[int]]], **rest: Any) -> Plan:

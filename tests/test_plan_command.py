@@ -24,7 +24,7 @@ from secateur.commands.choice import ALLOCATION_HELP
 from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
 from secateur.observation import ModelFacts, Observation
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
 from test_checkpoint_layout import qwen3_5
 from test_checkpoint_router_change import finetuned

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.train import pretrain as program
 from secateur.train.events import PruneEvent
 from secateur.train.options import PretrainOptions

@@ -30,7 +30,7 @@ from secateur.families import describe_moe
 from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
 from secateur.verify import barred_experts, logits_of
 from small_runs import in_child

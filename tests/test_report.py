@@ -14,13 +14,13 @@ import pytest
 
 from run_folders import STEP_TOKENS, lines_of, make_run, run_json, tiny_run, two_events, write_json
 from secateur.errors import SecateurError
-from secateur.plan import LayerPlan, Plan
-from secateur.report.figures_loads import cut_figure
-from secateur.report.numbers import chosen_layers
-from secateur.report.run_data import read_run
-from secateur.report.theme import LIGHT
-from secateur.report.words import change, count, memory
-from secateur.report.write import write_report
+from secateur.plans import LayerPlan, Plan
+from secateur.reporting.figures_loads import cut_figure
+from secateur.reporting.numbers import chosen_layers
+from secateur.reporting.run_data import read_run
+from secateur.reporting.theme import LIGHT
+from secateur.reporting.words import change, count, memory
+from secateur.reporting.write import write_report
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -12,9 +12,9 @@ import pytest
 
 from run_folders import STEP_TOKENS, lines_of, make_run, tiny_run, two_events
 from secateur.errors import SecateurError
-from secateur.report.numbers import compare, load_history, report_json, smooth
-from secateur.report.run_data import read_run
-from secateur.report.words import summary_paragraph
+from secateur.reporting.numbers import compare, load_history, report_json, smooth
+from secateur.reporting.run_data import read_run
+from secateur.reporting.words import summary_paragraph
 
 pytestmark = pytest.mark.filterwarnings("error")
 

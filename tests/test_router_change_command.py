@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.errors import SecateurError
-from secateur.plan import Plan
+from secateur.plans import Plan
 from test_checkpoint_router_change import lora_of, routers, write_adapter
 from tiny_models import tiny_model
 

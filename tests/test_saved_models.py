@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, P
 import secateur  # noqa: F401 - registers the model type
 from secateur.families import describe_moe
 from secateur.modeling_secateur import counts_in, pruned_config_class, pruned_model_class
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.train.presets import COMMON, PRESETS
 from secateur.verify import logits_of

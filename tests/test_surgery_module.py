@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import layer_of
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import logits_of
 from test_verify import everything

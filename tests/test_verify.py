@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts, logits_of
 from tiny_models import FAMILIES, every_family, random_plan, random_tokens, tiny_model

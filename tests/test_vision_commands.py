@@ -41,7 +41,7 @@ from secateur.families import describe_moe
 from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.verify import logits_of
 from secateur.vision.pixels import FILE, default_pixels, read_pixels
 from small_runs import in_child

@@ -18,7 +18,7 @@ from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts, logits_of
 from secateur.vision import VMoEForImageClassification

@@ -18,7 +18,7 @@ from secateur.families import describe_moe
 from secateur.modeling_secateur import probe_counts
 from secateur.observe import LoadCounter
 from secateur.observe_activations import LayerObserver
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.vision import VMoEConfig, VMoEForImageClassification, VMoEModel
 from secateur.vision.losses import importance_loss, load_loss

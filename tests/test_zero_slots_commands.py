@@ -24,7 +24,7 @@ from secateur.decide import Rule
 from secateur.errors import SecateurError
 from secateur.keep import Keep
 from secateur.observation import Observation
-from secateur.plan import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
+from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
 from test_checkpoint_layout import llama4, qwen3_5

@@ -28,7 +28,7 @@ from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
 from secateur.errors import SecateurError
 from secateur.keep import Keep
-from secateur.plan import MIXED, LayerPlan, Plan
+from secateur.plans import MIXED, LayerPlan, Plan
 from secateur.surgery.zero_slots import remove_into_zero_slots_
 from secateur.verify import logits_of
 from test_checkpoint_layout import llama4, qwen3_5, with_mtp

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from checkpoint_folders import loaded
 from secateur import SecateurError, remove_into_zero_slots_
 from secateur.families import describe_moe
-from secateur.plan import MIXED, REROUTE, LayerPlan, Plan
+from secateur.plans import MIXED, REROUTE, LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts, logits_of
 from tiny_models import VOCABULARY, random_tokens, tiny_config, tiny_model

@@ -13,7 +13,7 @@ from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
 from secateur.families import describe_moe
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.zero_slots import remove_into_zero_slots_
 from secateur.verify import logits_of

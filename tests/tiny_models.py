@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.families import MoEModel
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 
 VOCABULARY = 64
 NUM_EXPERTS = 8

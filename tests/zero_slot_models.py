@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.plan import ZERO_SLOT, LayerPlan, Plan
+from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 from secateur.verify import logits_of
 
 # Fewer than any top-k, and not the same number of a group: a router that stays whole sets no limit.

@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.decide import Rule
-    from secateur.plan import Plan
+    from secateur.plans import Plan
     from secateur.stats import RouterStats
     from secateur.surgery.zero_slots import remove_into_zero_slots_
     from secateur.train.callback import LAEPCallback
@@ -42,7 +42,7 @@ _HOMES = {
     "LAEP": "secateur.train.laep",
     "LAEPCallback": "secateur.train.callback",
     "PhaseConstants": "secateur.train.phases",
-    "Plan": "secateur.plan",
+    "Plan": "secateur.plans",
     "PruneEvent": "secateur.train.events",
     "Pruning": "secateur.train.schedule",
     "RouterStats": "secateur.stats",

@@ -15,7 +15,7 @@ from fractions import Fraction
 from secateur.criteria.load import check_loads, exact, laep_removable, removal_order
 from secateur.errors import SecateurError
 from secateur.knapsack import Option, cheapest_saving, largest_saving
-from secateur.plan import JSON, LayerPlan, Plan
+from secateur.plans import JSON, LayerPlan, Plan
 
 Loads = Mapping[int, Sequence[int]]
 

@@ -22,7 +22,7 @@ from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.keep import Keep, Sizes
 from secateur.knapsack import cheapest_saving
-from secateur.plan import JSON, LayerPlan, Plan
+from secateur.plans import JSON, LayerPlan, Plan
 from secateur.stats import RouterStats
 
 Ids = Mapping[int, Sequence[int]]

@@ -10,7 +10,7 @@ from typing import Any
 from secateur.allocate import Allocation, Limits, Loads, check_share, laep, max_rerouted, target_params, to_plan
 from secateur.criteria.load import implied_thresholds
 from secateur.errors import SecateurError
-from secateur.plan import JSON, Plan
+from secateur.plans import JSON, Plan
 from secateur.stats import RouterStats
 
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from secateur.criteria.load import exact
 from secateur.errors import SecateurError
-from secateur.plan import JSON
+from secateur.plans import JSON
 
 UNITS = {"B": 1} | {
     f"{prefix}{kind}B": base**power

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.families import MoEBlock, MoEModel, plain_class
 from secateur.modeling_secateur import layer_of
 from secateur.observe import INDEX_NAMES, routed_index
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, router_tensors
 from secateur.surgery.tensors import ExpertTensor, row_index
 

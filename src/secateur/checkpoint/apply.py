@@ -23,7 +23,7 @@ from secateur.checkpoint.zero_slots import check_buildable, check_removal
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.out_folder import check_target, copy_file, written_beside
-from secateur.plan import JSON, Plan
+from secateur.plans import JSON, Plan
 from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import MODULE
 

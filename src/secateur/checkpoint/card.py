@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.checkpoint.recipe import recipe
-from secateur.plan import ZERO_SLOT
+from secateur.plans import ZERO_SLOT
 from secateur.sizes import in_words
 
 SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."

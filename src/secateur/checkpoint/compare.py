@@ -16,7 +16,7 @@ from secateur.checkpoint.folder import Stored
 from secateur.checkpoint.rewrite import layer_plan, stays_whole
 from secateur.checkpoint.survey import Located, Survey
 from secateur.errors import SecateurError
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.surgery.tensors import ExpertTensor
 
 BUFFER = 4 * 2**20  # bytes of either side in memory

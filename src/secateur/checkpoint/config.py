@@ -13,7 +13,7 @@ from secateur.checkpoint.survey import Survey
 from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.surgery.model_config import with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.

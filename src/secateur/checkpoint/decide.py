@@ -18,7 +18,7 @@ from secateur.criteria.score import find_criterion
 from secateur.decide import Rule, decide
 from secateur.errors import SecateurError
 from secateur.keep import Keep
-from secateur.plan import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan
+from secateur.plans import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan
 
 LAEP = "laep"  # a rule, not a score: it also decides how many experts go
 ANY_SCORES = "random"  # stands in for a criterion whose scores are not known yet

@@ -16,7 +16,7 @@ from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import layer_of
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.verify import barred_experts
 
 RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the router chose

@@ -22,7 +22,7 @@ from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.observation import Observation
 from secateur.out_folder import check_target, copy_file
-from secateur.plan import ZERO_SLOT, LayerPlan, Plan
+from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
 Observe = Callable[[Survey, Path], tuple[Mapping[str, Any], Callable[[], object]]]

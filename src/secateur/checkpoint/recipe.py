@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.criteria import CRITERIA
-from secateur.plan import REROUTE, ZERO_SLOT
+from secateur.plans import REROUTE, ZERO_SLOT
 
 MEANINGS = {
     REROUTE: "its row of the router went too: its tokens go to the next experts",

@@ -11,8 +11,8 @@ from secateur.checkpoint.card import MTP, who_loads
 from secateur.checkpoint.recipe import recipe
 from secateur.checkpoint.rewrite import Made, layer_plan, stays_whole
 from secateur.checkpoint.survey import Survey
-from secateur.plan import JSON, REROUTE, Plan
-from secateur.report.html import document, section, table
+from secateur.plans import JSON, REROUTE, Plan
+from secateur.reporting.html import document, section, table
 from secateur.sizes import in_words
 from secateur.surgery.dcp_report import FORMAT, VERSION
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from secateur.checkpoint.folder import Stored
 from secateur.checkpoint.survey import Located, Survey
 from secateur.errors import SecateurError
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.safetensors_header import BITS
 from secateur.surgery.tensors import ExpertTensor
 

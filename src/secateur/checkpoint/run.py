@@ -19,7 +19,7 @@ from secateur.checkpoint.oracle import without_dropped
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.sizes import in_words
 from secateur.verify import logits_of
 

@@ -20,7 +20,7 @@ from secateur.checkpoint.survey import Survey, survey
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.out_folder import check_target, copy_file, written_beside
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.safetensors_header import Header, parse_header, read_header
 
 RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1

@@ -13,7 +13,7 @@ from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.sizes import in_words
 
 SHOWN = 5  # failures of one check in a message

@@ -11,7 +11,7 @@ from secateur.checkpoint.model import floats
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config
-from secateur.plan import REROUTE, ZERO_SLOT, Plan
+from secateur.plans import REROUTE, ZERO_SLOT, Plan
 from secateur.surgery.zero_slots import kept_after
 
 

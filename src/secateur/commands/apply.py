@@ -16,7 +16,7 @@ from secateur.errors import SecateurError
 from secateur.sizes import in_words
 
 if TYPE_CHECKING:
-    from secateur.plan import Plan
+    from secateur.plans import Plan
     from secateur.surgery.dcp_names import Naming
 
 
@@ -69,7 +69,7 @@ def apply(
     """
     from secateur.checkpoint.undo import holds_undo
     from secateur.out_folder import check_target
-    from secateur.plan import Plan
+    from secateur.plans import Plan
 
     check_target(source, out)
     show = not (quiet or as_json or dry_run)

@@ -9,7 +9,7 @@ import typer
 
 from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
-from secateur.plan import REMOVED
+from secateur.plans import REMOVED
 
 if TYPE_CHECKING:
     from secateur.checkpoint.decide import Choice

@@ -63,9 +63,9 @@ def finetune(
     Example: `secateur finetune pruned --data chats.jsonl --eval-data held-out.jsonl --epochs 2 --out tuned`
     """
     from secateur.checkpoint.work import place_of_work
-    from secateur.finetune.options import FinetuneOptions
-    from secateur.finetune.run import WHAT
-    from secateur.finetune.run import finetune as program
+    from secateur.finetuning.options import FinetuneOptions
+    from secateur.finetuning.run import WHAT
+    from secateur.finetuning.run import finetune as program
 
     options = FinetuneOptions(
         data=tuple(data or ()),

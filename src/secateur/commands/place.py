@@ -210,7 +210,7 @@ def _as_json(loads: Loads, placements: Mapping[int, Placement], settings: Mappin
 
 
 def _plan(placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> Any:
-    from secateur.plan import LayerPlan, Plan
+    from secateur.plans import LayerPlan, Plan
 
     layers = {
         layer: LayerPlan(experts_before=len(placement.order), order=placement.order)

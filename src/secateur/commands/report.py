@@ -15,6 +15,6 @@ def report(
 
     Example: `secateur report run`
     """
-    from secateur.report.write import write_report
+    from secateur.reporting.write import write_report
 
     print(write_report(run))

@@ -1,1 +1,1 @@
-"""Fine-tune a model folder, pruned or not: text models and image classifiers."""
+"""The old import path of `secateur.finetuning`, kept for one release."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.dcp_names import Entry, Naming, Section, understand
 from secateur.surgery.dcp_stored import Stored, StoredTensor
 from secateur.surgery.optimizer import OPTIMIZER_RULES, StateRule

@@ -13,7 +13,7 @@ from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.out_folder import check_target, copy_file, written_beside
-from secateur.plan import JSON, Plan
+from secateur.plans import JSON, Plan
 from secateur.surgery.dcp_changes import survey
 from secateur.surgery.dcp_metadata import is_dcp_folder, read_dcp
 from secateur.surgery.dcp_names import Naming, find_naming

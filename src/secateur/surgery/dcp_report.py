@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur import __version__
-from secateur.plan import JSON, Plan
+from secateur.plans import JSON, Plan
 from secateur.surgery.dcp_changes import Survey
 from secateur.surgery.dcp_pieces import bytes_after
 from secateur.surgery.dcp_stored import Stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from secateur.errors import SecateurError
-from secateur.plan import MIXED, REROUTE, LayerPlan, Plan
+from secateur.plans import MIXED, REROUTE, LayerPlan, Plan
 
 
 def check_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_groups: int) -> None:

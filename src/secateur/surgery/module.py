@@ -18,7 +18,7 @@ from secateur.modeling_secateur import (
     pruned_model_class,
     replace_tensor_,
 )
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.surgery.fits import check_fits, check_reroutes
 from secateur.surgery.model_config import moe_config
 from secateur.surgery.optimizer import Replacement, replace_parameters_

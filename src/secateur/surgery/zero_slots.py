@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import replace_tensor_, set_attributes_, skip_removed_
-from secateur.plan import REROUTE, LayerPlan, Plan
+from secateur.plans import REROUTE, LayerPlan, Plan
 from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import moe_config
 from secateur.surgery.module import become_pruned_, is_sharded, locate, router_tensors

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import RouterStats
 
 REARRANGE = "rearrange"  # the reason of an event that drops nothing

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from secateur.decide import decide
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import check_model, is_sharded, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap

@@ -27,7 +27,7 @@ from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.report.write import write_report
+from secateur.reporting.write import write_report
 from secateur.train import checkpoints
 from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import BalanceCallback, attach_balance

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from secateur.errors import SecateurError
 from secateur.placement import METHODS, Placement, balance, place, rank_loads
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.train.events import LayerPlacement
 from secateur.train.schedule import check_count
 

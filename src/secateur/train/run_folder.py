@@ -13,7 +13,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.train.events import PruneEvent
 
 

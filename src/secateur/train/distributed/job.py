@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import is_sharded, prune_model_
 from secateur.train.distributed.ddp import DDPFinder, rebuild_ddp_

@@ -18,7 +18,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import replace_tensor_
-from secateur.plan import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, locate, set_counts_
 from secateur.surgery.optimizer import Replacement, check_optimizer, replace_parameters_, unwrap
 from secateur.surgery.tensors import ExpertTensor, gather, row_index

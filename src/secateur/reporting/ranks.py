@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.placement import busiest_rank_lower_bound, greedy_with_room, rank_loads
-from secateur.report.run_data import RunData
+from secateur.reporting.run_data import RunData
 
 RANKS = (2, 4, 8)
 

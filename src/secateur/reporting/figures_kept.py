@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secateur.report.ranks import RankBalance, Side, max_over_mean, rank_balance
-from secateur.report.run_data import RunData
-from secateur.report.theme import TEXT, Theme, new_figure, style
+from secateur.reporting.ranks import RankBalance, Side, max_over_mean, rank_balance
+from secateur.reporting.run_data import RunData
+from secateur.reporting.theme import TEXT, Theme, new_figure, style
 
 
 def kept_title(run: RunData) -> str:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from secateur.files import atomic_write
-from secateur.report.gallery import gallery
-from secateur.report.numbers import report_json
-from secateur.report.page import render
-from secateur.report.run_data import read_run
-from secateur.report.theme import LIGHT, THEMES, png
+from secateur.reporting.gallery import gallery
+from secateur.reporting.numbers import report_json
+from secateur.reporting.page import render
+from secateur.reporting.run_data import read_run
+from secateur.reporting.theme import LIGHT, THEMES, png
 
 
 def write_report(run_folder: Path) -> Path:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from secateur.report.words import UNITS
+from secateur.reporting.words import UNITS
 
 WIDTH = 6.0
 DPI = 150

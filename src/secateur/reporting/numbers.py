@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.report.ranks import balance_json, rank_balance
-from secateur.report.run_data import EvalPoint, Event, RunData
+from secateur.reporting.ranks import balance_json, rank_balance
+from secateur.reporting.run_data import EvalPoint, Event, RunData
 
 MOST_LAYERS = 8
 

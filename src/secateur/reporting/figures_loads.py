@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from secateur.report.numbers import ascending, chosen_layers, dropped_share, load_history
-from secateur.report.run_data import Event, RunData
-from secateur.report.theme import SMALL, TEXT, Theme, event_lines, new_figure, note, style, token_axis
-from secateur.report.words import share
+from secateur.reporting.numbers import ascending, chosen_layers, dropped_share, load_history
+from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.theme import SMALL, TEXT, Theme, event_lines, new_figure, note, style, token_axis
+from secateur.reporting.words import share
 
 FAINTEST = 1 / 1024
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from secateur.report.gallery import Entry
-from secateur.report.html import document, section, table
-from secateur.report.numbers import compare, dropped_share, last_eval, speed
-from secateur.report.ranks import RankBalance, max_over_mean, rank_balance
-from secateur.report.run_data import Event, RunData
-from secateur.report.theme import DARK, LIGHT
-from secateur.report.words import NBSP, change, count, loss, memory, share, signed, summary_paragraph
+from secateur.reporting.gallery import Entry
+from secateur.reporting.html import document, section, table
+from secateur.reporting.numbers import compare, dropped_share, last_eval, speed
+from secateur.reporting.ranks import RankBalance, max_over_mean, rank_balance
+from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.theme import DARK, LIGHT
+from secateur.reporting.words import NBSP, change, count, loss, memory, share, signed, summary_paragraph
 
 
 def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, str], bytes]) -> str:

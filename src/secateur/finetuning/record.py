@@ -9,9 +9,9 @@ from typing import Any
 from secateur import __version__
 from secateur.checkpoint.folder import FINETUNED
 from secateur.checkpoint.survey import Survey
-from secateur.finetune.model import Loaded
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.task import Task
+from secateur.finetuning.model import Loaded
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.task import Task
 from secateur.train.environment import hardware, versions
 
 FORMAT, VERSION = "secateur-finetune", 1

@@ -8,12 +8,12 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from secateur.report import figures_kept, figures_loads, figures_run
-from secateur.report.numbers import chosen_layers, dropped_share
-from secateur.report.ranks import max_over_mean, rank_balance
-from secateur.report.run_data import Event, RunData
-from secateur.report.theme import Theme
-from secateur.report.words import count, share
+from secateur.reporting import figures_kept, figures_loads, figures_run
+from secateur.reporting.numbers import chosen_layers, dropped_share
+from secateur.reporting.ranks import max_over_mean, rank_balance
+from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.theme import Theme
+from secateur.reporting.words import count, share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secateur.report.numbers import Comparison, Speed, compare, last_eval, shared_evals, smooth, speed
-from secateur.report.run_data import RunData
-from secateur.report.theme import (
+from secateur.reporting.numbers import Comparison, Speed, compare, last_eval, shared_evals, smooth, speed
+from secateur.reporting.run_data import RunData
+from secateur.reporting.theme import (
     SMALL,
     Theme,
     count_formatter,
@@ -19,7 +19,7 @@ from secateur.report.theme import (
     style,
     token_axis,
 )
-from secateur.report.words import change, count, loss, memory, signed
+from secateur.reporting.words import change, count, loss, memory, signed
 
 
 def loss_title(run: RunData) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from secateur.report.stylesheet import STYLE
+from secateur.reporting.stylesheet import STYLE
 
 Rows = Sequence[Sequence[str]]
 

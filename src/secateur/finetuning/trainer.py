@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_write, refused_by_the_disk
-from secateur.finetune.task import Task
+from secateur.finetuning.task import Task
 from secateur.train.checkpoints import seal
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.run_log import check_finite

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from secateur.report.numbers import Comparison, compare, last_eval, speed
-from secateur.report.ranks import RankBalance, max_over_mean, rank_balance
-from secateur.report.run_data import Event, RunData
+from secateur.reporting.numbers import Comparison, compare, last_eval, speed
+from secateur.reporting.ranks import RankBalance, max_over_mean, rank_balance
+from secateur.reporting.run_data import Event, RunData
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 NBSP = "\N{NO-BREAK SPACE}"

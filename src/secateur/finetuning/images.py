@@ -16,8 +16,8 @@ from secateur.checkpoint.inputs import class_names
 from secateur.checkpoint.survey import Survey
 from secateur.data.images import Images, Pixels8, read_images
 from secateur.errors import SecateurError
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.task import Task
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.task import Task
 from secateur.vision.pixels import Pixels, read_pixels
 
 # settings of text, and what they are when nobody gave them

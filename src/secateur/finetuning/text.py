@@ -17,8 +17,8 @@ from secateur.data.corpus import Document
 from secateur.data.packing import BlockDataset, PackedTokens
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.task import Task
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.task import Task
 
 LENGTH = 512
 IMAGES_ONLY = ("new_head", "augment")

@@ -1,0 +1,305 @@
+"""Fine-tune a model folder into a new one: all of it, or nothing. What a killed run left lets it go on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerState
+
+from secateur.checkpoint.apply import CARD
+from secateur.checkpoint.folder import FINETUNED, read_folder, read_object
+from secateur.checkpoint.inputs import Reads, reads
+from secateur.checkpoint.survey import Survey, survey
+from secateur.checkpoint.work import Work, place_of_work, work_folder
+from secateur.errors import SecateurError
+from secateur.families import describe_moe
+from secateur.files import atomic_write
+from secateur.finetuning.images import image_task
+from secateur.finetuning.model import LOGS, Loaded, check_trainable, load, write
+from secateur.finetuning.options import SCHEDULES, FinetuneOptions, option
+from secateur.finetuning.record import evaluations, known, losses, with_section
+from secateur.finetuning.task import Task, size
+from secateur.finetuning.text import text_task
+from secateur.finetuning.trainer import (
+    FinetuneLog,
+    FinetuneTrainer,
+    Progress,
+    Spent,
+    accuracy,
+    best_class,
+    check_logger,
+)
+from secateur.out_folder import check_target, written_beside
+from secateur.train import checkpoints
+from secateur.train.arguments import trainer_arguments
+from secateur.train.balance import BalanceCallback, attach_balance
+from secateur.train.distributed.launch import world_size
+from secateur.train.environment import peak_memory_bytes
+from secateur.train.progress import only_our_messages
+
+WHAT = "finetuning"  # name of the work folder
+TASKS: dict[Reads, Callable[[Survey, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}
+MOMENTUM = 0.9  # of --optimizer sgd
+
+
+def finetune(
+    model: Path,
+    out: Path,
+    options: FinetuneOptions,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    on_progress: Progress = lambda done, total, numbers: None,
+) -> dict[str, Any]:
+    """Train the model of a folder on text or images and write it to the new folder `out`.
+
+    Checkpoints lie in a hidden folder beside `out` until it is there. On the CPU a run that was killed and resumed
+    writes the same weights, to the last bit, as one that was not.
+
+    Args:
+        resume: go on with a killed run that had the same settings. restart: throw away what it left.
+        dry_run: check everything and say what would be done; write nothing.
+        on_progress: called after every step with (steps done, steps in all, "" or the newest numbers).
+
+    Returns:
+        What finetune.json in `out` says; of a dry run, as much of it as is known before the first step.
+
+    Raises:
+        SecateurError: bad input, or a loss that is no number; nothing is left under the name of `out`.
+        OSError: the disk refused.
+    """
+    if world_size() > 1:
+        raise SecateurError(f"fine-tuning runs in one process, WORLD_SIZE is {world_size()}; start it without torchrun")
+    if resume and restart:
+        raise SecateurError("--resume and --restart: give one of the two")
+    check_logger(options.report_to)
+    killed_last = resume and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
+    if not killed_last:
+        check_target(model, out)
+    found = survey(read_folder(model))
+    check_trainable(found)
+    with only_our_messages():
+        task = TASKS[reads(found)](found, options)
+        asked = _asked(found, task, options)
+        if killed_last:
+            return _finished(out, asked, dry_run=dry_run)
+        loaded = _load(found, task, options)
+        if dry_run:
+            return known(found, loaded, task, options)
+        if resume and not place_of_work(out, WHAT).is_dir():
+            raise SecateurError(f"--resume: nothing was left of a fine-tuning into {out}")
+        with work_folder(out, restart=restart, what=WHAT) as work:
+            check_target(model, out)  # another process may have been at it until now
+            with _kept_for_resume(work):
+                run, checkpoint = _begin(work, asked, resume=resume)
+                record = known(found, loaded, task, options) | _train(
+                    loaded, found, task, options, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
+                )
+                with written_beside(out) as beside:
+                    _write_all(loaded, found, work, record, beside)
+                work.remove()
+    return record
+
+
+def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
+    """The record of a run that was killed when its result had its name already; what it left is removed.
+
+    Raises:
+        SecateurError: the result, or what lies beside it, is of another run.
+    """
+    record = read_object(out / FINETUNED)
+    with work_folder(out, what=WHAT) as work:
+        try:
+            _check_same({"model": asked["model"]} | record, asked)
+            if work.before is None and any(work.path.iterdir()):
+                raise SecateurError(f"nothing says what {work.path} is of")
+            _check_same(work.before or asked, asked)
+        except SecateurError as error:
+            raise SecateurError(f"--out {out}: it is there already, and not from this run ({error})") from error
+        if not dry_run:
+            work.remove()
+    return record
+
+
+def _asked(found: Survey, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+    """All that decides the result, as it comes back from a file."""
+    plain = {"model": found.folder.state, "data": dict(task.about), "options": options.to_json()}
+    asked: dict[str, Any] = json.loads(json.dumps(plain))
+    return asked
+
+
+@contextlib.contextmanager
+def _kept_for_resume(work: Work) -> Iterator[None]:
+    """Of a run that failed, keep what it can go on from, and nothing where there is none."""
+    try:
+        yield
+    except BaseException:
+        if checkpoints.last_whole(work.path) is None:
+            work.remove()
+        raise
+
+
+def _begin(work: Work, asked: Mapping[str, Any], *, resume: bool) -> tuple[str, Path | None]:
+    """(what tells this run from others, the checkpoint to go on from).
+
+    Raises:
+        SecateurError: a killed run lies there and nobody said what becomes of it, or it had other settings.
+    """
+    last = checkpoints.last_whole(work.path)
+    if last is not None and not resume:
+        raise SecateurError(
+            f"a fine-tuning into the same folder was interrupted after {last.name}: go on with --resume, or throw it "
+            "away with --restart"
+        )
+    if resume and work.before is not None:
+        _check_same(work.before, asked)
+    if last is None:
+        for entry in work.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    work.note(asked)
+    checkpoints.remove_unfinished(work.path)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(), last
+
+
+def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    options = before.get("options") or {}
+    for name, value in asked["options"].items():
+        if (was := options.get(name)) != value:
+            raise SecateurError(f"--resume: {option(name)} is {value!r}, but the run was started with {was!r}")
+    for what in ("model", "data"):
+        if before.get(what) != asked[what]:
+            raise SecateurError(f"--resume: the {what} is not the one that the run was started with")
+
+
+def _write_all(loaded: Loaded, found: Survey, work: Work, record: Mapping[str, Any], folder: Path) -> None:
+    write(loaded, found, folder)
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    atomic_write(card, with_section(text, record))
+    if (work.path / LOGS).is_dir():
+        os.rename(work.path / LOGS, folder / LOGS)
+    atomic_write(folder / FINETUNED, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def _load(found: Survey, task: Task, options: FinetuneOptions) -> Loaded:
+    loaded = load(found, freeze=options.freeze, new_classes=task.images if options.new_head else None)
+    with _balanced(loaded, found, options):  # what it refuses shows before the training
+        return loaded
+
+
+@contextlib.contextmanager
+def _balanced(loaded: Loaded, found: Survey, options: FinetuneOptions) -> Iterator[list[BalanceCallback]]:
+    """The balance loss of --router-aux-loss on a model, in place of that of its config."""
+    if options.router_aux_loss is None:
+        yield []
+        return
+    loaded.model.config.get_text_config().output_router_logits = False
+    if not options.router_aux_loss:
+        yield []
+        return
+    handle = attach_balance(
+        loaded.model,
+        "mixtral",
+        blocks=describe_moe(loaded.model).blocks,
+        coefficient=options.router_aux_loss,
+        model_type=found.model.text.model_type,
+    )
+    try:
+        yield [BalanceCallback(handle)]
+    finally:
+        handle.detach()
+
+
+def _train(
+    loaded: Loaded,
+    found: Survey,
+    task: Task,
+    options: FinetuneOptions,
+    folder: Path,
+    *,
+    run: str,
+    checkpoint: Path | None,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Train the model in place; returns what finetune.json says of it."""
+    steps = options.num_steps(task.num_items)
+    spent = Spent()
+    log = FinetuneLog(
+        task,
+        run=run,
+        steps_per_epoch=options.steps_per_epoch(task.num_items),
+        spent=spent,
+        on_progress=on_progress,
+    )
+    sgd = (torch.optim.SGD, {"lr": options.learning_rate, "momentum": MOMENTUM})
+    with _balanced(loaded, found, options) as balance:
+        trainer = FinetuneTrainer(
+            spent=spent,
+            model=loaded.model,
+            args=_arguments(task, options, folder, steps, is_new=checkpoint is None),
+            train_dataset=task.train,
+            eval_dataset=dict(task.evaluation) or None,
+            data_collator=task.collate,
+            compute_metrics=accuracy if task.images else None,
+            preprocess_logits_for_metrics=best_class if task.images else None,
+            optimizer_cls_and_kwargs=sgd if options.optimizer == "sgd" else None,
+            callbacks=[*balance, log],
+        )
+        trainer.remove_callback(PrinterCallback)
+        # asked to resume after its last step, the Trainer would make one more
+        if checkpoint is not None and checkpoints.step_of(checkpoint) >= steps:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = trainer.state.log_history
+    sizes = {name: size(one) for name, one in task.evaluation.items()}
+    speed = spent.items * task.per_item / spent.seconds if spent.seconds else None
+    return {
+        "losses": losses(history),
+        "evaluations": evaluations(history, sizes),
+        "seconds": spent.seconds,
+        "resumed_after_step": None if checkpoint is None else checkpoints.step_of(checkpoint),
+        f"{task.unit}_per_second": speed,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _arguments(task: Task, options: FinetuneOptions, folder: Path, steps: int, *, is_new: bool) -> Any:
+    arguments = trainer_arguments(
+        folder,
+        precision="bf16" if options.bf16 else "fp32",
+        seed=options.seed,
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=task.eval_batch(options.batch_size),
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps(steps),
+        lr_scheduler_type=SCHEDULES[options.schedule],
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        prediction_loss_only=task.images is None,
+        logging_steps=min(options.log_steps, steps),
+        eval_strategy="steps" if task.evaluation else "no",
+        eval_steps=options.eval_steps or steps,
+        eval_on_start=bool(task.evaluation) and is_new,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or steps,
+        report_to=options.report_to,
+    )
+    if arguments.n_gpu > 1:
+        raise SecateurError(
+            f"Trainer would run the model on {arguments.n_gpu} GPUs of one process (DataParallel): choose one by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
