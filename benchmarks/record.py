@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from secateur.train.environment import hardware, versions
+from secateur.environment import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -13,8 +13,8 @@ from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
-from secateur.families import describe_moe
-from secateur.verify import barred_experts, logits_of
+from secateur.families import describe_moe, logits_of
+from secateur.verify import barred_experts
 from tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_plan, random_tokens
 
 # One of each kind: an expert's own tensors, router groups, all experts on axis 0 with biases, a bias on axis 1.

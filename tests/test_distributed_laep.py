@@ -21,14 +21,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import distributed_runs as runs
 from distributed_runs import Scenarios, full, gathered, gathered_state, largest_difference, refusal, sharded, whole
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.stats import RouterStats
 from secateur.train.callback import LAEPCallback
 from secateur.train.events import PruneEvent
 from secateur.train.laep import LAEP
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement
-from secateur.verify import logits_of
 from tiny_models import tiny_model
 
 ONE = Scenarios(__name__, 1)

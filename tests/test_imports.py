@@ -14,7 +14,7 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 PURE = ("stats", "criteria", "allocate", "decide", "keep", "choose", "knapsack", "plans", "placement", "train.phases")
-FOUNDATION = ("errors", "files", "safetensors_header")
+FOUNDATION = ("errors", "files", "safetensors_header", "version")
 
 
 def module_name(path: Path) -> str:

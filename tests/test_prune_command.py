@@ -26,13 +26,13 @@ from secateur.checkpoint.verify import Check, verify_model
 from secateur.checkpoint.work import place_of_work, work_folder
 from secateur.choose import plan_by_criterion
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
-from secateur.verify import barred_experts, logits_of
+from secateur.verify import barred_experts
 from small_runs import in_child
 from tiny_models import FAMILIES, random_tokens
 

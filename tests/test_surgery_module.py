@@ -11,11 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.modeling_secateur import layer_of
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.verify import logits_of
 from test_verify import everything
 from tiny_models import FAMILIES, NUM_EXPERTS, every_family, random_plan, random_tokens, tiny_config, tiny_model
 

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor, gather
 from secateur.surgery.optimizer import (
     OPTIMIZER_RULES,
     Replacement,
@@ -23,7 +24,6 @@ from secateur.surgery.optimizer import (
     replace_parameters_,
     unwrap,
 )
-from secateur.surgery.tensors import ExpertTensor, gather
 
 E = 6
 ORDER = (4, 0, 5, 1)

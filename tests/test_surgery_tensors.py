@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.surgery.tensors import ExpertTensor, gather, row_index
+from secateur.expert_axis import ExpertTensor, gather, row_index
 
 
 def test_row_index_of_a_packed_axis_with_trailing_rows_is_the_one_computed_by_hand() -> None:

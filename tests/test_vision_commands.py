@@ -37,12 +37,11 @@ from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.data.images import read_images
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
-from secateur.verify import logits_of
 from secateur.vision.pixels import FILE, default_pixels, read_pixels
 from small_runs import in_child
 from tiny_vision import tiny_vmoe

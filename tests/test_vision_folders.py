@@ -17,10 +17,10 @@ from secateur.checkpoint.survey import survey
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.verify import barred_experts, logits_of
+from secateur.verify import barred_experts
 from secateur.vision import VMoEForImageClassification
 from tiny_models import random_plan
 from tiny_vision import KINDS, every_kind, random_images, tiny_vmoe

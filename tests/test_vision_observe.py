@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.observe_activations import ActivationObserver
 from secateur.stats import SUMS, LayerStats, RouterStats
-from secateur.verify import logits_of
 from secateur.vision import VMoEConfig, VMoEForImageClassification
 from secateur.vision.flops import flops_per_image
 from tiny_vision import every_kind, random_images, tiny_vmoe

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint_folders import loaded
 from secateur import SecateurError, remove_into_zero_slots_
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.plans import MIXED, REROUTE, LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.verify import barred_experts, logits_of
+from secateur.verify import barred_experts
 from tiny_models import VOCABULARY, random_tokens, tiny_config, tiny_model
 from zero_slot_models import TURNED, check_close, silenced_logits, zero_slot_plan
 

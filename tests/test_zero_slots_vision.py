@@ -12,11 +12,10 @@ from checkpoint_folders import contents
 from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
-from secateur.families import describe_moe
+from secateur.families import describe_moe, logits_of
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.zero_slots import remove_into_zero_slots_
-from secateur.verify import logits_of
 from secateur.vision.losses import importance_loss, load_loss
 from test_vision_folders import loaded, saved
 from tiny_vision import KINDS, every_kind, random_images, tiny_vmoe

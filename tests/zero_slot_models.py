@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.families import logits_of
 from secateur.plans import ZERO_SLOT, LayerPlan, Plan
-from secateur.verify import logits_of
 
 # Fewer than any top-k, and not the same number of a group: a router that stays whole sets no limit.
 ORDERS = ((0, 3, 5), (6,), (1, 2, 4, 7))

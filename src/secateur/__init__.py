@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur import _register
 from secateur.errors import SecateurError
+from secateur.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from secateur.decide import Rule
@@ -35,7 +36,6 @@ __all__ = [
     "SecateurError",
     "remove_into_zero_slots_",
 ]
-__version__ = "0.1.0"
 
 # public name -> module that defines it, imported at first use
 _HOMES = {

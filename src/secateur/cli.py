@@ -38,7 +38,7 @@ for command in COMMANDS:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from secateur import __version__
+        from secateur.version import __version__
 
         print(__version__)
         raise typer.Exit

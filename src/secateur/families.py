@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.allocate import LayerLimits
 from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor
 from secateur.modeling_secateur import (
     ExpertLayout,
     LinearInCount,
@@ -25,7 +27,10 @@ from secateur.modeling_secateur import (
     native_config,
     probe_counts,
 )
-from secateur.surgery.tensors import ExpertTensor
+
+# bytes of an entry -> a type that holds its bits
+INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "ffn_config.moe_top_k")
 
@@ -304,3 +309,27 @@ def _first_int(config: PreTrainedConfig, keys: tuple[str, ...]) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits in evaluation mode without gradient; the mode of every module is restored.
+
+    inputs: what the model's forward takes first: (B, S) token ids, or the pixels of images.
+    """
+    name = getattr(model, "main_input_name", "input_ids")
+    options = {"use_cache": False} if name == "input_ids" else {}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(**{name: inputs}, **options).logits
+    finally:
+        for module, training in modes:
+            module.training = training
+    return logits
+
+
+def bits_sum(tensor: Tensor) -> int:
+    """The sum of the entries' bits, each taken as a whole number of its size; one plain tensor."""
+    flat = tensor.detach().flatten()
+    return int(flat.view(INTEGER_OF_SIZE[flat.element_size()]).sum(dtype=torch.int64))

@@ -326,3 +326,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise SecateurError(f"found {name}, which is not JSON")
+
+
+def layer_plan(plan: Plan, counts: Mapping[int, int], layer: int) -> LayerPlan:
+    """The plan of one layer of a model with these expert counts; every expert stays where the plan does not list it."""
+    count = counts[layer]
+    return plan.layers.get(layer) or LayerPlan(experts_before=count, order=tuple(range(count)))

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.expert_axis import ExpertTensor, row_index
 from secateur.families import MoEBlock, MoEModel, plain_class
 from secateur.modeling_secateur import layer_of
 from secateur.observe import INDEX_NAMES, routed_index
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, router_tensors
-from secateur.surgery.tensors import ExpertTensor, row_index
-
-# bytes of an entry -> a type that holds its bits
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
@@ -52,30 +49,6 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
     finally:
         for step in reversed(undo):
             step()
-
-
-def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits in evaluation mode without gradient; the mode of every module is restored.
-
-    inputs: what the model's forward takes first: (B, S) token ids, or the pixels of images.
-    """
-    name = getattr(model, "main_input_name", "input_ids")
-    options = {"use_cache": False} if name == "input_ids" else {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits: Tensor = model(**{name: inputs}, **options).logits
-    finally:
-        for module, training in modes:
-            module.training = training
-    return logits
-
-
-def bits_sum(tensor: Tensor) -> int:
-    """The sum of the entries' bits, each taken as a whole number of its size; one plain tensor."""
-    flat = tensor.detach().flatten()
-    return int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
 
 
 def _bar(modules: dict[str, nn.Module], block: MoEBlock, spec: ExpertTensor, one: LayerPlan) -> list[Callable[[], Any]]:

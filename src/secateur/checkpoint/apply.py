@@ -16,14 +16,14 @@ from secateur.checkpoint.copy import Shard, into_shards, write_index, write_shar
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import CONFIG, FINETUNED, STATS, Folder, read_folder
 from secateur.checkpoint.report import VERIFIED, describe, page
-from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors, layer_plan
+from secateur.checkpoint.rewrite import dropped_tensors, kept_tensors
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.undo import write_undo
 from secateur.checkpoint.zero_slots import check_buildable, check_removal
 from secateur.errors import SecateurError
 from secateur.files import atomic_write
 from secateur.out_folder import check_target, copy_file, written_beside
-from secateur.plans import JSON, Plan
+from secateur.plans import JSON, Plan, layer_plan
 from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import MODULE
 
@@ -145,7 +145,7 @@ def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None
     check_removal(found, plan, expert_parallel=expert_parallel)
     check_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
     for layer in found.counts:
-        count = layer_plan(found, plan, layer).experts_after
+        count = layer_plan(plan, found.all_counts, layer).experts_after
         if count % expert_parallel:
             raise SecateurError(
                 f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-from secateur import __version__
 from secateur.checkpoint.recipe import recipe
 from secateur.plans import ZERO_SLOT
 from secateur.sizes import in_words
+from secateur.version import __version__
 
 SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."
 DIFFERENT = (

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.checkpoint.folder import Stored
-from secateur.checkpoint.rewrite import layer_plan, stays_whole
+from secateur.checkpoint.rewrite import stays_whole
 from secateur.checkpoint.survey import Located, Survey
 from secateur.errors import SecateurError
-from secateur.plans import Plan
-from secateur.surgery.tensors import ExpertTensor
+from secateur.expert_axis import ExpertTensor
+from secateur.plans import Plan, layer_plan
 
 BUFFER = 4 * 2**20  # bytes of either side in memory
 
@@ -51,7 +51,7 @@ def differences(
     """
     wanted = {_place(source.located.get(name), name): name for name in source.folder.tensors if name not in without}
     for name, place in source.located.items():
-        if place.spec is None and place.expert in layer_plan(source, plan, place.layer).dropped:
+        if place.spec is None and place.expert in layer_plan(plan, source.all_counts, place.layer).dropped:
             wanted.pop(_place(place, name), None)
     with _Files(source.folder.path) as old, _Files(written.folder.path) as new:
         for name, tensor in written.folder.tensors.items():
@@ -63,7 +63,7 @@ def differences(
                 continue
             before = source.folder.tensors[from_name]
             spec = None if here is None or stays_whole(here, plan) else here.spec
-            order = None if here is None or spec is None else layer_plan(source, plan, here.layer).order
+            order = None if here is None or spec is None else layer_plan(plan, source.all_counts, here.layer).order
             if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, order):
                 yield Difference(name=name, what=f"is {tensor.dtype} {list(tensor.shape)}, unlike {from_name}")
                 continue
@@ -97,7 +97,7 @@ def _old_place(here: Located | None, name: str, source: Survey, plan: Plan) -> _
         return name
     if here.layer not in source.all_counts:
         return None
-    order = layer_plan(source, plan, here.layer).order
+    order = layer_plan(plan, source.all_counts, here.layer).order
     return (here.layer, here.key, order[here.expert], here.after) if here.expert < len(order) else None
 
 

@@ -8,12 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey
 from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import MODEL_TYPE
-from secateur.plans import Plan
+from secateur.plans import Plan, layer_plan
 from secateur.surgery.model_config import with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.
@@ -44,7 +43,7 @@ def edited_config(survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]
 
 
 def _with_counts(config: dict[str, Any], survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]:
-    after = {layer: layer_plan(survey, plan, layer).experts_after for layer in survey.all_counts}
+    after = {layer: layer_plan(plan, survey.all_counts, layer).experts_after for layer in survey.all_counts}
     main = {layer: after[layer] for layer in survey.counts}
     _check_mtp(survey, after, max(main.values()), mtp)
     if len(set(main.values())) > 1:

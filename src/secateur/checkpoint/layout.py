@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.checkpoint.names import numbered, split
 from secateur.errors import SecateurError
-from secateur.surgery.tensors import ExpertTensor
+from secateur.expert_axis import ExpertTensor
 
 Role = Literal["expert", "router"]
 

@@ -19,12 +19,12 @@ from secateur.checkpoint.stream_work import WorkFolder
 from secateur.checkpoint.survey import Survey
 from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
+from secateur.environment import versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.observation import Observation
 from secateur.observe_activations import LayerObserver
 from secateur.stats import LayerStats, RouterStats
-from secateur.train.environment import versions
 
 Activations = Literal["auto", "memory", "disk"]
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")

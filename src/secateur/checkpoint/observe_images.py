@@ -17,11 +17,11 @@ from secateur.checkpoint import run
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.image_batches import Drawn, ImageBatches, batches_for
 from secateur.checkpoint.survey import Survey
+from secateur.environment import versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
-from secateur.train.environment import versions
 
 Progress = Callable[[int, int], None]
 

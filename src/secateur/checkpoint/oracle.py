@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import layer_of
-from secateur.plans import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan, layer_plan
 from secateur.verify import barred_experts
 
 RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the router chose
@@ -42,7 +41,7 @@ def silenced(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[Non
     with ExitStack() as stack:
         for layer, experts in _experts(text_model(model, survey), survey).items():
             slots = survey.model.kept.get(layer, tuple(range(survey.slots[layer])))
-            gone = [slots[old] for old in layer_plan(survey, plan, layer).dropped]
+            gone = [slots[old] for old in layer_plan(plan, survey.all_counts, layer).dropped]
             vars(experts)["forward"] = _without(gone, experts.forward)
             stack.callback(vars(experts).pop, "forward")
         yield
@@ -84,7 +83,7 @@ def barred(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]
 
     Layers that the model does not have, such as multi-token-prediction layers, are passed over.
     """
-    layers = {layer: layer_plan(survey, plan, layer) for layer in survey.counts}
+    layers = {layer: layer_plan(plan, survey.all_counts, layer) for layer in survey.counts}
     text = text_model(model, survey)
     with ExitStack() as stack:
         if survey.model.text.model_type == RUNS_EVERY_EXPERT:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from secateur import __version__
 from secateur.checkpoint.card import MTP, who_loads
 from secateur.checkpoint.recipe import recipe
-from secateur.checkpoint.rewrite import Made, layer_plan, stays_whole
+from secateur.checkpoint.rewrite import Made, stays_whole
 from secateur.checkpoint.survey import Survey
-from secateur.plans import JSON, REROUTE, Plan
+from secateur.plans import JSON, REROUTE, Plan, layer_plan
 from secateur.reporting.html import document, section, table
 from secateur.sizes import in_words
 from secateur.surgery.dcp_report import FORMAT, VERSION
+from secateur.version import __version__
 
 FORMAT_OF_FOLDER = "Hugging Face safetensors"
 # What `prune` leaves beside the files of `apply`; the first not beside config.json, where vLLM takes every
@@ -32,7 +32,7 @@ def describe(
     for layer, before in survey.all_counts.items():
         if layer in survey.mtp_counts and left_out:
             continue
-        one = layer_plan(survey, plan, layer)
+        one = layer_plan(plan, survey.all_counts, layer)
         mine = [place for place in survey.located.values() if place.layer == layer and not stays_whole(place, plan)]
         tensors = len(mine) if one.dropped else 0
         changed += tensors

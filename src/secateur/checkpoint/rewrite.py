@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from secateur.checkpoint.folder import Stored
 from secateur.checkpoint.survey import Located, Survey
 from secateur.errors import SecateurError
-from secateur.plans import LayerPlan, Plan
+from secateur.expert_axis import ExpertTensor
+from secateur.plans import Plan, layer_plan
 from secateur.safetensors_header import BITS
-from secateur.surgery.tensors import ExpertTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def kept_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset
         if place is None or stays_whole(place, plan):
             made.append(_whole(name, tensor))
             continue
-        order = layer_plan(survey, plan, place.layer).order
+        order = layer_plan(plan, survey.all_counts, place.layer).order
         if place.spec is not None:
             made.append(rows_of(name, tensor, place.spec, order))
         elif place.expert in order:
@@ -71,7 +71,7 @@ def dropped_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozen
             continue
         if place is None or stays_whole(place, plan):
             continue
-        dropped = layer_plan(survey, plan, place.layer).dropped
+        dropped = layer_plan(plan, survey.all_counts, place.layer).dropped
         if not dropped:
             continue
         if place.spec is not None:
@@ -84,12 +84,6 @@ def dropped_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozen
 def stays_whole(place: Located, plan: Plan) -> bool:
     """Whether a plan leaves this tensor of experts or a router as it is, in every layer."""
     return plan.leaves_zero_slots and place.role == "router"
-
-
-def layer_plan(survey: Survey, plan: Plan, layer: int) -> LayerPlan:
-    """Of a layer that the plan does not list: every expert stays."""
-    count = survey.all_counts[layer]
-    return plan.layers.get(layer) or LayerPlan(experts_before=count, order=tuple(range(count)))
 
 
 def new_name(place: Located, expert: int) -> str:

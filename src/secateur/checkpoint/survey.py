@@ -10,8 +10,7 @@ from secateur.checkpoint.layout import Hit, Layout, Role
 from secateur.checkpoint.model import Model, read_model
 from secateur.checkpoint.names import Name, is_mtp, split
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_names import SUSPICIOUS
-from secateur.surgery.tensors import ExpertTensor, check_axis
+from secateur.expert_axis import SUSPICIOUS, ExpertTensor, check_axis
 
 LISTED = 5  # names in a message
 

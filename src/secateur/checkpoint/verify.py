@@ -9,11 +9,10 @@ from typing import Any
 
 from secateur.checkpoint.compare import differences
 from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.rewrite import layer_plan
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
-from secateur.plans import Plan
+from secateur.plans import Plan, layer_plan
 from secateur.sizes import in_words
 
 SHOWN = 5  # failures of one check in a message
@@ -63,7 +62,7 @@ def verify_model(
 
 
 def _counts(before: Survey, after: Survey, plan: Plan) -> Check:
-    expected = {layer: layer_plan(before, plan, layer).experts_after for layer in before.counts}
+    expected = {layer: layer_plan(plan, before.all_counts, layer).experts_after for layer in before.counts}
     wrong_plan = [layer for layer, one in plan.layers.items() if before.all_counts.get(layer) != one.experts_before]
     kept = kept_slots(before, plan) if plan.leaves_zero_slots and not wrong_plan else {}
     slots = before.slots if plan.leaves_zero_slots else expected
@@ -99,7 +98,7 @@ def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path 
     import torch
 
     from secateur.checkpoint import run
-    from secateur.verify import logits_of
+    from secateur.families import logits_of
 
     loads = "it loads with no tensor missing, unexpected or newly initialised"
     equal = f"its logits are those of the source with {WITHOUT[plan.leaves_zero_slots]}"
@@ -118,7 +117,7 @@ def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path 
         said = run.generated(model, sample)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
-    ascending = all(layer_plan(before, plan, layer).is_ascending for layer in before.counts)
+    ascending = all(layer_plan(plan, before.all_counts, layer).is_ascending for layer in before.counts)
     difference = float((found - expected).abs().max())
     same = torch.equal(found, expected)
     close = difference <= run.ROUNDING * max(float(expected.abs().max()), 1.0)

@@ -19,6 +19,7 @@ from secateur.checkpoint.folder import FINETUNED, read_folder, read_object
 from secateur.checkpoint.inputs import Reads, reads
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.work import Work, place_of_work, work_folder
+from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.files import atomic_write
@@ -42,7 +43,6 @@ from secateur.train import checkpoints
 from secateur.train.arguments import trainer_arguments
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.distributed.launch import world_size
-from secateur.train.environment import peak_memory_bytes
 from secateur.train.progress import only_our_messages
 
 WHAT = "finetuning"  # name of the work folder

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor, check_axis
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.dcp_names import Entry, Naming, Section, understand
 from secateur.surgery.dcp_stored import Stored, StoredTensor
 from secateur.surgery.optimizer import OPTIMIZER_RULES, StateRule
-from secateur.surgery.tensors import ExpertTensor, check_axis
 
 # The state of these optimizers follows the experts, but their update does not: it mixes the rows of a matrix.
 MIXING_SETTINGS = {"ns_steps": "Muon"}

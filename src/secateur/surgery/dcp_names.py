@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import SUSPICIOUS
 
 Section = Literal["model", "optimizer", "settings"]
 Role = Literal["router", "expert", "counter"]
@@ -125,9 +126,6 @@ TORCHTITAN = Naming(
 )
 
 NAMINGS: Mapping[str, Naming] = {naming.name: naming for naming in (TRANSFORMERS, TORCHTITAN)}
-
-# A name like this belongs to an expert or a router, so a rule must say what to do with it.
-SUSPICIOUS = re.compile(r"expert|router|score_correction|(?:^|\.)(?:gate|moe)(?:\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

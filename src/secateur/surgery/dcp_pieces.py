@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.expert_axis import gather, row_index
 from secateur.surgery.dcp_changes import Change
 from secateur.surgery.dcp_rows import read_rows
 from secateur.surgery.dcp_stored import Stored, StoredTensor
-from secateur.surgery.tensors import gather, row_index
 
 
 @dataclass(frozen=True, kw_only=True)

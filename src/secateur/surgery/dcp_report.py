@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from secateur import __version__
 from secateur.plans import JSON, Plan
 from secateur.surgery.dcp_changes import Survey
 from secateur.surgery.dcp_pieces import bytes_after
 from secateur.surgery.dcp_stored import Stored
+from secateur.version import __version__
 
 FORMAT = "secateur-apply-report"
 VERSION = 1

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor, gather, is_sharded
 from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
 from secateur.modeling_secateur import (
     layer_of,
@@ -22,7 +23,6 @@ from secateur.plans import Plan
 from secateur.surgery.fits import check_fits, check_reroutes
 from secateur.surgery.model_config import moe_config
 from secateur.surgery.optimizer import Replacement, replace_parameters_
-from secateur.surgery.tensors import ExpertTensor, gather
 
 
 def check_model(moe: MoEModel) -> None:
@@ -133,11 +133,6 @@ def become_pruned_(model: PreTrainedModel, moe_config: dict[str, Any]) -> None:
     config.__class__ = pruned_config_class(type(native))  # type: ignore[arg-type]
     model.__class__ = _as_sharded_as(model, pruned_model_class(native_class(model)))
     config.base_model_type, config.moe_config = native.model_type, moe_config
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, told without loading torch.distributed."""
-    return hasattr(tensor, "device_mesh")
 
 
 def _as_sharded_as(model: nn.Module, plain: type) -> Any:

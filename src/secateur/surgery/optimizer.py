@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.surgery.tensors import ExpertTensor, check_axis, gather, row_index
+from secateur.expert_axis import ExpertTensor, check_axis, gather, row_index
 
 Shape = tuple[int, ...]
 # (shape of the parameter, its expert axis) -> (shape of the state, its expert axis or None where it is averaged away)

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import gather, is_sharded
 from secateur.families import describe_moe
 from secateur.modeling_secateur import replace_tensor_, set_attributes_, skip_removed_
 from secateur.plans import REROUTE, LayerPlan, Plan
 from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import moe_config
-from secateur.surgery.module import become_pruned_, is_sharded, locate, router_tensors
-from secateur.surgery.tensors import gather
+from secateur.surgery.module import become_pruned_, locate, router_tensors
 
 
 def remove_into_zero_slots_(model: nn.Module, plan: Plan) -> None:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from secateur.decide import decide
 from secateur.errors import SecateurError
-from secateur.families import MoEModel, describe_moe
+from secateur.expert_axis import is_sharded
+from secateur.families import MoEModel, describe_moe, logits_of
 from secateur.plans import Plan
 from secateur.stats import RouterStats
-from secateur.surgery.module import check_model, is_sharded, router_tensors
+from secateur.surgery.module import check_model, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
@@ -38,7 +39,7 @@ from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning, as_prunings, check_count
 from secateur.train.watch import LoadWatch
-from secateur.verify import barred_experts, logits_of
+from secateur.verify import barred_experts
 
 STATE_VERSION = 2
 

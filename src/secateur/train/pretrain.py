@@ -25,6 +25,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
+from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.reporting.write import write_report
@@ -37,7 +38,6 @@ from secateur.train.distributed.load import ParallelSizes, parallel_sizes
 from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.save import save_for_ranks, save_whole
 from secateur.train.distributed.trainer import ResumableTrainer
-from secateur.train.environment import hardware, versions
 from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
 from secateur.train.options import DEVICES, PretrainOptions
 from secateur.train.preflight import check_batch, check_before_data, check_data

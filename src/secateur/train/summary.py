@@ -6,9 +6,9 @@ import json
 import statistics
 from typing import Any
 
+from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.train.arguments import tokens_per_step
-from secateur.train.environment import peak_memory_bytes
 from secateur.train.options import PretrainOptions
 from secateur.train.run_folder import RunFolder
 

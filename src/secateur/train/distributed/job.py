@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families import MoEModel, describe_moe
+from secateur.expert_axis import is_sharded
+from secateur.families import MoEModel, bits_sum, describe_moe
 from secateur.plans import Plan
 from secateur.stats import RouterStats
-from secateur.surgery.module import is_sharded, prune_model_
+from secateur.surgery.module import prune_model_
 from secateur.train.distributed.ddp import DDPFinder, rebuild_ddp_
 from secateur.train.distributed.fsdp import check_fsdp, reshard_
 from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.rows import group_of
 from secateur.train.distributed.surgery import check_expert_parallel, prune_sharded_model_
-from secateur.verify import bits_sum
 
 
 class Job:

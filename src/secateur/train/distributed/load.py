@@ -10,8 +10,8 @@ from torch import nn
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe
-from secateur.surgery.module import is_sharded
 from secateur.train.distributed.launch import world_size
 
 

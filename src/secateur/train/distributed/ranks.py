@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import is_sharded
 from secateur.stats import LayerStats, RouterStats
-from secateur.surgery.module import is_sharded
 from secateur.train.distributed.fsdp import check_only_fsdp
 from secateur.train.distributed.rows import group_of
 

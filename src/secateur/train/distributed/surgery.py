@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor, gather, row_index
 from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import replace_tensor_
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, locate, set_counts_
 from secateur.surgery.optimizer import Replacement, check_optimizer, replace_parameters_, unwrap
-from secateur.surgery.tensors import ExpertTensor, gather, row_index
 from secateur.train.distributed.fsdp import managed_entry, replace_managed_, reshard_
 from secateur.train.distributed.rows import layout_of, take_rows
 

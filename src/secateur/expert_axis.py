@@ -5,6 +5,7 @@ Shapes: E experts before, N experts after, r rows per expert, t trailing rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+
+# A name like this belongs to an expert or a router, so a rule must say what to do with it.
+SUSPICIOUS = re.compile(r"expert|router|score_correction|(?:^|\.)(?:gate|moe)(?:\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +89,8 @@ def gather(tensor: Tensor, spec: ExpertTensor, order: Sequence[int], num_experts
     """
     check_axis(tensor.shape, spec, num_experts)
     return tensor.detach().index_select(spec.dim, row_index(order, num_experts, spec, tensor.device))
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, told without loading torch.distributed."""
+    return hasattr(tensor, "device_mesh")

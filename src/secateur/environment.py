@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from secateur import __version__
+from secateur.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
