@@ -20,7 +20,7 @@ from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
 from secateur.choose import ALLOCATIONS
-from secateur.commands.choice import ALLOCATION_HELP
+from secateur.commands.plan_options import ALLOCATION_HELP
 from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
 from secateur.observation import ModelFacts, Observation

@@ -9,8 +9,8 @@ import typer
 
 from secateur.commands.apply import apply
 from secateur.commands.convert_vmoe import convert_vmoe
-from secateur.commands.ends import fail, fail_without_the_others
 from secateur.commands.eval import eval
+from secateur.commands.exits import fail, fail_without_the_others
 from secateur.commands.finetune import finetune
 from secateur.commands.inspect import inspect
 from secateur.commands.observe import observe

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands.choice import Removed
-from secateur.commands.progress import bytes_bar
+from secateur.commands.bars import bytes_bar
+from secateur.commands.plan_options import Removed
 from secateur.errors import SecateurError
 from secateur.sizes import in_words
 

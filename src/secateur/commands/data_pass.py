@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.commands.batches_bar import batches_bar
-from secateur.commands.calibration_options import Asked
-from secateur.commands.layers_bar import layers_bar
+from secateur.commands.bars import batches_bar, layers_bar
+from secateur.commands.data_options import DataOptions
 
 if TYPE_CHECKING:
     from secateur.checkpoint.survey import Survey
@@ -25,7 +24,7 @@ class Pass:
     take: Callable[[], Observation]
 
 
-def prepare(found: Survey, asked: Asked, out: Path, *, device: str, show: bool, restart: bool = False) -> Pass:
+def prepare(found: Survey, asked: DataOptions, out: Path, *, device: str, show: bool, restart: bool = False) -> Pass:
     """The pass that writes the statistics file `out`.
 
     Args:
@@ -39,7 +38,7 @@ def prepare(found: Survey, asked: Asked, out: Path, *, device: str, show: bool, 
     return KINDS[reads(found)](found, asked, out, device, show, restart)
 
 
-def _over_text(found: Survey, asked: Asked, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
     from secateur.checkpoint.observe import Run
 
     drawn = asked.text(found.folder.path)
@@ -71,7 +70,7 @@ def _over_text(found: Survey, asked: Asked, out: Path, device: str, show: bool, 
     return Pass(data=data | {"batch_size": asked.text_batch_size}, about=about, take=take)
 
 
-def _over_images(found: Survey, asked: Asked, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_images(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
     from secateur.checkpoint.image_batches import MOST
     from secateur.checkpoint.observe_images import ImageRun
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands.batches_bar import batches_bar
-from secateur.commands.calibration_options import (
-    Asked,
+from secateur.commands.bars import batches_bar, layers_bar
+from secateur.commands.data_options import (
     BatchSize,
     Data,
+    DataOptions,
     Device,
     Pack,
     Samples,
@@ -23,7 +23,6 @@ from secateur.commands.calibration_options import (
     TextKey,
     device_named,
 )
-from secateur.commands.layers_bar import layers_bar
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def eval(
         check_installed()
         if not tasks:
             raise SecateurError(f"--lm-eval {lm_eval!r}: it names no task")
-    asked = Asked(
+    asked = DataOptions(
         data=data,
         samples=samples,
         sequence_length=sequence_length,
@@ -117,7 +116,9 @@ def _kind(models: Sequence[Path], *, with_data: bool) -> Reads:
     return kinds[models[0]]
 
 
-def _on_text(models: Sequence[Path], asked: Asked, stream: bool | None, *, device: str, show: bool) -> dict[str, Any]:
+def _on_text(
+    models: Sequence[Path], asked: DataOptions, stream: bool | None, *, device: str, show: bool
+) -> dict[str, Any]:
     from secateur.checkpoint.evaluate import evaluate
 
     drawn = same_sequences(models, asked)
@@ -135,7 +136,7 @@ def _on_text(models: Sequence[Path], asked: Asked, stream: bool | None, *, devic
 
 
 def _on_images(
-    models: Sequence[Path], asked: Asked, others: Sequence[str], *, device: str, show: bool
+    models: Sequence[Path], asked: DataOptions, others: Sequence[str], *, device: str, show: bool
 ) -> dict[str, Any]:
     from secateur.checkpoint.evaluate_images import check_models, evaluate_images
 
@@ -162,7 +163,7 @@ def _bar_of_each(
         yield bar
 
 
-def same_sequences(models: Sequence[Path], asked: Asked) -> Calibration:
+def same_sequences(models: Sequence[Path], asked: DataOptions) -> Calibration:
     """The sequences that every model's own tokenizer makes of the text.
 
     Raises:

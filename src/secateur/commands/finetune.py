@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.commands.ends import fail
+from secateur.commands.exits import fail
 
 DATA, TRAINING, MODEL, RECORD = "Data", "Training", "Model", "Record"
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands.calibration_options import (
+from secateur.commands.data_options import (
     Activations,
-    Asked,
     BatchSize,
     Data,
+    DataOptions,
     Device,
     Pack,
     Samples,
@@ -73,7 +73,7 @@ def observe(
     if sglang is not None:
         result = _recorded(found, sglang, out, dry_run)
     else:
-        asked = Asked(
+        asked = DataOptions(
             data=data,
             samples=samples,
             sequence_length=sequence_length,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands import choice as options
+from secateur.commands import plan_options as options
+from secateur.commands.bars import bytes_bar
 from secateur.commands.new_file import check_new_file
-from secateur.commands.progress import bytes_bar
 from secateur.errors import SecateurError
 from secateur.sizes import in_words
 
@@ -30,10 +30,10 @@ def plan(
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")] = None,
-    criterion: options.Criterion = None,
-    keep: options.Keep = None,
+    criterion: options.CriterionOption = None,
+    keep: options.KeepOption = None,
     removed: options.Removed = None,
-    allocation: options.Allocation = "uniform",
+    allocation: options.AllocationOption = "uniform",
     model: Annotated[
         Path | None,
         typer.Option("--model", help="The model that the statistics are of; criteria that read weights need it."),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.commands.ends import fail
+from secateur.commands.exits import fail
 from secateur.errors import SecateurError
 
 # options of the command line that are not settings of a run

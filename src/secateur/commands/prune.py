@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands import choice as options
-from secateur.commands.calibration_options import (
+from secateur.commands import plan_options as options
+from secateur.commands.bars import bytes_bar
+from secateur.commands.data_options import (
     Activations,
-    Asked,
     BatchSize,
     Data,
+    DataOptions,
     Device,
     Pack,
     Samples,
@@ -26,7 +27,6 @@ from secateur.commands.calibration_options import (
 )
 from secateur.commands.data_pass import prepare
 from secateur.commands.plan import outcome_lines
-from secateur.commands.progress import bytes_bar
 from secateur.commands.verify import WORDS
 from secateur.errors import SecateurError
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 def prune(
     model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model; it is only read.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")],
-    keep: options.Keep = None,
-    criterion: options.Criterion = None,
+    keep: options.KeepOption = None,
+    criterion: options.CriterionOption = None,
     removed: options.Removed = None,
     pretrained: options.Pretrained = None,
     data: Data = None,
@@ -50,7 +50,7 @@ def prune(
     split: Split = None,
     activations: Activations = None,
     device: Device = "auto",
-    allocation: options.Allocation = "uniform",
+    allocation: options.AllocationOption = "uniform",
     expert_parallel: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of data, and of the criterion random.")] = 0,
@@ -109,7 +109,7 @@ def prune(
     if data and not choice.needs_data:
         raise SecateurError(f"--data: criterion {choice.criterion!r} needs no data here; leave it out")
     show = not (quiet or as_json)
-    asked = Asked(
+    asked = DataOptions(
         data=data,
         samples=samples,
         sequence_length=sequence_length,

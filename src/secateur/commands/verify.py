@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.commands.progress import bytes_bar
+from secateur.commands.bars import bytes_bar
 
 WORDS = {True: "passed", False: "FAILED", None: "not checked"}
 

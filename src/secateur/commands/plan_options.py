@@ -32,7 +32,7 @@ def _listed(table: dict[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in table.items())
 
 
-Criterion = Annotated[
+CriterionOption = Annotated[
     str | None,
     typer.Option(
         "--criterion",
@@ -58,7 +58,7 @@ Removed = Annotated[
         "such a model carries code of its own.",
     ),
 ]
-Keep = Annotated[
+KeepOption = Annotated[
     str | None,
     typer.Option(
         "--keep",
@@ -66,7 +66,9 @@ Keep = Annotated[
         "of the model in so many bytes (24GB, 22GiB), or a number for every layer (0:48,1:40).",
     ),
 ]
-Allocation = Annotated[str, typer.Option("--allocation", help=f"How many of each layer. {_listed(ALLOCATION_HELP)}.")]
+AllocationOption = Annotated[
+    str, typer.Option("--allocation", help=f"How many of each layer. {_listed(ALLOCATION_HELP)}.")
+]
 ExpertParallel = Annotated[
     int, typer.Option("--ep", min=1, help="Expert-parallel ranks to serve on: every layer's count is a multiple.")
 ]

@@ -73,7 +73,7 @@ TEXT_ONLY = (*TEXT, "activations")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class DataOptions:
     """The options as they were typed; None for those that were not."""
 
     data: list[str] | None
