@@ -34,12 +34,12 @@ from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.perplexity import BlockLosses, block_losses
 from secateur.checkpoint.survey import survey
 from secateur.checkpoint.weights import weight_stats
-from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.data.batch import Batch
 from secateur.data.calibration import calibrate
+from secateur.decide.by_score import plan_by_criterion
+from secateur.decide.keep import Keep
 from secateur.families import MoEModel, describe_moe
-from secateur.keep import Keep
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats

@@ -22,7 +22,7 @@ decide = laep.decide
 
 
 def drawn(stats: RouterStats, *arguments: Any, **more: Any) -> Plan:
-    """The plan of `secateur.decide.decide` with drawn experts; statistics and counts seed the draw."""
+    """The plan of `secateur.decide.rule.decide` with drawn experts; statistics and counts seed the draw."""
     plan = decide(stats, *arguments, **more)
     counts = [one.experts_after for one in plan.layers.values()]
     drawn_for = hashlib.sha256(f"{stats.digest()} {counts}".encode()).hexdigest()

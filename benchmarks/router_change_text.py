@@ -32,13 +32,13 @@ from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.router_change import router_changes
 from secateur.checkpoint.survey import survey
-from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.criteria.router_change import router_norm_change
+from secateur.decide.by_score import plan_by_criterion
+from secateur.decide.keep import Keep
 from secateur.families import describe_moe
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
-from secateur.keep import Keep
 from secateur.stats import RouterStats
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

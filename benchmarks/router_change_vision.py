@@ -36,10 +36,10 @@ from secateur.checkpoint.observe_images import ImageRun, loaded
 from secateur.checkpoint.source import of_folder, of_observation
 from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
+from secateur.decide.keep import Keep
 from secateur.files import atomic_write
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
-from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.vision import VMoEConfig, VMoEForImageClassification
 from secateur.vision.pixels import default_pixels

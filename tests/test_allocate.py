@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from secateur.allocate import Allocation, LayerLimits, laep, max_rerouted, target_params
-from secateur.criteria.load import laep_removable
-from secateur.decide import Rule, decide
+from secateur.decide.by_load import Allocation, laep, max_rerouted, target_params
+from secateur.decide.knapsack import cheapest_saving, largest_saving, saving_unit
+from secateur.decide.laep_rule import laep_removable
+from secateur.decide.limits import LayerLimits
+from secateur.decide.rule import Rule, decide
 from secateur.errors import SecateurError
-from secateur.knapsack import cheapest_saving, largest_saving, saving_unit
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from secateur.criteria.load import implied_thresholds, laep_removable
+from secateur.decide.laep_rule import implied_thresholds, laep_removable
 from secateur.errors import SecateurError
 
 SPEC_LOADS = [5, 40, 10, 300, 20, 80, 35, 510]

@@ -13,7 +13,7 @@ import pytest
 import secateur
 
 SOURCE = Path(secateur.__file__).parent
-PURE = ("stats", "criteria", "allocate", "decide", "keep", "choose", "knapsack", "plans", "placement", "train.phases")
+PURE = ("stats", "criteria", "decide", "plans", "placement", "train.phases")
 FOUNDATION = ("errors", "files", "safetensors_header", "version")
 
 
@@ -83,8 +83,8 @@ def is_in_any(names: set[str], module: str) -> bool:
         ("import torch as t\nt.distributed.barrier()", "torch.distributed.barrier"),
         ("def f():\n    from transformers.models import llama", "transformers.models"),
         ("from .phases import spearman", "secateur.train.phases"),
-        ("from .. import allocate", "secateur.allocate"),
-        ("from ..criteria.load import exact", "secateur.criteria.load"),
+        ("from .. import plans", "secateur.plans"),
+        ("from ..decide.laep_rule import exact", "secateur.decide.laep_rule"),
     ],
 )
 def test_the_reader_of_imports_sees_every_spelling(source: str, name: str) -> None:
@@ -107,7 +107,7 @@ def test_pure_modules_use_no_model_no_process_group_and_only_each_other(module: 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if is_in(module, ("surgery",))])
 def test_surgery_knows_no_criterion_and_no_training(module: str) -> None:
-    assert not {other for other in ours(MODULES[module]) if is_in(other, ("criteria", "allocate", "decide", "train"))}
+    assert not {other for other in ours(MODULES[module]) if is_in(other, ("criteria", "decide", "train"))}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if is_in(module, ("criteria",))])

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.allocate import LayerLimits
-from secateur.choose import ALLOCATIONS, plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.criteria.router_change import RouterChange
 from secateur.criteria.weights import WeightStats
+from secateur.decide.by_score import ALLOCATIONS, plan_by_criterion
+from secateur.decide.keep import Keep
+from secateur.decide.limits import LayerLimits
+from secateur.decide.model_facts import Sizes
 from secateur.errors import SecateurError
-from secateur.keep import Keep, Sizes
 from secateur.plans import Plan
 from secateur.stats import LayerStats, RouterStats
 

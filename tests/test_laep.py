@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.decide import Rule
+from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.stats import RouterStats

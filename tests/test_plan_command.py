@@ -19,11 +19,12 @@ from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
-from secateur.choose import ALLOCATIONS
 from secateur.commands.plan_options import ALLOCATION_HELP
 from secateur.criteria import CRITERIA
+from secateur.decide.by_score import ALLOCATIONS
+from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.observation import ModelFacts, Observation
+from secateur.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
 from test_checkpoint_layout import qwen3_5

@@ -24,10 +24,10 @@ from secateur.checkpoint.survey import Survey
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import Check, verify_model
 from secateur.checkpoint.work import place_of_work, work_folder
-from secateur.choose import plan_by_criterion
+from secateur.decide.by_score import plan_by_criterion
+from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
-from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan

@@ -33,12 +33,12 @@ from secateur.checkpoint.image_batches import draw
 from secateur.checkpoint.inputs import reads
 from secateur.checkpoint.observe_images import ImageRun, loaded
 from secateur.checkpoint.survey import survey
-from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.data.images import read_images
+from secateur.decide.by_score import plan_by_criterion
+from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
-from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan

@@ -20,9 +20,9 @@ from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.prune import prune
 from secateur.checkpoint.source import of_folder, of_observation
 from secateur.checkpoint.survey import survey
-from secateur.decide import Rule
+from secateur.decide.keep import Keep
+from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
-from secateur.keep import Keep
 from secateur.observation import Observation
 from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats

@@ -26,9 +26,9 @@ from secateur.checkpoint.source import of_folder
 from secateur.checkpoint.survey import survey
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import verify_model
+from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import logits_of
-from secateur.keep import Keep
 from secateur.plans import MIXED, LayerPlan, Plan
 from secateur.surgery.zero_slots import remove_into_zero_slots_
 from test_checkpoint_layout import llama4, qwen3_5, with_mtp

@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 from secateur.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from secateur.decide import Rule
+    from secateur.decide.rule import Rule
     from secateur.plans import Plan
     from secateur.stats import RouterStats
     from secateur.surgery.zero_slots import remove_into_zero_slots_
@@ -46,7 +46,7 @@ _HOMES = {
     "PruneEvent": "secateur.train.events",
     "Pruning": "secateur.train.schedule",
     "RouterStats": "secateur.stats",
-    "Rule": "secateur.decide",
+    "Rule": "secateur.decide.rule",
     "remove_into_zero_slots_": "secateur.surgery.zero_slots",
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.allocate import LayerLimits
+from secateur.decide.limits import LayerLimits
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
 from secateur.modeling_secateur import (

@@ -12,12 +12,12 @@ from secateur.checkpoint.router_change import router_changes
 from secateur.checkpoint.source import Source
 from secateur.checkpoint.weights import weight_stats
 from secateur.checkpoint.zero_slots import check_no_zero_slots
-from secateur.choose import plan_by_criterion
 from secateur.criteria import CRITERIA
 from secateur.criteria.score import find_criterion
-from secateur.decide import Rule, decide
+from secateur.decide.by_score import plan_by_criterion
+from secateur.decide.keep import Keep
+from secateur.decide.rule import Rule, decide
 from secateur.errors import SecateurError
-from secateur.keep import Keep
 from secateur.plans import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan
 
 LAEP = "laep"  # a rule, not a score: it also decides how many experts go
@@ -88,8 +88,8 @@ def decide_plan(
         on_bytes: called with (bytes read, bytes to read) while weights are read.
 
     Returns:
-        See `plan_by_criterion` and `secateur.decide.decide`; its details also hold "model" (model type and digest, by
-        which `apply` knows the model again), "data" (what the statistics were taken on, where they are) and
+        See `plan_by_criterion` and `secateur.decide.rule.decide`; its details also hold "model" (model type and digest,
+        by which `apply` knows the model again), "data" (what the statistics were taken on, where they are) and
         "rerouted_share" (of the routed tokens, those whose expert goes; null without statistics).
 
     Raises:

@@ -8,7 +8,7 @@ import json
 
 from secateur.checkpoint.inspect import bytes_per_expert
 from secateur.checkpoint.survey import Survey
-from secateur.observation import ModelFacts
+from secateur.decide.model_facts import ModelFacts
 
 
 def facts(found: Survey) -> ModelFacts:

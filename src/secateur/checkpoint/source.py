@@ -11,8 +11,9 @@ from secateur.checkpoint.adapter import holds_adapter
 from secateur.checkpoint.facts import facts
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import Survey, survey
+from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.observation import ModelFacts, Observation
+from secateur.observation import Observation
 from secateur.stats import RouterStats
 
 

@@ -117,8 +117,8 @@ def choice_of(
 ) -> Choice:
     """What the options say; a SecateurError where they contradict each other."""
     from secateur.checkpoint.decide import Choice
-    from secateur.decide import Rule
-    from secateur.keep import Keep
+    from secateur.decide.keep import Keep
+    from secateur.decide.rule import Rule
 
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     rule = Rule(alpha=alpha, beta=beta, target_params=target_params, max_rerouted=max_rerouted) if has_rule else None

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.decide import decide
+from secateur.decide.rule import decide
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe, logits_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from secateur.decide import Rule
+from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement

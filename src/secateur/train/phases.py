@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.criteria.load import check_loads, exact
+from secateur.decide.laep_rule import check_loads, exact
 from secateur.errors import SecateurError
 
 FORMAT = "secateur-phase-detector"

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from secateur.allocate import LayerLimits, target_params
 from secateur.data.corpus import embedded_specs, read_documents
 from secateur.data.prepare import PreparedData
+from secateur.decide.by_load import target_params
+from secateur.decide.limits import LayerLimits
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.surgery.module import check_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.decide import Rule
+from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 
 

@@ -8,72 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from secateur.criteria.load import check_loads, exact, laep_removable, removal_order
+from secateur.decide.knapsack import Option, cheapest_saving, largest_saving
+from secateur.decide.laep_rule import check_loads, laep_removable
+from secateur.decide.limits import Limits, Loads, check_share, common_counts, removal_by_group
 from secateur.errors import SecateurError
-from secateur.knapsack import Option, cheapest_saving, largest_saving
 from secateur.plans import JSON, LayerPlan, Plan
-
-Loads = Mapping[int, Sequence[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerLimits:
-    """Which numbers of experts a layer may keep.
-
-    Args:
-        num_experts: E, experts before.
-        multiple_of: the retained count is a multiple of this (the size of expert parallelism) ...
-        num_groups: ... and of this: groups of E / num_groups consecutive ids, each keeping the same number.
-            Keeping all E is admissible even where E is no multiple of `multiple_of`.
-        min_experts: the floor.
-        max_experts: the cap. It is an order: experts go until it is met, whatever the rule says.
-
-    Raises:
-        SecateurError: a number out of range, or no count that all of this allows.
-    """
-
-    num_experts: int
-    multiple_of: int = 1
-    min_experts: int = 1
-    max_experts: int | None = None
-    num_groups: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "multiple_of", "min_experts", "max_experts", "num_groups"):
-            value = getattr(self, name)
-            if name == "max_experts" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SecateurError(f"{name} is {value!r}, expected an integer of 1 or more")
-        if self.min_experts > self.num_experts:
-            raise SecateurError(f"min_experts is {self.min_experts}, but the layer has only {self.num_experts} experts")
-        if self.max_experts is not None and self.max_experts < self.min_experts:
-            raise SecateurError(f"max_experts is {self.max_experts}, expected at least min_experts, {self.min_experts}")
-        if self.num_experts % self.num_groups:
-            raise SecateurError(f"num_groups is {self.num_groups}, which does not divide {self.num_experts} experts")
-        if not self.counts():
-            raise SecateurError(f"no number of experts can be kept under {self.describe()}")
-
-    def counts(self) -> list[int]:
-        """The retained counts that are admissible, ascending."""
-        step = math.lcm(self.multiple_of, self.num_groups)
-        most = min(self.num_experts, self.max_experts or self.num_experts)
-        first = -(-self.min_experts // step) * step
-        counts = list(range(first, most + 1, step))
-        return counts if most < self.num_experts or most in counts else [*counts, most]
-
-    def describe(self) -> str:
-        return (
-            f"num_experts={self.num_experts}, multiple_of={self.multiple_of}, num_groups={self.num_groups}, "
-            f"min_experts={self.min_experts}, max_experts={self.max_experts}"
-        )
-
-
-Limits = Mapping[int, LayerLimits]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +70,7 @@ def laep(loads: Loads, limits: Limits, *, alpha: float, beta: float, uniform: bo
         admissible = layer_limits.counts()
         counts[layer] = next((count for count in admissible if count >= retained), admissible[-1])
     if uniform:
-        common, most = _common_counts(limits), max(counts.values())
+        common, most = common_counts(limits), max(counts.values())
         if common[-1] < most:
             layers = [layer for layer, count in counts.items() if count > common[-1]]
             raise SecateurError(
@@ -149,8 +92,8 @@ def target_params(
 ) -> Allocation:
     """Keep at most `target * total_params` parameters, re-routing the fewest token-slots.
 
-    Ties: the fewest removed parameters, then the lower layer ids keep more. Exact; see `secateur.knapsack` for the
-    bound where the expert sizes of the layers have no useful common divisor and the problem is large.
+    Ties: the fewest removed parameters, then the lower layer ids keep more. Exact; see `secateur.decide.knapsack` for
+    the bound where the expert sizes of the layers have no useful common divisor and the problem is large.
 
     Args:
         params_per_expert: {layer: parameters that go with one expert, its router row included}.
@@ -202,13 +145,6 @@ def max_rerouted(
     return _allocation(loads, limits, counts)
 
 
-def check_share(name: str, value: float) -> Fraction:
-    """`value` as typed, when it is above 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise SecateurError(f"{name} is {value!r}, expected a share above 0 and below 1")
-    return exact(value)
-
-
 def _layers(loads: Loads, limits: Limits) -> list[int]:
     """The layer ids, ascending, after checking that loads and limits are about the same experts."""
     if not loads or loads.keys() != limits.keys():
@@ -220,18 +156,11 @@ def _layers(loads: Loads, limits: Limits) -> list[int]:
     return sorted(loads)
 
 
-def _removal_by_group(loads: Sequence[int], num_groups: int) -> list[list[int]]:
-    """The expert ids of each router group, in removal order."""
-    size = len(loads) // num_groups
-    order = removal_order(loads)
-    return [[expert for expert in order if expert // size == group] for group in range(num_groups)]
-
-
 def _allocation(loads: Loads, limits: Limits, counts: Mapping[int, int]) -> Allocation:
     kept = {}
     for layer, count in counts.items():
         per_group = count // limits[layer].num_groups
-        groups = _removal_by_group(loads[layer], limits[layer].num_groups)
+        groups = removal_by_group(loads[layer], limits[layer].num_groups)
         kept[layer] = tuple(sorted(expert for group in groups for expert in group[len(group) - per_group :]))
     return Allocation(kept=kept, loads={layer: tuple(loads[layer]) for layer in counts})
 
@@ -244,7 +173,7 @@ def _options(loads: Loads, limits: Limits, params_per_expert: Mapping[int, int])
         if size < 1:
             raise SecateurError(f"layer {layer}: params_per_expert is {size}, expected 1 or more")
         experts, num_groups = limits[layer].num_experts, limits[layer].num_groups
-        rounds = zip(*_removal_by_group(loads[layer], num_groups), strict=True)
+        rounds = zip(*removal_by_group(loads[layer], num_groups), strict=True)
         costs = [0, *itertools.accumulate(sum(loads[layer][expert] for expert in ids) for ids in rounds)]
         options[layer] = {
             count: ((experts - count) * size, costs[(experts - count) // num_groups])
@@ -263,20 +192,11 @@ def _pick(options: Mapping[int, Mapping[int, Option]], chosen: list[int] | None)
     return {layer: list(choices)[index] for (layer, choices), index in zip(options.items(), chosen, strict=True)}
 
 
-def _common_counts(limits: Limits) -> list[int]:
-    """The retained counts that every layer admits, ascending."""
-    common = sorted(set.intersection(*(set(layer_limits.counts()) for layer_limits in limits.values())))
-    if not common:
-        found = {layer: layer_limits.counts() for layer, layer_limits in limits.items()}
-        raise SecateurError(f"uniform: no number of experts is admissible in every layer: {found}")
-    return common
-
-
 def _common(options: Mapping[int, Mapping[int, Option]], limits: Limits) -> list[tuple[int, int, int]]:
     """(retained count, parameters saved, token-slots re-routed) of each count that every layer admits."""
     return [
         (count, sum(o[count][0] for o in options.values()), sum(o[count][1] for o in options.values()))
-        for count in _common_counts(limits)
+        for count in common_counts(limits)
     ]
 
 
@@ -285,7 +205,7 @@ def _unreachable(
 ) -> SecateurError:
     floors = {layer: layer_limits.counts()[0] for layer, layer_limits in limits.items()}
     if uniform:
-        floors = dict.fromkeys(floors, _common_counts(limits)[0])
+        floors = dict.fromkeys(floors, common_counts(limits)[0])
     saved = sum((limits[layer].num_experts - floors[layer]) * params_per_expert[layer] for layer in limits)
     share = math.ceil(10_000 * Fraction(total_params - saved, total_params)) / 10_000
     reasons: dict[str, list[int]] = {}

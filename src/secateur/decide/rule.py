@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.allocate import Allocation, Limits, Loads, check_share, laep, max_rerouted, target_params, to_plan
-from secateur.criteria.load import implied_thresholds
+from secateur.decide.by_load import Allocation, laep, max_rerouted, target_params, to_plan
+from secateur.decide.laep_rule import implied_thresholds
+from secateur.decide.limits import Limits, Loads, check_share
 from secateur.errors import SecateurError
 from secateur.plans import JSON, Plan
 from secateur.stats import RouterStats

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
-from secateur.criteria.load import exact
+from secateur.decide.laep_rule import exact
 from secateur.errors import SecateurError
 from secateur.plans import JSON
 
@@ -103,11 +103,3 @@ class Keep:
     def to_json(self) -> dict[str, JSON]:
         given = {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What a model weighs: all of it, and {layer: bytes that go with one expert, its router row included}."""
-
-    total_bytes: int
-    bytes_per_expert: Mapping[int, int] = field(default_factory=dict)

@@ -14,14 +14,15 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from secateur.allocate import LayerLimits, Limits
-from secateur.criteria.load import check_loads, exact
 from secateur.criteria.score import Weights, find_criterion, never_routed, score_layers, zero_weights
 from secateur.criteria.super_experts import super_experts
 from secateur.criteria.weights import WeightStats
+from secateur.decide.keep import Keep
+from secateur.decide.knapsack import cheapest_saving
+from secateur.decide.laep_rule import check_loads, exact
+from secateur.decide.limits import LayerLimits, Limits
+from secateur.decide.model_facts import Sizes
 from secateur.errors import SecateurError
-from secateur.keep import Keep, Sizes
-from secateur.knapsack import cheapest_saving
 from secateur.plans import JSON, LayerPlan, Plan
 from secateur.stats import RouterStats
 
