@@ -37,7 +37,7 @@ from secateur.checkpoint.source import of_folder, of_observation
 from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
 from secateur.decide.keep import Keep
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
 from secateur.observation import Observation

@@ -288,7 +288,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_clears_up_and_succeeds(s
 
 
 def test_two_runs_at_once_do_not_remove_each_others_half(tmp_path: Path) -> None:
-    from secateur.out_folder import written_beside
+    from secateur.files.new_folder import written_beside
 
     with written_beside(tmp_path / "out") as first:
         with written_beside(tmp_path / "out") as second:

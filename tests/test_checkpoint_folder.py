@@ -20,7 +20,7 @@ from secateur.checkpoint.folder import holds_model, read_folder
 from secateur.checkpoint.names import split
 from secateur.checkpoint.survey import survey
 from secateur.errors import SecateurError
-from secateur.safetensors_header import read_header
+from secateur.files.safetensors_header import read_header
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NAMES = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(4)] + ["model.norm.weight", "lm_head.weight"]

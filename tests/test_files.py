@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 
 
 def test_a_new_file_has_the_permissions_any_new_file_gets(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from secateur.checkpoint.apply import apply_to_model
 from secateur.checkpoint.evaluate import evaluate
 from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import survey
-from secateur.checkpoint.work import place_of_work
 from secateur.cli import app
 from secateur.data.batch import Batch
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
+from secateur.files.work_folder import place_of_work
 from secateur.finetuning.model import load
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import WHAT
@@ -390,7 +390,7 @@ MOMENTS = {
     "between a checkpoint and its seal": Kill("secateur.finetuning.trainer:seal", 3),
     "after the last step": Kill("secateur.finetuning.run:write"),
     "while the result is written": Kill("secateur.finetuning.model:copy_file", 2),
-    LAST: Kill("secateur.checkpoint.work:Work.remove"),
+    LAST: Kill("secateur.files.work_folder:Work.remove"),
 }
 
 

@@ -14,7 +14,7 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 PURE = ("stats", "criteria", "decide", "plans", "placement", "train.phases")
-FOUNDATION = ("errors", "files", "safetensors_header", "version")
+FOUNDATION = ("errors", "files", "version")
 
 
 def module_name(path: Path) -> str:

@@ -23,11 +23,11 @@ from secateur.checkpoint.prune import prune
 from secateur.checkpoint.survey import Survey
 from secateur.checkpoint.undo import restore
 from secateur.checkpoint.verify import Check, verify_model
-from secateur.checkpoint.work import place_of_work, work_folder
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
+from secateur.files.work_folder import place_of_work, work_folder
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
@@ -124,7 +124,7 @@ STAGES = {
     "after verifying": Kill("secateur.checkpoint.prune:verify_model", when="after"),
     "between the two new names": Kill("os:rename", when="after"),
     "after the last name": Kill("os:rename", nth=2, when="after"),
-    "while clearing up": Kill("secateur.checkpoint.work:Work.remove"),
+    "while clearing up": Kill("secateur.files.work_folder:Work.remove"),
 }
 
 

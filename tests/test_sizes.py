@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.sizes import in_words
+from secateur.files.bytes_in_words import in_words
 
 WORDS = {0: "0 bytes", 999: "999 bytes", 1000: "1 kB", 999_400: "999 kB", 999_600: "1 MB", 6_580_040: "6.58 MB"}
 

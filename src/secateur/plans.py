@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 
 FORMAT = "secateur-plan"
 VERSION = 1

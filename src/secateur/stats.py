@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
-from secateur.safetensors_header import with_sorted_metadata
+from secateur.files.atomic import atomic_write
+from secateur.files.safetensors_header import with_sorted_metadata
 
 FORMAT = "secateur-stats"
 COUNTS = ("num_tokens", "token_count")

@@ -14,11 +14,11 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.layout import Layout
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
-from secateur.safetensors_header import read_header
+from secateur.files.json import read_object
+from secateur.files.safetensors_header import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -21,8 +21,8 @@ from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.undo import write_undo
 from secateur.checkpoint.zero_slots import check_buildable, check_removal
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
-from secateur.out_folder import check_target, copy_file, written_beside
+from secateur.files.atomic import atomic_write
+from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.plans import JSON, Plan, layer_plan
 from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import MODULE

@@ -6,8 +6,8 @@ from collections.abc import Set
 from typing import Any
 
 from secateur.checkpoint.recipe import recipe
+from secateur.files.bytes_in_words import in_words
 from secateur.plans import ZERO_SLOT
-from secateur.sizes import in_words
 from secateur.version import __version__
 
 SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."

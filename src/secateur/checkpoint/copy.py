@@ -12,8 +12,8 @@ from pathlib import Path
 from secateur.checkpoint.folder import INDEX
 from secateur.checkpoint.rewrite import Made
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
-from secateur.safetensors_header import BITS, LENGTH, MAX_HEADER
+from secateur.files.atomic import atomic_write
+from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
 BUFFER = 4 * 2**20  # bytes in memory, where the system cannot copy by itself

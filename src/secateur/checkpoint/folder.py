@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.safetensors_header import Header, read_header
+from secateur.files.json import read_object
+from secateur.files.safetensors_header import Header, read_header
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 STATS = "observed/stats.safetensors"  # what `secateur prune` leaves in its result
@@ -20,7 +21,6 @@ FINETUNED = "finetune.json"  # what `secateur finetune` says of it: of these wei
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-MAX_JSON = 500_000_000  # bytes; the largest index there is has about 20 million
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,25 +108,6 @@ def read_folder(path: Path) -> Folder:
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        SecateurError: no such file, or something else in it.
-    """
-    if not path.is_file():
-        raise SecateurError(f"{path}: the file is missing")
-    if path.stat().st_size > MAX_JSON:
-        raise SecateurError(f"{path}: more than {MAX_JSON} bytes, which is no description of a model")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise SecateurError(f"{path}: not JSON in UTF-8 ({error})") from error
-    if not isinstance(value, dict):
-        raise SecateurError(f"{path}: found {value!r:.60}, expected an object")
-    return value
-
-
 def _weight_files(path: Path) -> tuple[dict[str, Any] | None, dict[str, str] | None, list[str]]:
     """(index, tensor -> file by the index, files): of a model in several files, or (None, None, one file)."""
     names = sorted(entry.name for entry in path.iterdir())
@@ -188,9 +169,3 @@ def _other_files(path: Path, weights: list[str]) -> tuple[tuple[PurePosixPath, .
             is_weight = is_weight and str(relative) != STATS
             (left_out if is_weight else others).append(relative)
     return tuple(sorted(others)), tuple(sorted(left_out))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise SecateurError("an object lists a name twice")
-    return dict(pairs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.survey import Survey
+from secateur.files.json import read_object
 
 Reads = Literal["text", "images"]
 READS: dict[str, Reads] = {"vmoe": "images"}  # by model type, of pruned models too

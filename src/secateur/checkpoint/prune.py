@@ -11,17 +11,18 @@ from typing import Any
 
 from secateur.checkpoint.apply import apply_to_model, check_target_pair
 from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome, who_needs_data
-from secateur.checkpoint.folder import STATS, read_object
+from secateur.checkpoint.folder import STATS
 from secateur.checkpoint.report import VERIFIED
 from secateur.checkpoint.source import Source, of_folder, of_observation
 from secateur.checkpoint.survey import Survey
 from secateur.checkpoint.undo import RECORD, holds_undo
 from secateur.checkpoint.verify import as_json, check_tokens, verify_model
-from secateur.checkpoint.work import Work, place_of_work, work_folder
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
+from secateur.files.new_folder import check_target, copy_file
+from secateur.files.work_folder import Work, place_of_work, work_folder
 from secateur.observation import Observation
-from secateur.out_folder import check_target, copy_file
 from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)

@@ -10,9 +10,9 @@ from secateur.checkpoint.card import MTP, who_loads
 from secateur.checkpoint.recipe import recipe
 from secateur.checkpoint.rewrite import Made, stays_whole
 from secateur.checkpoint.survey import Survey
+from secateur.files.bytes_in_words import in_words
 from secateur.plans import JSON, REROUTE, Plan, layer_plan
 from secateur.reporting.html import document, section, table
-from secateur.sizes import in_words
 from secateur.surgery.dcp_report import FORMAT, VERSION
 from secateur.version import __version__
 

@@ -13,8 +13,8 @@ from secateur.checkpoint.folder import Stored
 from secateur.checkpoint.survey import Located, Survey
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
+from secateur.files.safetensors_header import BITS
 from secateur.plans import Plan, layer_plan
-from secateur.safetensors_header import BITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

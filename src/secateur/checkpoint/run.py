@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from secateur.checkpoint.folder import read_object
 from secateur.checkpoint.oracle import without_dropped
 from secateur.checkpoint.survey import Survey
 from secateur.errors import SecateurError
 from secateur.families import logits_of
+from secateur.files.bytes_in_words import in_words
+from secateur.files.json import read_object
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 from secateur.plans import Plan
-from secateur.sizes import in_words
 
 NEW_TOKENS = 4  # that the pruned model generates
 ROUNDING = 1e-4  # of the largest logit, where experts changed places and sums are taken in another order

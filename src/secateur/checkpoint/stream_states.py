@@ -14,8 +14,8 @@ import safetensors.torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
-from secateur.safetensors_header import with_sorted_metadata
+from secateur.files.atomic import atomic_write
+from secateur.files.safetensors_header import with_sorted_metadata
 
 
 class States(Protocol):

@@ -14,14 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur.checkpoint.copy import Shard, Writer, write_shard
-from secateur.checkpoint.folder import CONFIG, INDEX, Folder, Stored, read_folder, read_object
+from secateur.checkpoint.folder import CONFIG, INDEX, Folder, Stored, read_folder
 from secateur.checkpoint.rewrite import Made, dropped_tensors, kept_tensors
 from secateur.checkpoint.survey import Survey, survey
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
-from secateur.out_folder import check_target, copy_file, written_beside
+from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
+from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.safetensors_header import Header, parse_header, read_header
 from secateur.plans import Plan
-from secateur.safetensors_header import Header, parse_header, read_header
 
 RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
 HEADERS, FILES = "headers", "files"

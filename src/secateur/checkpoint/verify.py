@@ -12,8 +12,8 @@ from secateur.checkpoint.folder import read_folder
 from secateur.checkpoint.survey import Survey, survey
 from secateur.checkpoint.zero_slots import kept_slots
 from secateur.errors import SecateurError
+from secateur.files.bytes_in_words import in_words
 from secateur.plans import Plan, layer_plan
-from secateur.sizes import in_words
 
 SHOWN = 5  # failures of one check in a message
 WITHOUT = {False: "the dropped experts barred", True: "the dropped experts silent"}  # by Plan.leaves_zero_slots

@@ -13,7 +13,7 @@ import typer
 from secateur.commands.bars import bytes_bar
 from secateur.commands.plan_options import Removed
 from secateur.errors import SecateurError
-from secateur.sizes import in_words
+from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
     from secateur.plans import Plan
@@ -68,7 +68,7 @@ def apply(
     Example: `secateur apply models/Qwen3-30B-A3B plan.json --out pruned --undo dropped`
     """
     from secateur.checkpoint.undo import holds_undo
-    from secateur.out_folder import check_target
+    from secateur.files.new_folder import check_target
     from secateur.plans import Plan
 
     check_target(source, out)

@@ -35,8 +35,8 @@ def convert_vmoe(
     Example: `secateur convert-vmoe vmoe_b16_imagenet21k_randaug_strong --top-k 2 --out vmoe-b16`
     """
     from secateur.errors import SecateurError
-    from secateur.files import atomic_write, refused_by_the_disk
-    from secateur.out_folder import written_beside
+    from secateur.files.atomic import atomic_write, refused_by_the_disk
+    from secateur.files.new_folder import written_beside
     from secateur.vision.flax_checkpoint import read_vmoe
     from secateur.vision.pixels import FILE, default_pixels
 

@@ -62,7 +62,7 @@ def finetune(
 
     Example: `secateur finetune pruned --data chats.jsonl --eval-data held-out.jsonl --epochs 2 --out tuned`
     """
-    from secateur.checkpoint.work import place_of_work
+    from secateur.files.work_folder import place_of_work
     from secateur.finetuning.options import FinetuneOptions
     from secateur.finetuning.run import WHAT
     from secateur.finetuning.run import finetune as program

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.sizes import in_words
+from secateur.files.bytes_in_words import in_words
 
 
 def inspect(

@@ -24,7 +24,7 @@ from secateur.commands.data_options import (
 from secateur.commands.data_pass import prepare
 from secateur.commands.new_file import check_new_file
 from secateur.errors import SecateurError
-from secateur.sizes import in_words
+from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
     from secateur.checkpoint.survey import Survey

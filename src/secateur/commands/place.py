@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from secateur.placement import Placement

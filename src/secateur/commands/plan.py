@@ -12,7 +12,7 @@ from secateur.commands import plan_options as options
 from secateur.commands.bars import bytes_bar
 from secateur.commands.new_file import check_new_file
 from secateur.errors import SecateurError
-from secateur.sizes import in_words
+from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
     from secateur.checkpoint.source import Source

@@ -25,7 +25,7 @@ from secateur.data.corpus import Document
 from secateur.data.split import Progress
 from secateur.data.tokenizer import separator
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 
 FORMAT = "secateur-tokens"
 VERSION = 1

@@ -20,7 +20,7 @@ from secateur.data.packing import PackedTokens, pack
 from secateur.data.split import Corpus, Progress, build_corpus
 from secateur.data.tokenizer import load_tokenizer, separator, train_tokenizer
 from secateur.errors import SecateurError
-from secateur.files import atomic_write, fsync_folder
+from secateur.files.atomic import atomic_write, fsync_folder
 
 FORMAT = "secateur-data"
 VERSION = 1

@@ -24,9 +24,9 @@ from secateur.checkpoint.report import VERIFIED
 from secateur.checkpoint.survey import LISTED, Survey, survey
 from secateur.data.images import Images
 from secateur.errors import SecateurError
-from secateur.files import atomic_write, refused_by_the_disk
-from secateur.out_folder import copy_file
-from secateur.safetensors_header import read_header
+from secateur.files.atomic import atomic_write, refused_by_the_disk
+from secateur.files.new_folder import copy_file
+from secateur.files.safetensors_header import read_header
 from secateur.vision import VMoEForImageClassification
 
 HEAD = "classifier"

@@ -15,14 +15,16 @@ import torch
 from transformers import PrinterCallback, TrainerState
 
 from secateur.checkpoint.apply import CARD
-from secateur.checkpoint.folder import FINETUNED, read_folder, read_object
+from secateur.checkpoint.folder import FINETUNED, read_folder
 from secateur.checkpoint.inputs import Reads, reads
 from secateur.checkpoint.survey import Survey, survey
-from secateur.checkpoint.work import Work, place_of_work, work_folder
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
+from secateur.files.new_folder import check_target, written_beside
+from secateur.files.work_folder import Work, place_of_work, work_folder
 from secateur.finetuning.images import image_task
 from secateur.finetuning.model import LOGS, Loaded, check_trainable, load, write
 from secateur.finetuning.options import SCHEDULES, FinetuneOptions, option
@@ -38,7 +40,6 @@ from secateur.finetuning.trainer import (
     best_class,
     check_logger,
 )
-from secateur.out_folder import check_target, written_beside
 from secateur.train import checkpoints
 from secateur.train.arguments import trainer_arguments
 from secateur.train.balance import BalanceCallback, attach_balance

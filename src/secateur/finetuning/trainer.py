@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write, refused_by_the_disk
+from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.finetuning.task import Task
 from secateur.train.checkpoints import seal
 from secateur.train.distributed.trainer import ResumableTrainer

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.errors import SecateurError
+from secateur.files.fields import Fields, as_fields, read_json, read_lines, read_object
 from secateur.plans import Plan
-from secateur.reporting.fields import Fields, as_fields, read_json, read_lines, read_object
 
 PRUNING_REASONS = ("stable", "step", "tokens")
 REASONS = (*PRUNING_REASONS, "rearrange")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 from secateur.reporting.gallery import gallery
 from secateur.reporting.numbers import report_json
 from secateur.reporting.page import render

@@ -11,8 +11,8 @@ from typing import Any
 
 from secateur import modeling_secateur
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
-from secateur.out_folder import check_target, copy_file, written_beside
+from secateur.files.atomic import atomic_write
+from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.plans import JSON, Plan
 from secateur.surgery.dcp_changes import survey
 from secateur.surgery.dcp_metadata import is_dcp_folder, read_dcp

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from secateur.errors import SecateurError
-from secateur.safetensors_header import read_header, whole_numbers
+from secateur.files.safetensors_header import read_header, whole_numbers
 from secateur.surgery.dcp_stored import Chunk, Stored, StoredBytes, file_inside, whole_tensor
 
 FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")

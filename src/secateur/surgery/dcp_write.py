@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from secateur.files import refused_by_the_disk
+from secateur.files.atomic import refused_by_the_disk
 from secateur.surgery.dcp_changes import Change
 from secateur.surgery.dcp_pieces import Piece, files, new_rows, new_shape, pieces
 from secateur.surgery.dcp_rows import read_bytes

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write, fsync_folder
+from secateur.files.atomic import atomic_write, fsync_folder
 
 COMPLETE = "complete.json"
 FORMAT = "secateur-checkpoint"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
 from secateur.plans import Plan
 from secateur.train.events import PruneEvent
 

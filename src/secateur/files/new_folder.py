@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -12,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.files import fsync_folder
+from secateur.files.atomic import fsync_folder
+from secateur.files.lock import held
 
 
 def check_target(source: Path, out: Path, option: str = "--out") -> None:
@@ -45,7 +45,7 @@ def written_beside(out: Path) -> Iterator[Path]:
     beside = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
     try:
         beside.mkdir()
-        with _held(beside):
+        with held(beside):
             yield beside
             for folder, _, _ in os.walk(beside):
                 fsync_folder(Path(folder))
@@ -69,24 +69,6 @@ def _remove_leftovers(out: Path) -> None:
     pattern = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{16}\.partial")
     for folder in out.parent.iterdir():
         if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
-            with _held(folder) as alone:
+            with held(folder) as alone:
                 if alone:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Keep a lock on a folder; the system lets go of it when the process ends, however it ends.
-
-    False where another process has it, or where the disk knows no locks: then leftovers stay.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        alone = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)

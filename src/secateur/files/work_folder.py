@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.folder import read_object
 from secateur.errors import SecateurError
-from secateur.files import atomic_write
+from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
 
 ASKED, STATS, PLAN = "asked.json", "stats.safetensors", "plan.json"
 
