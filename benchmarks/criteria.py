@@ -29,17 +29,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from laep_quality import write_code
 from record import show, store
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.perplexity import BlockLosses, block_losses
-from secateur.checkpoint.survey import survey
-from secateur.checkpoint.weights import weight_stats
 from secateur.criteria import CRITERIA
 from secateur.data.batch import Batch
 from secateur.data.calibration import calibrate
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.families import MoEModel, describe_moe
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.perplexity import BlockLosses, block_losses
+from secateur.model_folder.survey import survey
+from secateur.model_folder.weights import weight_stats
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats

@@ -27,11 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from criteria import blocks, observed, split, train
 from record import show, store
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.router_change import router_changes
-from secateur.checkpoint.survey import survey
 from secateur.criteria import CRITERIA
 from secateur.criteria.router_change import router_norm_change
 from secateur.decide.by_score import plan_by_criterion
@@ -39,6 +34,11 @@ from secateur.decide.keep import Keep
 from secateur.families import describe_moe
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.router_change import router_changes
+from secateur.model_folder.survey import survey
 from secateur.stats import RouterStats
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

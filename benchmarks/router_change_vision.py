@@ -27,19 +27,19 @@ import matplotlib.pyplot as plt
 import torch
 
 from record import show, store
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.decide import Choice, decide_plan
-from secateur.checkpoint.evaluate_images import evaluate_images
-from secateur.checkpoint.folder import CONFIG, read_folder
-from secateur.checkpoint.image_batches import batches_for, draw
-from secateur.checkpoint.observe_images import ImageRun, loaded
-from secateur.checkpoint.source import of_folder, of_observation
-from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
 from secateur.decide.keep import Keep
 from secateur.files.atomic import atomic_write
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.choice import Choice, decide_plan
+from secateur.model_folder.evaluate_images import evaluate_images
+from secateur.model_folder.folder import CONFIG, read_folder
+from secateur.model_folder.image_batches import batches_for, draw
+from secateur.model_folder.observe_images import ImageRun, loaded
+from secateur.model_folder.source import of_folder, of_observation
+from secateur.model_folder.survey import survey
 from secateur.observation import Observation
 from secateur.vision import VMoEConfig, VMoEForImageClassification
 from secateur.vision.pixels import default_pixels

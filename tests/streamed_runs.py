@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoint_folders import saved
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.survey import Survey, survey
 from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
 from secateur.families import describe_moe
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import Survey, survey
 from secateur.observe_activations import ActivationObserver
 from secateur.stats import RouterStats
 from tiny_models import random_tokens

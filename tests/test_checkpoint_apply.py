@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from checkpoint_folders import INDEX, contents, gathered, plan_of, same_bytes, saved, tensors_of, write
-from secateur.checkpoint import apply as apply_module
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.card import card
-from secateur.checkpoint.copy import Writer, into_shards
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.rewrite import Made
 from secateur.errors import SecateurError
+from secateur.model_folder import apply as apply_module
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.card import card
+from secateur.model_folder.copy import Writer, into_shards
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.rewrite import Made
 from secateur.plans import Plan
 
 EXPERTS, ROUTERS = r".*layers\.(\d+)\..*experts\.", ("gate.weight",)
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_nothing_and_another_try_succeeds(
 KILLED = """
 import sys, time
 from pathlib import Path
-from secateur.checkpoint import apply
+from secateur.model_folder import apply
 from secateur.plans import Plan
 def wait(*_):
     print("written", flush=True)
@@ -357,7 +357,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> No
 
 
 def made(name: str, length: int, dtype: str = "U8") -> Made:
-    from secateur.checkpoint.rewrite import Range
+    from secateur.model_folder.rewrite import Range
 
     return Made(name=name, dtype=dtype, shape=(length,), ranges=(Range(file="f", start=0, length=length),))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from checkpoint_folders import contents, loaded, saved
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.survey import survey
-from secateur.checkpoint.undo import restore
-from secateur.checkpoint.verify import verify_model
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import survey
+from secateur.model_folder.undo import restore
+from secateur.model_folder.verify import verify_model
 from secateur.verify import barred_experts
 from tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_plan, random_tokens
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoint_folders import INDEX, config_of, write
-from secateur.checkpoint.folder import holds_model, read_folder
-from secateur.checkpoint.names import split
-from secateur.checkpoint.survey import survey
 from secateur.errors import SecateurError
 from secateur.files.safetensors_header import read_header
+from secateur.model_folder.folder import holds_model, read_folder
+from secateur.model_folder.names import split
+from secateur.model_folder.survey import survey
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NAMES = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(4)] + ["model.norm.weight", "lm_head.weight"]

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Llama4ForConditionalG
 from transformers import Qwen3_5MoeForConditionalGeneration as Nested
 
 from checkpoint_folders import config_of, gathered, plan_of, same_bytes, tensors_of, write
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.model import REFUSED, read_model
-from secateur.checkpoint.survey import Survey, survey
-from secateur.checkpoint.verify import verify_model
 from secateur.errors import SecateurError
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.model import REFUSED, read_model
+from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.verify import verify_model
 from tiny_models import NUM_EXPERTS, TOP_K, VOCABULARY, tiny_config, tiny_model
 
 PER_EXPERT = r".*layers\.(\d+)\..*experts\."

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoint_folders import saved
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.router_change import router_changes
-from secateur.checkpoint.survey import Survey, survey
 from secateur.criteria.router_change import RouterChange
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.router_change import router_changes
+from secateur.model_folder.survey import Survey, survey
 from tiny_models import every_family, tiny_model
 
 RANK, ALPHA = 2, 6

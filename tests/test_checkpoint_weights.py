@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoint_folders import config_of, saved, tensors_of, write
-from secateur.checkpoint import weights as module
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.survey import Survey, survey
-from secateur.checkpoint.weights import weight_stats
 from secateur.criteria.score import score_layers
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.model_folder import weights as module
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.weights import weight_stats
 from tiny_models import FAMILIES
 
 # Experts of their own, transposed and interleaved, rows that share an axis, other names on the disk, a dense layer

@@ -18,14 +18,14 @@ from torch.nn.functional import cross_entropy
 from checkpoint_folders import loaded, plan_of, saved
 from models_with_text import data_in, model_with_text
 from secateur import cli
-from secateur.checkpoint import evaluate as evaluate_module
-from secateur.checkpoint import run as run_module
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.evaluate import evaluate
-from secateur.checkpoint.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.data.batch import Batch
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import SecateurError
+from secateur.model_folder import evaluate as evaluate_module
+from secateur.model_folder import run as run_module
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.evaluate import evaluate
+from secateur.model_folder.perplexity import BlockLosses, block_losses, difference, summary
 from tiny_models import VOCABULARY, random_tokens
 
 Run = Callable[..., tuple[int, str, str]]

@@ -22,10 +22,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
 
 from faults import Kill, LimitFileSize
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.evaluate import evaluate
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.survey import survey
 from secateur.cli import app
 from secateur.data.batch import Batch
 from secateur.data.tokenizer import load_tokenizer
@@ -35,6 +31,10 @@ from secateur.finetuning.model import load
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.evaluate import evaluate
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import survey
 from secateur.plans import LayerPlan, Plan
 from secateur.train import checkpoints
 from small_finetunes import files_of, run, text_folder, text_options

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from faults import Kill
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.evaluate_images import evaluate_images
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.survey import survey
 from secateur.data.images import read_images
 from secateur.errors import SecateurError
 from secateur.finetuning.images import ImageItems, augmented, check_classes
 from secateur.finetuning.options import FinetuneOptions
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.evaluate_images import evaluate_images
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import survey
 from secateur.plans import LayerPlan, Plan
 from secateur.vision.pixels import FILE, read_pixels
 from small_finetunes import files_of, image_folder, image_options, run, write_images

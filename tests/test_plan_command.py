@@ -15,15 +15,15 @@ from typer.main import get_command
 
 from checkpoint_folders import saved
 from secateur import cli
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.survey import survey
 from secateur.commands.plan_options import ALLOCATION_HELP
 from secateur.criteria import CRITERIA
 from secateur.decide.by_score import ALLOCATIONS
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import survey
 from secateur.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats

@@ -16,18 +16,18 @@ from checkpoint_folders import contents, loaded, saved
 from faults import Kill
 from models_with_text import data_in, model_with_text
 from secateur import cli
-from secateur.checkpoint import prune as module
-from secateur.checkpoint.decide import Choice
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.prune import prune
-from secateur.checkpoint.survey import Survey
-from secateur.checkpoint.undo import restore
-from secateur.checkpoint.verify import Check, verify_model
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.files.work_folder import place_of_work, work_folder
+from secateur.model_folder import prune as module
+from secateur.model_folder.choice import Choice
+from secateur.model_folder.facts import facts
+from secateur.model_folder.prune import prune
+from secateur.model_folder.survey import Survey
+from secateur.model_folder.undo import restore
+from secateur.model_folder.verify import Check, verify_model
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
@@ -118,10 +118,10 @@ def start(root: Path, *hooks: Callable[[], None], **options: Any) -> dict[str, A
 STAGES = {
     "before the statistics are kept": Kill("secateur.observation:Observation.save"),
     "after the statistics are kept": Kill("secateur.observation:Observation.save", when="after"),
-    "before the plan": Kill("secateur.checkpoint.prune:decide_plan"),
-    "after the weights": Kill("secateur.checkpoint.apply:write_weights", when="after"),
-    "before verifying": Kill("secateur.checkpoint.prune:verify_model"),
-    "after verifying": Kill("secateur.checkpoint.prune:verify_model", when="after"),
+    "before the plan": Kill("secateur.model_folder.prune:decide_plan"),
+    "after the weights": Kill("secateur.model_folder.apply:write_weights", when="after"),
+    "before verifying": Kill("secateur.model_folder.prune:verify_model"),
+    "after verifying": Kill("secateur.model_folder.prune:verify_model", when="after"),
     "between the two new names": Kill("os:rename", when="after"),
     "after the last name": Kill("os:rename", nth=2, when="after"),
     "while clearing up": Kill("secateur.files.work_folder:Work.remove"),
@@ -388,7 +388,7 @@ def test_a_real_pass_that_was_killed_goes_on_at_its_layer(spoken: Path, tmp_path
         shutil.copytree(spoken, tmp_path / name)
     words = ["--keep", "0.5", *data_in(spoken), *SHORT, "--activations", "disk", "--quiet"]
     assert in_child(typed, tmp_path / "one", words) == 0
-    kill = Kill("secateur.checkpoint.stream_work:WorkFolder.save_layer", nth=2, when="after")
+    kill = Kill("secateur.model_folder.stream_work:WorkFolder.save_layer", nth=2, when="after")
     assert in_child(typed, tmp_path / "two", words, kill) == -9
     layers = list((tmp_path / "two/.out.pruning/.stats.safetensors.work/layers").iterdir())
     assert [path.name for path in layers] in (["0.json", "1.json"], ["1.json", "0.json"])

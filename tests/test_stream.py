@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint_folders import INDEX, saved
-from secateur.checkpoint import stream_model
-from secateur.checkpoint.stream import StreamedModel
-from secateur.checkpoint.stream_read import LazyTensor
-from secateur.checkpoint.stream_relay import Relay
-from secateur.checkpoint.stream_states import DiskStates, MemoryStates, States
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
+from secateur.model_folder import stream_model
+from secateur.model_folder.stream import StreamedModel
+from secateur.model_folder.stream_read import LazyTensor
+from secateur.model_folder.stream_relay import Relay
+from secateur.model_folder.stream_states import DiskStates, MemoryStates, States
 from streamed_runs import found_in, random_data
 
 BATCHES = random_data().batches(2)

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import Qwen3_5MoeForConditionalGeneration as Nested
 
 from checkpoint_folders import loaded, saved
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.observe import Run
-from secateur.checkpoint.run import load
-from secateur.checkpoint.stream import StreamedModel
-from secateur.checkpoint.stream_states import MemoryStates
 from secateur.data.calibration import Calibration
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.observe import Run
+from secateur.model_folder.run import load
+from secateur.model_folder.stream import StreamedModel
+from secateur.model_folder.stream_states import MemoryStates
 from secateur.stats import RouterStats
 from streamed_runs import LENGTHS, RAGGED, found_in, random_data, vivid, whole_run
 from test_checkpoint_layout import llama4

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_folders import plan_of, saved
 from secateur import cli
-from secateur.checkpoint import run as run_module
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.verify import verify_model
+from secateur.model_folder import run as run_module
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.verify import verify_model
 
 PLAN = plan_of((0, [1, 3, 6]), (2, [2, 5, 7]))
 

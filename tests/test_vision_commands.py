@@ -24,21 +24,21 @@ from checkpoint_folders import contents, saved
 from faults import Kill
 from flax_files import params, random_arrays, write
 from secateur import cli
-from secateur.checkpoint import run as run_module
-from secateur.checkpoint.accuracy import difference, scores, summary
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.evaluate_images import evaluate_images
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.image_batches import draw
-from secateur.checkpoint.inputs import reads
-from secateur.checkpoint.observe_images import ImageRun, loaded
-from secateur.checkpoint.survey import survey
 from secateur.criteria import CRITERIA
 from secateur.data.images import read_images
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder import run as run_module
+from secateur.model_folder.accuracy import difference, scores, summary
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.evaluate_images import evaluate_images
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.image_batches import draw
+from secateur.model_folder.inputs import reads
+from secateur.model_folder.observe_images import ImageRun, loaded
+from secateur.model_folder.survey import survey
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
@@ -201,7 +201,7 @@ def test_a_pruning_that_was_killed_goes_on_after_the_pass(when: str, made: Path,
     assert in_child(typed, tmp_path / "one", words) == 0
     kill = Kill("secateur.observation:Observation.save", when=when)
     assert in_child(typed, tmp_path / "two", words, kill) == -9
-    hooks = [Kill("secateur.checkpoint.observe_images:ImageRun.observe")] if when == "after" else []
+    hooks = [Kill("secateur.model_folder.observe_images:ImageRun.observe")] if when == "after" else []
     assert in_child(typed, tmp_path / "two", words, *hooks) == 0
     one, two = (contents(tmp_path / name / "out") for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from checkpoint_folders import contents
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.inspect import inspect_model
-from secateur.checkpoint.survey import survey
-from secateur.checkpoint.undo import restore
-from secateur.checkpoint.verify import verify_model
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.inspect import inspect_model
+from secateur.model_folder.survey import survey
+from secateur.model_folder.undo import restore
+from secateur.model_folder.verify import verify_model
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts

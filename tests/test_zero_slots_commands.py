@@ -13,16 +13,16 @@ from checkpoint_folders import plan_of, saved, tensors_of
 from dcp_checkpoints import save as save_checkpoint
 from models_with_text import model_with_text
 from secateur import cli
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.decide import Choice, check_choice, decide_plan, outcome
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.prune import prune
-from secateur.checkpoint.source import of_folder, of_observation
-from secateur.checkpoint.survey import survey
 from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.prune import prune
+from secateur.model_folder.source import of_folder, of_observation
+from secateur.model_folder.survey import survey
 from secateur.observation import Observation
 from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats

@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from checkpoint_folders import contents, loaded, plan_of, same_bytes, saved, tensors_of
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.decide import Choice, decide_plan
-from secateur.checkpoint.facts import facts
-from secateur.checkpoint.folder import read_folder
-from secateur.checkpoint.inspect import inspect_model
-from secateur.checkpoint.run import logits_without_dropped
-from secateur.checkpoint.source import of_folder
-from secateur.checkpoint.survey import survey
-from secateur.checkpoint.undo import restore
-from secateur.checkpoint.verify import verify_model
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import logits_of
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.choice import Choice, decide_plan
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.inspect import inspect_model
+from secateur.model_folder.run import logits_without_dropped
+from secateur.model_folder.source import of_folder
+from secateur.model_folder.survey import survey
+from secateur.model_folder.undo import restore
+from secateur.model_folder.verify import verify_model
 from secateur.plans import MIXED, LayerPlan, Plan
 from secateur.surgery.zero_slots import remove_into_zero_slots_
 from test_checkpoint_layout import llama4, qwen3_5, with_mtp

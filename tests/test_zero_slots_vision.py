@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from checkpoint_folders import contents
-from secateur.checkpoint.apply import apply_to_model
-from secateur.checkpoint.undo import restore
-from secateur.checkpoint.verify import verify_model
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder.apply import apply_to_model
+from secateur.model_folder.undo import restore
+from secateur.model_folder.verify import verify_model
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.zero_slots import remove_into_zero_slots_

@@ -67,8 +67,8 @@ def apply(
 
     Example: `secateur apply models/Qwen3-30B-A3B plan.json --out pruned --undo dropped`
     """
-    from secateur.checkpoint.undo import holds_undo
     from secateur.files.new_folder import check_target
+    from secateur.model_folder.undo import holds_undo
     from secateur.plans import Plan
 
     check_target(source, out)
@@ -109,7 +109,7 @@ def _meaning(plan: Plan, removed: str | None) -> Plan:
 
 def _writer(source: Path) -> Callable[..., dict[str, Any]]:
     """What applies a plan to this kind of folder; another kind of folder is another row."""
-    from secateur.checkpoint.folder import holds_model
+    from secateur.model_folder.folder import holds_model
     from secateur.surgery.dcp_checkpoint import holds_training_checkpoint
 
     writers = ((holds_training_checkpoint, _apply_to_checkpoint), (holds_model, _apply_to_model))
@@ -134,7 +134,7 @@ def _apply_to_checkpoint(
 
 
 def _apply_to_model(source: Path, plan: Plan, out: Path, *, names: str, **options: Any) -> dict[str, Any]:
-    from secateur.checkpoint.apply import apply_to_model
+    from secateur.model_folder.apply import apply_to_model
 
     if names != "auto":
         raise SecateurError(f"--names {names}: for a training checkpoint, but {source} is a model")
@@ -142,7 +142,7 @@ def _apply_to_model(source: Path, plan: Plan, out: Path, *, names: str, **option
 
 
 def _restore(pruned: Path, undo: Path, out: Path, *, show: bool, as_json: bool, quiet: bool) -> None:
-    from secateur.checkpoint.undo import restore
+    from secateur.model_folder.undo import restore
 
     with bytes_bar("writing", show=show) as on_bytes:
         restored = restore(pruned, undo, out, on_bytes=on_bytes)

@@ -13,8 +13,8 @@ import typer
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.image_batches import Drawn
     from secateur.data.calibration import Calibration
+    from secateur.model_folder.image_batches import Drawn
 
 Data = Annotated[
     list[str] | None,
@@ -116,7 +116,7 @@ class DataOptions:
         Raises:
             SecateurError: an option that only text knows.
         """
-        from secateur.checkpoint.image_batches import draw
+        from secateur.model_folder.image_batches import draw
 
         typed = [f"--{name.replace('_', '-')}" for name in TEXT_ONLY if getattr(self, name) is not None] + list(others)
         if typed:

@@ -11,7 +11,7 @@ from secateur.commands.bars import batches_bar, layers_bar
 from secateur.commands.data_options import DataOptions
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.survey import Survey
+    from secateur.model_folder.survey import Survey
     from secateur.observation import Observation
 
 
@@ -33,13 +33,13 @@ def prepare(found: Survey, asked: DataOptions, out: Path, *, device: str, show: 
     Raises:
         SecateurError: the data or the model cannot be used, or not together.
     """
-    from secateur.checkpoint.inputs import reads
+    from secateur.model_folder.inputs import reads
 
     return KINDS[reads(found)](found, asked, out, device, show, restart)
 
 
 def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
-    from secateur.checkpoint.observe import Run
+    from secateur.model_folder.observe import Run
 
     drawn = asked.text(found.folder.path)
     run = Run(
@@ -71,8 +71,8 @@ def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: 
 
 
 def _over_images(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
-    from secateur.checkpoint.image_batches import MOST
-    from secateur.checkpoint.observe_images import ImageRun
+    from secateur.model_folder.image_batches import MOST
+    from secateur.model_folder.observe_images import ImageRun
 
     run = ImageRun(found, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
 

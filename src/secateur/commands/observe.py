@@ -27,7 +27,7 @@ from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.survey import Survey
+    from secateur.model_folder.survey import Survey
     from secateur.observation import Observation
 
 
@@ -63,8 +63,8 @@ def observe(
 
     Example: `secateur observe models/Qwen3-30B-A3B --data code=src --data chats.jsonl --out stats.safetensors`
     """
-    from secateur.checkpoint.folder import read_folder
-    from secateur.checkpoint.survey import survey
+    from secateur.model_folder.folder import read_folder
+    from secateur.model_folder.survey import survey
 
     check_new_file(out, force, *(source for source in (model, sglang) if source is not None))
     if sglang is not None and data:
@@ -95,7 +95,7 @@ def observe(
 
 
 def _recorded(found: Survey, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
-    from secateur.checkpoint.facts import facts
+    from secateur.model_folder.facts import facts
     from secateur.observation import Observation
     from secateur.sglang import read_recording, stats_of_recording
 

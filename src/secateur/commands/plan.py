@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.source import Source
+    from secateur.model_folder.source import Source
 
 LOADS = "loads.jsonl"  # of a training run
 LISTED = 12  # layers in a message
@@ -60,7 +60,7 @@ def plan(
 
     Example: `secateur plan stats.safetensors --criterion reap --keep 0.75 --out plan.json`
     """
-    from secateur.checkpoint.decide import decide_plan, outcome
+    from secateur.model_folder.choice import decide_plan, outcome
 
     if out is None and not dry_run:
         raise SecateurError("--out names the file for the plan; it is missing (or use --dry-run)")
@@ -96,7 +96,7 @@ def plan(
 
 def outcome_lines(result: dict[str, Any]) -> list[str]:
     """What a plan does to a model, in words; see `decide.outcome`."""
-    from secateur.checkpoint.card import SAME, who_loads
+    from secateur.model_folder.card import SAME, who_loads
 
     layers = {name: (one["experts_before"], one["experts_after"]) for name, one in result["layers"].items()}
     size = [in_words(result[f"bytes_{when}"]) for when in ("before", "after")]
@@ -122,8 +122,8 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
 
 
 def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:
-    from secateur.checkpoint.source import of_loads, read_source
     from secateur.commands.place import read_loads
+    from secateur.model_folder.source import of_loads, read_source
 
     if (source / LOADS).is_file():
         if pretrained is not None:

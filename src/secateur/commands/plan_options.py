@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.plans import REMOVED
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.decide import Choice
+    from secateur.model_folder.choice import Choice
 
 LAEP_HELP = "LAEP's thresholds on the loads, which also decide how many go (2601.14327)"
 ALLOCATION_HELP = {
@@ -116,9 +116,9 @@ def choice_of(
     removed: str | None,
 ) -> Choice:
     """What the options say; a SecateurError where they contradict each other."""
-    from secateur.checkpoint.decide import Choice
     from secateur.decide.keep import Keep
     from secateur.decide.rule import Rule
+    from secateur.model_folder.choice import Choice
 
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     rule = Rule(alpha=alpha, beta=beta, target_params=target_params, max_rerouted=max_rerouted) if has_rule else None

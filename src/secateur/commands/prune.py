@@ -31,7 +31,7 @@ from secateur.commands.verify import WORDS
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
-    from secateur.checkpoint.survey import Survey
+    from secateur.model_folder.survey import Survey
 
 
 def prune(
@@ -89,7 +89,7 @@ def prune(
     Example: `secateur prune models/Qwen3-30B-A3B --keep 0.75 --data calibration.jsonl --out pruned`
     """
 
-    from secateur.checkpoint import prune as program
+    from secateur.model_folder import prune as program
 
     has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
     choice = options.choice_of(

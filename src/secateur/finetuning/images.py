@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from secateur.checkpoint.inputs import class_names
-from secateur.checkpoint.survey import Survey
 from secateur.data.images import Images, Pixels8, read_images
 from secateur.errors import SecateurError
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
+from secateur.model_folder.inputs import class_names
+from secateur.model_folder.survey import Survey
 from secateur.vision.pixels import Pixels, read_pixels
 
 # settings of text, and what they are when nobody gave them

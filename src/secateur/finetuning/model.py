@@ -16,17 +16,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.checkpoint import run
-from secateur.checkpoint.apply import PAGE, REPORT
-from secateur.checkpoint.folder import CONFIG, FINETUNED, INDEX, STATS, Folder, read_folder
-from secateur.checkpoint.inputs import reads
-from secateur.checkpoint.report import VERIFIED
-from secateur.checkpoint.survey import LISTED, Survey, survey
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
+from secateur.model_folder import run
+from secateur.model_folder.apply import PAGE, REPORT
+from secateur.model_folder.folder import CONFIG, FINETUNED, INDEX, STATS, Folder, read_folder
+from secateur.model_folder.inputs import reads
+from secateur.model_folder.report import VERIFIED
+from secateur.model_folder.survey import LISTED, Survey, survey
 from secateur.vision import VMoEForImageClassification
 
 HEAD = "classifier"

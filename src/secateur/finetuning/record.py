@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.checkpoint.folder import FINETUNED
-from secateur.checkpoint.survey import Survey
 from secateur.environment import hardware, versions
 from secateur.finetuning.model import Loaded
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
+from secateur.model_folder.folder import FINETUNED
+from secateur.model_folder.survey import Survey
 from secateur.version import __version__
 
 FORMAT, VERSION = "secateur-finetune", 1

@@ -14,10 +14,6 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerState
 
-from secateur.checkpoint.apply import CARD
-from secateur.checkpoint.folder import FINETUNED, read_folder
-from secateur.checkpoint.inputs import Reads, reads
-from secateur.checkpoint.survey import Survey, survey
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
@@ -40,6 +36,10 @@ from secateur.finetuning.trainer import (
     best_class,
     check_logger,
 )
+from secateur.model_folder.apply import CARD
+from secateur.model_folder.folder import FINETUNED, read_folder
+from secateur.model_folder.inputs import Reads, reads
+from secateur.model_folder.survey import Survey, survey
 from secateur.train import checkpoints
 from secateur.train.arguments import trainer_arguments
 from secateur.train.balance import BalanceCallback, attach_balance

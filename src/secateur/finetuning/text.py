@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase
 
-from secateur.checkpoint.survey import Survey
 from secateur.data.calibration import read_texts, token_lists
 from secateur.data.chats import Chat
 from secateur.data.corpus import Document
@@ -19,6 +18,7 @@ from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
+from secateur.model_folder.survey import Survey
 
 LENGTH = 512
 IMAGES_ONLY = ("new_head", "augment")

@@ -1,0 +1,208 @@
+"""Apply a plan to a Hugging Face model folder, into a new folder: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from secateur import modeling_secateur
+from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
+from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.model_folder.card import card
+from secateur.model_folder.compare import verify_written
+from secateur.model_folder.config import edited_config
+from secateur.model_folder.copy import Shard, into_shards, write_index, write_shard
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import CONFIG, FINETUNED, STATS, Folder, read_folder
+from secateur.model_folder.report import VERIFIED, describe, page
+from secateur.model_folder.rewrite import dropped_tensors, kept_tensors
+from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.undo import write_undo
+from secateur.model_folder.zero_slots import check_buildable, check_removal
+from secateur.plans import JSON, Plan, layer_plan
+from secateur.surgery.fits import check_fits
+from secateur.surgery.model_config import MODULE
+
+PLAN, REPORT, PAGE, CARD, CODE = "plan.json", "report.json", "report.html", "README.md", f"{MODULE}.py"
+MTP_CHOICES = ("whole", "drop")
+ENDS = 4096  # bytes compared at either end of every copied piece; `secateur verify` compares all
+
+
+def apply_to_model(
+    source: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    expert_parallel: int = 1,
+    undo: Path | None = None,
+    mtp: str | None = None,
+    dry_run: bool = False,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    finish: Callable[[Path], None] = lambda written: None,
+) -> dict[str, JSON]:
+    """Write `source` with the experts that `plan` keeps, in its order, to the new folder `out`.
+
+    Kept bytes are copied and never decoded; memory does not grow with the model. The result is written beside `out`,
+    read again and compared with the source at the ends of every piece, and renamed.
+
+    Args:
+        expert_parallel: every layer's new count must be a multiple of it.
+        undo: a new folder for all that the result lacks; `undo.restore` makes the source of both, byte for byte.
+        mtp: what becomes of multi-token-prediction layers that the plan does not name: "whole" or "drop". Without it
+            they must end up with the count that config.json gives.
+        dry_run: check and report, write nothing.
+        on_bytes: called with (bytes written, bytes to write).
+        finish: called with the complete folder before it gets its name; what it raises undoes everything.
+
+    Returns:
+        The report, which is also written as report.json.
+
+    Raises:
+        SecateurError: the source is damaged or is no such model, the plan does not fit, `out` or `undo` is not free.
+        OSError: the disk refused; nothing is left under the names of `out` and `undo`.
+    """
+    check_target(source, out)
+    if undo is not None:
+        check_target(source, undo, "--undo")
+        check_target_pair(out, undo)
+    found = survey(read_folder(source))
+    _check_plan(found, plan, expert_parallel, mtp)
+    without = found.mtp if mtp == "drop" else frozenset()
+    config = edited_config(found, plan, mtp)
+    if plan.leaves_zero_slots:
+        check_buildable(found, config)
+    kept = kept_tensors(found, plan, without)
+    copied = _files_to_copy(found.folder)
+    report = describe(found, plan, kept, mtp, [str(relative) for relative in copied])
+    history = _history(source, plan)
+    if dry_run:
+        return report
+    dropped = [] if undo is None else dropped_tensors(found, plan, without)
+    limit = None if found.folder.index is None else _largest_file(found.folder)
+    shards = into_shards(kept, limit)
+    more = _counter(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
+    with written_beside(out) as beside, _maybe(undo) as side:
+        write_weights(found.folder, shards, beside, more)
+        if limit is not None:
+            write_index(beside, shards, _index_metadata(found.folder, shards))
+        for relative in copied:
+            copy_file(source / relative, beside / relative)
+        atomic_write(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        if config["model_type"] == modeling_secateur.MODEL_TYPE:
+            atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
+        history.save(beside / PLAN)
+        verify_written(found, survey(read_folder(beside)), plan, without, ENDS)
+        original = source / CARD
+        text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
+        atomic_write(beside / CARD, card(report, text))
+        atomic_write(beside / PAGE, page(report))
+        atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
+        if side is not None:
+            write_undo(found.folder, plan, mtp, into_shards(dropped, _largest_file(found.folder), stem="dropped"), side,
+                       copied, more)  # fmt: skip
+        finish(beside)
+    return report
+
+
+def _history(source: Path, plan: Plan) -> Plan:
+    """What was done to the model so far, this plan included."""
+    earlier = source / PLAN
+    if not earlier.is_file():
+        return plan
+    try:
+        return Plan.load(earlier).compose(plan)
+    except SecateurError as error:
+        raise SecateurError(f"{earlier}: expected the plan that made this model ({error}); take it away") from error
+
+
+def check_target_pair(out: Path, undo: Path) -> None:
+    """Refuse two targets that are the same or inside each other."""
+    here, there = out.resolve(), undo.resolve()
+    if here == there or there.is_relative_to(here) or here.is_relative_to(there):
+        raise SecateurError(f"--undo {undo}: it and --out {out} are the same or inside each other")
+
+
+def write_weights(folder: Folder, shards: list[Shard], target: Path, more: Callable[[int], None]) -> None:
+    """Write files whose bytes come from the files of `folder`."""
+    texts = [set(header.metadata.items()) for header in folder.headers.values()]
+    metadata = {"format": "pt"} | dict(sorted(set.intersection(*texts)))
+    for shard in shards:
+        write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, more)
+
+
+def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None) -> None:
+    if mtp is not None and mtp not in MTP_CHOICES:
+        raise SecateurError(f"--mtp {mtp}: expected {' or '.join(MTP_CHOICES)}")
+    named = sorted(found.mtp_counts.keys() & plan.layers.keys())
+    if mtp is not None and named:
+        raise SecateurError(f"--mtp {mtp}: the plan names the layers {named} itself; expected one of the two")
+    model = found.model
+    _check_model(found, plan)
+    check_removal(found, plan, expert_parallel=expert_parallel)
+    check_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
+    for layer in found.counts:
+        count = layer_plan(plan, found.all_counts, layer).experts_after
+        if count % expert_parallel:
+            raise SecateurError(
+                f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"
+            )
+
+
+def _check_model(found: Survey, plan: Plan) -> None:
+    """Compare the model that a plan was made for with the one at hand, where the plan tells."""
+    steps = plan.details.get("steps")
+    first: Any = steps[0].get("details") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
+    told: Any = (first if isinstance(first, dict) else plan.details).get("model")
+    here = facts(found)
+    if isinstance(told, dict) and told.get("digest") != here.digest:
+        raise SecateurError(
+            f"plan: it was made for a {told.get('model_type')} model with other layers or routers "
+            f"than those of {found.folder.path}, a {here.model_type}"
+        )
+
+
+def _files_to_copy(folder: Folder) -> list[PurePosixPath]:
+    """All but what is about the source alone, or is made anew."""
+    about_source = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS, FINETUNED)}
+    return [relative for relative in folder.others if relative not in about_source]
+
+
+def _largest_file(folder: Folder) -> int:
+    """Bytes of tensors in the largest file."""
+    sizes = dict.fromkeys(folder.headers, 0)
+    for tensor in folder.tensors.values():
+        sizes[tensor.file] += tensor.length
+    return max(sizes.values())
+
+
+def _index_metadata(folder: Folder, shards: list[Shard]) -> Mapping[str, Any]:
+    """That of the source's index, with the new numbers."""
+    found = folder.index.get("metadata") if folder.index is not None else None
+    metadata = dict(found) if isinstance(found, dict) else {}
+    lengths = [tensor.length for shard in shards for tensor in shard.tensors]
+    metadata.pop("total_parameters", None)  # nobody can count parameters packed into bytes; no reader asks
+    return metadata | {"total_size": sum(lengths)}
+
+
+def _counter(total: int, on_bytes: Callable[[int, int], None]) -> Callable[[int], None]:
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    return more
+
+
+@contextlib.contextmanager
+def _maybe(out: Path | None) -> Iterator[Path | None]:
+    if out is None:
+        yield None
+        return
+    with written_beside(out) as beside:
+        yield beside

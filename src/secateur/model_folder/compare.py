@@ -1,0 +1,155 @@
+"""Compare a written folder with its source, byte by byte, from the disk.
+
+What belongs together is found by another way than it was written: the written folder is read and understood as any
+other, and one expert is looked up at a time on either side.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor
+from secateur.model_folder.folder import Stored
+from secateur.model_folder.rewrite import stays_whole
+from secateur.model_folder.survey import Located, Survey
+from secateur.plans import Plan, layer_plan
+
+BUFFER = 4 * 2**20  # bytes of either side in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A tensor that is not what the plan makes of the source."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.what}"
+
+
+def differences(
+    source: Survey,
+    written: Survey,
+    plan: Plan,
+    without: frozenset[str] = frozenset(),
+    *,
+    ends: int | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Iterator[Difference]:
+    """Every tensor of the two folders that is missing, unexpected, or not equal to its source.
+
+    Args:
+        without: tensors of the source that were left out on purpose.
+        ends: of every piece that was copied compare only so many bytes at its beginning and at its end.
+        on_bytes: called with the numbers of bytes that were compared.
+    """
+    wanted = {_place(source.located.get(name), name): name for name in source.folder.tensors if name not in without}
+    for name, place in source.located.items():
+        if place.spec is None and place.expert in layer_plan(plan, source.all_counts, place.layer).dropped:
+            wanted.pop(_place(place, name), None)
+    with _Files(source.folder.path) as old, _Files(written.folder.path) as new:
+        for name, tensor in written.folder.tensors.items():
+            here = written.located.get(name)
+            key = _old_place(here, name, source, plan)
+            from_name = wanted.pop(key, None) if key is not None else None
+            if from_name is None:
+                yield Difference(name=name, what="is unexpected")
+                continue
+            before = source.folder.tensors[from_name]
+            spec = None if here is None or stays_whole(here, plan) else here.spec
+            order = None if here is None or spec is None else layer_plan(plan, source.all_counts, here.layer).order
+            if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, order):
+                yield Difference(name=name, what=f"is {tensor.dtype} {list(tensor.shape)}, unlike {from_name}")
+                continue
+            pieces = [(0, 0, tensor.length)] if spec is None or order is None else _rows(before, tensor, spec, order)
+            same = all(
+                _equal(old.read(before, a, length), new.read(tensor, b, length), length, on_bytes)
+                for start_a, start_b, size in pieces
+                for a, b, length in _parts(start_a, start_b, size, ends)
+            )
+            if not same:
+                yield Difference(name=name, what=f"differs from {from_name} of the source")
+    for name in wanted.values():
+        yield Difference(name=name, what="is missing")
+
+
+def verify_written(source: Survey, written: Survey, plan: Plan, without: frozenset[str], ends: int) -> None:
+    """Raise SecateurError at the first of `differences`."""
+    for difference in differences(source, written, plan, without, ends=ends):
+        raise SecateurError(f"verify: {difference}")
+
+
+_Place = tuple[int, str, int, str] | str
+
+
+def _place(place: Located | None, name: str) -> _Place:
+    return name if place is None or place.spec is not None else (place.layer, place.key, place.expert, place.after)
+
+
+def _old_place(here: Located | None, name: str, source: Survey, plan: Plan) -> _Place | None:
+    if here is None or here.spec is not None:
+        return name
+    if here.layer not in source.all_counts:
+        return None
+    order = layer_plan(plan, source.all_counts, here.layer).order
+    return (here.layer, here.key, order[here.expert], here.after) if here.expert < len(order) else None
+
+
+def _new_shape(before: Stored, spec: ExpertTensor | None, order: tuple[int, ...] | None) -> tuple[int, ...]:
+    if spec is None or order is None:
+        return before.shape
+    return (*before.shape[: spec.dim], spec.axis_size(len(order)), *before.shape[spec.dim + 1 :])
+
+
+def _rows(before: Stored, after: Stored, spec: ExpertTensor, order: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(offset in the source's tensor, offset in the written one, bytes) of every expert."""
+    outer = math.prod(before.shape[: spec.dim])
+    old_sizes, new_sizes = before.shape[spec.dim], after.shape[spec.dim]
+    row = before.length // max(outer * old_sizes, 1)
+    pairs = [(old * spec.rows_per_expert, new * spec.rows_per_expert) for new, old in enumerate(order)]
+    spans = [(old, new, spec.rows_per_expert) for old, new in pairs]
+    if spec.num_trailing:
+        spans.append((old_sizes - spec.num_trailing, new_sizes - spec.num_trailing, spec.num_trailing))
+    for turn in range(outer):
+        for old, new, count in spans:
+            yield (turn * old_sizes + old) * row, (turn * new_sizes + new) * row, count * row
+
+
+def _parts(a: int, b: int, length: int, ends: int | None) -> Iterator[tuple[int, int, int]]:
+    if ends is not None and length > 2 * ends:
+        yield a, b, ends
+        yield a + length - ends, b + length - ends, ends
+        return
+    for done in range(0, length, BUFFER):
+        yield a + done, b + done, min(BUFFER, length - done)
+
+
+class _Files:
+    """Files of a folder, one open at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._name, self._descriptor = folder, "", -1
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, tensor: Stored, offset: int, length: int) -> bytes:
+        if tensor.file != self._name:
+            self.__exit__()
+            self._name, self._descriptor = tensor.file, os.open(self._folder / tensor.file, os.O_RDONLY)
+        return os.pread(self._descriptor, length, tensor.start + offset)
+
+
+def _equal(old: bytes, new: bytes, length: int, on_bytes: Callable[[int], None]) -> bool:
+    on_bytes(length)
+    return len(new) == length and old == new

@@ -1,0 +1,145 @@
+"""Write safetensors files from ranges of bytes of other files, without holding more than a buffer of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
+from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
+from secateur.model_folder.folder import INDEX
+from secateur.model_folder.rewrite import Made
+
+STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
+BUFFER = 4 * 2**20  # bytes in memory, where the system cannot copy by itself
+CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file to write."""
+
+    file: str
+    tensors: tuple[Made, ...]
+
+
+def into_shards(tensors: Sequence[Made], limit: int | None, *, stem: str = "model") -> list[Shard]:
+    """Tensors in files of at most `limit` bytes each (a larger tensor has a file of its own), in their order.
+
+    Without a limit there is one file, which needs no index.
+    """
+    groups: list[list[Made]] = []
+    room = 0
+    for tensor in tensors:
+        if not groups or (limit is not None and tensor.length > room):
+            groups.append([])
+            room = limit or 0
+        groups[-1].append(tensor)
+        room -= tensor.length
+    ends = [""] if limit is None else [f"-{n:05d}-of-{len(groups):05d}" for n in range(1, len(groups) + 1)]
+    return [
+        Shard(file=f"{stem}{end}.safetensors", tensors=_aligned(group)) for end, group in zip(ends, groups, strict=True)
+    ]
+
+
+def write_shard(
+    shard: Shard,
+    source: Callable[[str], Path],
+    target: Path,
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write one file and flush it to the disk.
+
+    Args:
+        source: the path of a file that a Range names.
+
+    Raises:
+        OSError: the disk refused. SecateurError: a source file has become shorter, or the header would be too long.
+    """
+    header = _header(shard.tensors, metadata)
+    with Writer(target, source, on_bytes) as writer:
+        writer.put(header)
+        for tensor in shard.tensors:
+            for one in tensor.ranges:
+                writer.copy(one.file, one.start, one.length)
+
+
+def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, object]) -> None:
+    """The list of the files' tensors, as transformers reads it."""
+    listed = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    index = {"metadata": dict(metadata), "weight_map": dict(sorted(listed.items()))}
+    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+class Writer:
+    """A new file that takes bytes from other files; it is on the disk when the block ends."""
+
+    def __init__(self, target: Path, source: Callable[[str], Path], on_bytes: Callable[[int], None]) -> None:
+        self._target, self._source, self._on_bytes = target, source, on_bytes
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> Writer:
+        self._out = os.open(self._target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._out)
+        finally:
+            for descriptor in (self._out, *self._open.values()):
+                os.close(descriptor)
+
+    def put(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._out, view) :]
+
+    def copy(self, file: str, start: int, length: int) -> None:
+        """Append bytes of a file."""
+        if file not in self._open:
+            for descriptor in self._open.values():  # files follow one another: one at a time is enough
+                os.close(descriptor)
+            self._open = {file: os.open(self._source(file), os.O_RDONLY)}
+        while length:
+            copied = self._some(self._open[file], start, min(length, STEP))
+            if copied == 0:
+                raise SecateurError(f"{self._source(file)}: it has become shorter while it was read")
+            start, length = start + copied, length - copied
+            self._on_bytes(copied)
+
+    def _some(self, descriptor: int, start: int, length: int) -> int:
+        if hasattr(os, "copy_file_range"):
+            try:
+                if copied := os.copy_file_range(descriptor, self._out, length, offset_src=start):
+                    return copied  # some file systems say 0 where they mean that they cannot
+            except OSError as error:
+                if error.errno not in CANNOT:
+                    raise
+        data = os.pread(descriptor, min(length, BUFFER), start)
+        self.put(data)
+        return len(data)
+
+
+def _header(tensors: Iterable[Made], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.length
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % LENGTH.size)
+    if len(text) > MAX_HEADER:
+        raise SecateurError(f"a file with a header of {len(text)} bytes, the format allows {MAX_HEADER}")
+    return LENGTH.pack(len(text)) + text
+
+
+def _aligned(tensors: Iterable[Made]) -> tuple[Made, ...]:
+    """Wide types first, as safetensors writes them, so that every tensor begins at a multiple of its entries' size."""
+    return tuple(sorted(tensors, key=lambda tensor: -BITS[tensor.dtype]))

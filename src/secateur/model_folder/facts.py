@@ -1,0 +1,54 @@
+"""What a plan needs to know of a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+from secateur.decide.model_facts import ModelFacts
+from secateur.model_folder.inspect import bytes_per_expert
+from secateur.model_folder.survey import Survey
+
+
+def facts(found: Survey) -> ModelFacts:
+    """Of the decoder layers; multi-token-prediction layers are left to `--mtp`."""
+    folder, model = found.folder, found.model
+    per_expert = bytes_per_expert(found)
+    return ModelFacts(
+        model_type=model.model_type,
+        digest=_digest(found),
+        top_k=model.top_k,
+        num_groups=model.num_groups,
+        min_experts=model.min_experts,
+        total_bytes=folder.num_bytes,
+        has_one_count=model.is_nested,
+        num_experts=dict(found.counts),
+        bytes_per_expert={layer: per_expert[layer] for layer in found.counts},
+    )
+
+
+def facts_for_zero_slots(known: ModelFacts, found: Survey | None) -> ModelFacts:
+    """The facts for plans that leave the routers as they are: these limit nothing, and no row of them goes.
+
+    Args:
+        found: the folder of the model, if it is at hand; without it the bytes of an expert include its row.
+    """
+    sizes = known.bytes_per_expert
+    if found is not None:
+        alone = bytes_per_expert(found, zero_slots=True)
+        sizes = {layer: alone[layer] for layer in found.counts}
+    return dataclasses.replace(known, num_groups=1, min_experts=1, has_one_count=False, bytes_per_expert=sizes)
+
+
+def _digest(found: Survey) -> str:
+    """Of what a plan is about. A fine-tuned or quantised variant of a model has the same: its routers do."""
+    routers = sorted(
+        [place.layer, list(found.folder.tensors[name].shape)]
+        for name, place in found.located.items()
+        if place.role == "router" and place.layer in found.counts
+    )
+    model = found.model
+    described = [model.text.model_type, model.top_k, model.num_groups, sorted(found.counts.items()), routers]
+    described += [sorted(model.kept.items())] if model.kept else []
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

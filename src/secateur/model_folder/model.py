@@ -1,0 +1,188 @@
+"""What a config.json says of a model's experts, checked; and the layouts that files of such a model may have."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from secateur.errors import SecateurError
+from secateur.families import TOP_K_KEYS, router_needs
+from secateur.model_folder.layout import Layout, find_layouts
+from secateur.modeling_secateur import (
+    MODEL_TYPE,
+    PREFIX,
+    class_named,
+    counts_in,
+    expert_count_key,
+    kept_in,
+    probe_counts,
+    with_expert_count,
+)
+from secateur.surgery.model_config import has_expert_count
+from secateur.vision import modeling as _vision  # noqa: F401  tells transformers' auto classes of our own
+
+# model type -> why no plan can be applied to its files
+REFUSED = {
+    "jetmoe": "its attention holds a second, separate set of experts, which no plan names",
+    "longcat_flash": "its zero experts share the router with the real ones, and no rule for them exists yet",
+    "zaya": "its router has a skip class beside the experts, and no rule for it exists yet",
+    "deepseek_v4": "some of its layers route by a table of expert ids (tid2eid), and no rule for it exists yet",
+    "ernie4_5_vl_moe": "every layer holds two sets of experts, for text and for images, and a plan names one",
+}
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model by its config.
+
+    model_class, config: native. text: the config that holds the experts, `config` itself unless that has several.
+    count: experts of a layer by the config; slots: of every layer's router, where the config lists them. kept: of
+    layers with zero slots those whose experts are there; then the routers stay as they are, and limit nothing.
+    """
+
+    model_type: str
+    model_class: Any
+    config: PreTrainedConfig
+    text: PreTrainedConfig
+    count: int
+    slots: Mapping[int, int] | None
+    kept: Mapping[int, tuple[int, ...]]
+    top_k: int
+    num_groups: int
+    min_experts: int
+    layouts: tuple[Layout, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.text.num_hidden_layers)
+
+    @property
+    def is_nested(self) -> bool:
+        return self.text is not self.config
+
+
+def read_model(config: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes.
+
+    Raises:
+        SecateurError: a family in REFUSED or unknown to this transformers release, a config without an expert count or
+            top-k, or one that transformers does not accept.
+    """
+    try:
+        native = _as_native(config)
+    except (TypeError, RecursionError) as error:
+        raise SecateurError(f"config.json: {error}") from error
+    model_type = native.get("model_type")
+    if not isinstance(model_type, str):
+        raise SecateurError(f"config.json: model_type is {model_type!r:.60}, expected a name")
+    _refuse(model_type)
+    if not has_expert_count(config):
+        raise SecateurError("config.json: it has no count of routed experts")
+    _check_layers(config)
+    try:
+        return _read(model_type, config, native)
+    except SecateurError as error:
+        raise SecateurError(f"config.json, model type {model_type!r}: {error}") from error
+    except Exception as error:  # transformers has no error of its own for a config it cannot use
+        message = f"{type(error).__name__}: {error}"
+        raise SecateurError(f"config.json: transformers cannot build this {model_type!r} ({message:.300})") from error
+
+
+def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Model:
+    model_class = _model_class(native)
+    config_class: Any = CONFIG_MAPPING.get(model_type, model_class.config_class)
+    config = config_class.from_dict(native)
+    text = config.get_text_config()
+    if not isinstance(config, model_class.config_class):
+        config = text
+    _refuse(text.model_type)
+    top_k = _top_k(text)
+    pruned = raw.get("model_type") == MODEL_TYPE
+    kept = kept_in(config) if pruned else {}
+    num_groups, min_experts = (1, 1) if kept else router_needs(text, top_k)
+    return Model(
+        model_type=model_type,
+        model_class=model_class,
+        config=config,
+        text=text,
+        count=functools.reduce(getattr, expert_count_key(text).split("."), text),
+        slots=counts_in(config) if pruned else None,
+        kept=kept,
+        top_k=top_k,
+        num_groups=num_groups,
+        min_experts=min_experts,
+        layouts=_layouts(model_class, config, top_k),
+    )
+
+
+def _as_native(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The native config of a pruned one; another as it is. Without what would only be read for its own sake."""
+    native = {key: floats(value) for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    if config.get("model_type") == MODEL_TYPE:
+        native["model_type"] = native.pop("base_model_type", None)
+        native["architectures"] = [str(name).removeprefix(PREFIX) for name in native.get("architectures") or []]
+    return native
+
+
+def _check_layers(config: Mapping[str, Any]) -> None:
+    """Before anything is built: a damaged number would fill the memory."""
+    for place in (config, config.get("text_config")):
+        for key in LAYER_KEYS:
+            value = place.get(key) if isinstance(place, dict) else None
+            if value is not None and (type(value) is not int or not 0 < value <= MAX_LAYERS):
+                raise SecateurError(f"config.json: {key} is {value!r:.40}, expected 1 to {MAX_LAYERS}")
+
+
+def floats(value: Any) -> Any:
+    """What transformers writes as {"__float__": "Infinity"}, as it reads it."""
+    if isinstance(value, dict):
+        is_float = value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN")
+        return float(value["__float__"]) if is_float else {key: floats(entry) for key, entry in value.items()}
+    return [floats(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _model_class(native: Mapping[str, Any]) -> Any:
+    names = native.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise SecateurError(f"architectures is {names!r:.100}, expected one class")
+    found = class_named(names[0])
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or found is PreTrainedModel:
+        raise SecateurError(f"{names[0]!r:.100} is no model class of transformers {transformers.__version__}")
+    return found
+
+
+def _refuse(model_type: str) -> None:
+    for refused, reason in REFUSED.items():
+        if model_type in (refused, f"{refused}_text"):
+            raise SecateurError(f"model type {model_type!r} cannot be pruned: {reason}")
+
+
+def _top_k(text: PreTrainedConfig) -> int:
+    """Experts a token; the most of any layer where the config has a list."""
+    for dotted in TOP_K_KEYS:
+        value: Any = text
+        for key in dotted.split("."):
+            value = getattr(value, key, None)
+        value = max(value, default=None) if isinstance(value, list) else value
+        if type(value) is int and value > 0:
+            return value
+    raise SecateurError(f"no top-k, looked for {', '.join(TOP_K_KEYS)}")
+
+
+def _layouts(model_class: Any, config: PreTrainedConfig, top_k: int) -> tuple[Layout, ...]:
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    for key in TOP_K_KEYS:
+        if isinstance(getattr(text, key, None), list):
+            setattr(text, key, top_k)  # a list for each layer has no part in where the experts lie
+    counts = probe_counts(text)
+    return find_layouts(model_class, with_expert_count(small, counts[0]), with_expert_count(small, counts[1]), counts)

@@ -1,0 +1,84 @@
+"""Observe what the experts of a V-MoE do on images: the model as a whole, batch by batch.
+
+Text models are read layer by layer because they may be larger than memory. V-MoE-B/16 with 8 experts takes 1.2 GB; a
+model of images that does not fit is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.environment import versions
+from secateur.errors import SecateurError
+from secateur.families import describe_moe
+from secateur.model_folder import run
+from secateur.model_folder.facts import facts
+from secateur.model_folder.image_batches import Drawn, ImageBatches, batches_for
+from secateur.model_folder.survey import Survey
+from secateur.observation import Observation
+from secateur.observe_activations import ActivationObserver
+
+Progress = Callable[[int, int], None]
+
+
+class ImageRun:
+    """One observation of a model folder: `data` says on what, `observe` does it. Nothing is kept for a restart."""
+
+    def __init__(
+        self, found: Survey, drawn: Drawn, out: Path, *, batch_size: int | None = None, device: str = "cpu"
+    ) -> None:
+        """
+        Args:
+            out: the file that `observe` writes. batch_size: images that go through the model together.
+
+        Raises:
+            SecateurError: see `batches_for` and `check_loads`.
+        """
+        check_loads(found)
+        self._found, self._out, self._device = found, out, device
+        self.batches: ImageBatches = batches_for(found, drawn.images, batch_size)
+        self.data: dict[str, Any] = drawn.about | {"batch_size": self.batches.size}
+
+    def observe(self, *, on_step: Progress = lambda done, total: None) -> Observation:
+        """Run the model on all images and write the statistics file.
+
+        Raises:
+            SecateurError: the model computes what is not finite.
+            OSError: the disk refused; nothing half-written has the name of the result.
+        """
+        model = loaded(self._found, self._device)
+        observer = ActivationObserver(describe_moe(model))
+        with torch.no_grad():
+            for step, (pixel_values, _) in enumerate(self.batches, start=1):
+                model(pixel_values=pixel_values.to(self._device))
+                on_step(step, len(self.batches))
+        observation = Observation(
+            stats=observer.read(), model=facts(self._found), data={**self.data, "versions": versions()}
+        )
+        observation.save(self._out)
+        return observation
+
+
+def check_loads(found: Survey) -> None:
+    """Raises SecateurError: the model cannot be loaded here as a whole."""
+    why = run.why_not_loaded(found)
+    if why is not None:
+        raise SecateurError(f"{found.folder.path}: models of images are loaded whole; {why}")
+
+
+def loaded(found: Survey, device: str) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode.
+
+    Raises:
+        SecateurError: tensors are missing or left over.
+    """
+    model, problems = run.load(found.folder.path, found)
+    if problems:
+        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
+    model.to(device).eval()  # type: ignore[arg-type]
+    return model

@@ -1,0 +1,130 @@
+"""What a pruned model must compute, by its source: for every model that can be pruned on the disk."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.errors import SecateurError
+from secateur.families import describe_moe
+from secateur.model_folder.survey import Survey
+from secateur.modeling_secateur import layer_of
+from secateur.plans import LayerPlan, Plan, layer_plan
+from secateur.verify import barred_experts
+
+RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the router chose
+
+
+@contextmanager
+def without_dropped(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+    """While it lasts, the loaded source computes what the model that `plan` makes of it must compute.
+
+    The two agree bit for bit where the experts keep their order; if not, sums are taken in another one.
+    """
+    with (silenced if plan.leaves_zero_slots else barred)(model, survey, plan):
+        yield
+
+
+@contextmanager
+def silenced(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+    """While it lasts, the routers choose as ever, and what they send to an expert that `plan` drops is 0.
+
+    The experts run on all else, each token-slot as a token of its own: to set gates to 0 is the same function, but
+    activations of other shapes round otherwise.
+    """
+    with ExitStack() as stack:
+        for layer, experts in _experts(text_model(model, survey), survey).items():
+            slots = survey.model.kept.get(layer, tuple(range(survey.slots[layer])))
+            gone = [slots[old] for old in layer_plan(plan, survey.all_counts, layer).dropped]
+            vars(experts)["forward"] = _without(gone, experts.forward)
+            stack.callback(vars(experts).pop, "forward")
+        yield
+
+
+def _experts(text: PreTrainedModel, survey: Survey) -> dict[int, nn.Module]:
+    """{layer: its `experts` module} of the MoE layers."""
+    return {
+        layer: module
+        for name, module in text.named_modules()
+        if name.endswith(".experts") and (layer := layer_of(name)) is not None and layer in survey.counts
+    }
+
+
+def _without(gone: list[int], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward of an `experts` module, for all slots but those that are `gone`."""
+    signature = inspect.signature(forward)
+
+    def partial(*args: Any, **kwargs: Any) -> Tensor:
+        hidden, index, gates = signature.bind(*args, **kwargs).arguments.values()
+        live = ~torch.isin(index, torch.tensor(gone, dtype=index.dtype, device=index.device))
+        token, turn = live.nonzero().unbind(dim=1)
+        tokens = hidden.reshape(len(index), -1)
+        wide = torch.promote_types(gates.dtype, hidden.dtype)
+        parts = tokens.new_zeros(*index.shape, tokens.shape[1], dtype=wide)
+        if len(token):
+            ones = gates.new_ones(len(token), 1, dtype=wide)
+            outputs = forward(tokens[token], index[live][:, None], ones).reshape(len(token), -1)
+            parts[token, turn] = outputs * gates[live][:, None]
+        total: Tensor = parts.sum(dim=1)
+        return total.to(hidden.dtype).reshape(hidden.shape)
+
+    return partial
+
+
+@contextmanager
+def barred(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+    """While it lasts, the routers of the loaded source cannot choose an expert that `plan` drops.
+
+    Layers that the model does not have, such as multi-token-prediction layers, are passed over.
+    """
+    layers = {layer: layer_plan(plan, survey.all_counts, layer) for layer in survey.counts}
+    text = text_model(model, survey)
+    with ExitStack() as stack:
+        if survey.model.text.model_type == RUNS_EVERY_EXPERT:
+            for name, module in text.named_modules():
+                layer = layer_of(name)
+                if name.endswith(".router") and layer in layers:
+                    stack.enter_context(_barred_router(module, layers[layer]))
+        else:
+            main = Plan(layers=layers, criterion=plan.criterion)
+            stack.enter_context(barred_experts(describe_moe(text), main))
+        yield
+
+
+def text_model(model: PreTrainedModel, survey: Survey) -> PreTrainedModel:
+    """The model that holds the decoder layers: `model` itself, or one inside it."""
+    if not survey.model.is_nested:
+        return model
+    wanted = survey.model.text.model_type
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config.model_type == wanted:
+            return module
+    raise SecateurError(f"{type(model).__name__}: no {wanted} model inside it")
+
+
+@contextmanager
+def _barred_router(router: nn.Module, one: LayerPlan) -> Iterator[None]:
+    """A router that gives (scores (T, E), logits (T, E)): it sees the kept rows, the others score 0."""
+    weight = router.weight
+    assert isinstance(weight, nn.Parameter)
+    kept = torch.tensor(one.order, device=weight.device)
+
+    def spread(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(
+            value.new_full((len(value), one.experts_before), fill).index_copy_(1, kept, value)
+            for value, fill in zip(output, (0.0, float("-inf")), strict=True)
+        )
+
+    router.weight = nn.Parameter(weight.detach()[kept], requires_grad=False)
+    handle = router.register_forward_hook(spread)
+    try:
+        yield
+    finally:
+        handle.remove()
+        router.weight = weight

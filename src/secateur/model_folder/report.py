@@ -1,0 +1,105 @@
+"""What `secateur apply` did to a model folder: report.json, and the same as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from secateur.files.bytes_in_words import in_words
+from secateur.model_folder.card import MTP, who_loads
+from secateur.model_folder.recipe import recipe
+from secateur.model_folder.rewrite import Made, stays_whole
+from secateur.model_folder.survey import Survey
+from secateur.plans import JSON, REROUTE, Plan, layer_plan
+from secateur.reporting.html import document, section, table
+from secateur.surgery.dcp_report import FORMAT, VERSION
+from secateur.version import __version__
+
+FORMAT_OF_FOLDER = "Hugging Face safetensors"
+# What `prune` leaves beside the files of `apply`; the first not beside config.json, where vLLM takes every
+# *.safetensors for weights if there is no index.
+VERIFIED = "verify.json"
+
+
+def describe(
+    survey: Survey, plan: Plan, kept: Sequence[Made], mtp: str | None, files_copied: Sequence[str]
+) -> dict[str, JSON]:
+    """The report: layers, tensors, bytes and files, before and after. `plan` is this step, without earlier ones."""
+    left_out = survey.mtp if mtp == "drop" else frozenset()
+    layers: dict[str, JSON] = {}
+    changed = 0
+    for layer, before in survey.all_counts.items():
+        if layer in survey.mtp_counts and left_out:
+            continue
+        one = layer_plan(plan, survey.all_counts, layer)
+        mine = [place for place in survey.located.values() if place.layer == layer and not stays_whole(place, plan)]
+        tensors = len(mine) if one.dropped else 0
+        changed += tensors
+        layers[str(layer)] = {
+            "experts_before": before,
+            "experts_after": one.experts_after,
+            "dropped": list(one.dropped),
+            "tensors_changed": tensors,
+        }
+    after = sum(tensor.length for tensor in kept)
+    checkpoint: JSON = {
+        "folder": ".",
+        "format": FORMAT_OF_FOLDER,
+        "tensors": len(survey.folder.tensors),
+        "tensors_changed": changed,
+        "bytes_before": survey.folder.num_bytes,
+        "bytes_after": after,
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "secateur": __version__,
+        "source": str(survey.folder.path),
+        "name": survey.folder.path.resolve().name,
+        "model_type": survey.model.model_type,
+        "criterion": plan.criterion,
+        "removed": plan.removed or REROUTE,
+        "plan": plan.to_json(),
+        "layers": layers,
+        "checkpoints": [checkpoint],
+        "bytes_before": survey.folder.num_bytes,
+        "bytes_after": after,
+        "files_copied": list(files_copied),
+        "files_left_out": [str(relative) for relative in survey.folder.left_out],
+        "configs_edited": ["config.json"],
+        "mtp": mtp,
+    }
+
+
+def page(report: dict[str, Any]) -> str:
+    """report.html."""
+    layers = report["layers"]
+    before, after = (sum(layer[f"experts_{when}"] for layer in layers.values()) for when in ("before", "after"))
+    gigabytes = [in_words(report[f"bytes_{when}"]) for when in ("before", "after")]
+    lead = (
+        f"{after} of {before} experts of this {report['model_type']} model were kept by the criterion "
+        f"{report['criterion']}. {gigabytes[0]} became {gigabytes[1]}. Every tensor is a copy of the original's bytes."
+    )
+    counts = {layer["experts_after"] for layer in layers.values()}
+    notes = [who_loads(counts, report["removed"]), MTP.get(report["mtp"] or "", "")]
+    rows = [
+        (
+            name,
+            str(layer["experts_before"]),
+            str(layer["experts_after"]),
+            " ".join(map(str, layer["dropped"])) or "none",
+        )
+        for name, layer in layers.items()
+    ]
+    return document(
+        f"{report['name']}, pruned",
+        [
+            f"<h1>{escape(report['name'])}, pruned</h1>",
+            f'<p class="lead">{escape(lead)}</p>',
+            *(f'<p class="note">{escape(note)}</p>' for note in notes if note),
+            section("How the experts were chosen", table(("what", "value"), recipe(report["plan"]))),
+            section("Layers", table(("layer", "experts before", "kept", "dropped"), rows)),
+            section("Files left out", table(("file",), [(name,) for name in report["files_left_out"]])),
+        ],
+    )

@@ -1,0 +1,131 @@
+"""What a plan makes of the tensors of a folder, as ranges of bytes to copy. No byte of a tensor is ever decoded.
+
+Shapes: E experts before, N experts after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertTensor
+from secateur.files.safetensors_header import BITS
+from secateur.model_folder.folder import Stored
+from secateur.model_folder.survey import Located, Survey
+from secateur.plans import Plan, layer_plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """`length` bytes of `file` from `start`."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A tensor to write: the bytes of `ranges`, one after another."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    ranges: tuple[Range, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(one.length for one in self.ranges)
+
+
+def kept_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
+    """The tensors of the pruned model, in the order of the source; those of `without` are left out.
+
+    Experts are numbered 0 to N - 1 in the order of the plan, in layers that it does not list in the order they have.
+    """
+    made = []
+    for name, tensor in survey.folder.tensors.items():
+        place = survey.located.get(name)
+        if name in without:
+            continue
+        if place is None or stays_whole(place, plan):
+            made.append(_whole(name, tensor))
+            continue
+        order = layer_plan(plan, survey.all_counts, place.layer).order
+        if place.spec is not None:
+            made.append(rows_of(name, tensor, place.spec, order))
+        elif place.expert in order:
+            made.append(_whole(new_name(place, order.index(place.expert)), tensor))
+    return made
+
+
+def dropped_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
+    """What `kept_tensors` leaves: the dropped experts under their old names, in their old order."""
+    made = []
+    for name, tensor in survey.folder.tensors.items():
+        place = survey.located.get(name)
+        if name in without:
+            made.append(_whole(name, tensor))
+            continue
+        if place is None or stays_whole(place, plan):
+            continue
+        dropped = layer_plan(plan, survey.all_counts, place.layer).dropped
+        if not dropped:
+            continue
+        if place.spec is not None:
+            made.append(rows_of(name, tensor, place.spec, dropped, with_trailing=False))
+        elif place.expert in dropped:
+            made.append(_whole(name, tensor))
+    return made
+
+
+def stays_whole(place: Located, plan: Plan) -> bool:
+    """Whether a plan leaves this tensor of experts or a router as it is, in every layer."""
+    return plan.leaves_zero_slots and place.role == "router"
+
+
+def new_name(place: Located, expert: int) -> str:
+    return f"{place.before}{expert}.{place.after}"
+
+
+def rows_of(
+    name: str, tensor: Stored, spec: ExpertTensor, experts: Sequence[int], *, with_trailing: bool = True
+) -> Made:
+    """The experts of a tensor that holds all of a layer, in this order, with the rows that belong to none of them."""
+    size = tensor.shape[spec.dim]
+    rows = [range(one * spec.rows_per_expert, (one + 1) * spec.rows_per_expert) for one in experts]
+    if with_trailing and spec.num_trailing:
+        rows.append(range(size - spec.num_trailing, size))
+    shape = (*tensor.shape[: spec.dim], sum(map(len, rows)), *tensor.shape[spec.dim + 1 :])
+    return Made(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, spec.dim, rows)))
+
+
+def _ranges(name: str, tensor: Stored, dim: int, rows: Iterable[range]) -> Iterator[Range]:
+    """The bytes of entries along one axis, neighbours joined: once for each entry of the axes before it."""
+    before = math.prod(tensor.shape[:dim])
+    block_bits = math.prod(tensor.shape[dim + 1 :]) * BITS[tensor.dtype]
+    if block_bits % 8:
+        raise SecateurError(f"{name}: a row of {block_bits} bits; experts that share a byte cannot be told apart")
+    block = block_bits // 8
+    runs = _joined(rows)
+    for turn in range(before):
+        first = tensor.start + turn * tensor.shape[dim] * block
+        for run in runs:
+            yield Range(file=tensor.file, start=first + run.start * block, length=len(run) * block)
+
+
+def _joined(rows: Iterable[range]) -> list[range]:
+    runs: list[range] = []
+    for row in rows:
+        if runs and runs[-1].stop == row.start:
+            runs[-1] = range(runs[-1].start, row.stop)
+        else:
+            runs.append(row)
+    return runs
+
+
+def _whole(name: str, tensor: Stored) -> Made:
+    piece = Range(file=tensor.file, start=tensor.start, length=tensor.length)
+    return Made(name=name, dtype=tensor.dtype, shape=tensor.shape, ranges=(piece,))

@@ -1,0 +1,84 @@
+"""What fine-tuning did to the routers of a model folder; only the router tensors of both models are read.
+
+Shapes: E experts of a layer, D model width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.criteria.router_change import RouterChange
+from secateur.errors import SecateurError
+from secateur.model_folder.adapter import Adapter, holds_adapter
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.weights import router_rows
+
+
+def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChange]:
+    """{decoder layer with experts: how its router changed}.
+
+    Args:
+        finetuned: the folder of a model, or of a PEFT LoRA adapter for `pretrained`.
+
+    Raises:
+        SecateurError: the two do not belong together (family, layers, numbers of experts, shapes), router tensors are
+            quantised or not finite, or a router did not change.
+    """
+    before = router_rows(pretrained)
+    if holds_adapter(finetuned):
+        after = Adapter.read(finetuned).router_rows(pretrained, before)
+    else:
+        found = survey(read_folder(finetuned))
+        _check_same_model(pretrained, found)
+        after = router_rows(found)
+    changes = {}
+    for layer, tensors in before.items():
+        _check_same_tensors(layer, tensors, after[layer])
+        names = sorted(tensors)
+        old, new = (torch.cat([rows[name].double() for name in names], dim=1) for rows in (tensors, after[layer]))
+        changes[layer] = RouterChange.of_rows(f"the router of layer {layer}", old, new)
+    unchanged = [layer for layer, change in changes.items() if not change.norm_of_difference.any()]
+    if unchanged:
+        which = "its routers" if len(unchanged) == len(changes) else f"its routers of layers {unchanged}"
+        raise SecateurError(
+            f"{finetuned}: {which} are those of {pretrained.folder.path}, so fine-tuning says nothing of the "
+            "experts there; expected a model whose routers were trained"
+        )
+    return changes
+
+
+def _check_same_model(pretrained: Survey, finetuned: Survey) -> None:
+    base, tuned = pretrained.folder.path, finetuned.folder.path
+    if pretrained.model.model_type != finetuned.model.model_type:
+        raise SecateurError(
+            f"{tuned} is a {finetuned.model.model_type!r} and {base} a {pretrained.model.model_type!r}, expected one "
+            "family"
+        )
+    if pretrained.counts != finetuned.counts:
+        wrong = [
+            layer
+            for layer in sorted(pretrained.counts.keys() | finetuned.counts.keys())
+            if pretrained.counts.get(layer) != finetuned.counts.get(layer)
+        ]
+        raise SecateurError(
+            f"{tuned} does not belong to {base}: layer {wrong[0]} has {finetuned.counts.get(wrong[0], 'no')} and "
+            f"{pretrained.counts.get(wrong[0], 'no')} experts"
+        )
+
+
+def _check_same_tensors(layer: int, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    if before.keys() != after.keys():
+        raise SecateurError(
+            f"layer {layer}: router tensors {sorted(before)} in the pre-trained model and {sorted(after)} in the "
+            "fine-tuned one, expected the same"
+        )
+    for name, rows in before.items():
+        if rows.shape != after[name].shape:
+            raise SecateurError(
+                f"layer {layer}, {name}: {tuple(rows.shape)} in the pre-trained model and {tuple(after[name].shape)} "
+                "in the fine-tuned one, expected the same (experts, width)"
+            )

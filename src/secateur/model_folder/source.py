@@ -1,0 +1,105 @@
+"""What a plan is made from: a statistics file, a training run's loads, or a model folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.decide.model_facts import ModelFacts
+from secateur.errors import SecateurError
+from secateur.model_folder.adapter import holds_adapter
+from secateur.model_folder.facts import facts
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import Survey, survey
+from secateur.observation import Observation
+from secateur.stats import RouterStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Args:
+    facts: of the model to prune. stats: of its layers, where there are any, and the `data` they were taken on.
+    found: its folder, where that is at hand; weights are read from it.
+    finetuned, pretrained: the folder of the model or of its LoRA adapter, and the model it was fine-tuned from.
+    """
+
+    facts: ModelFacts
+    stats: RouterStats | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    found: Survey | None = None
+    finetuned: Path | None = None
+    pretrained: Survey | None = None
+
+
+def read_source(path: Path, model: Path | None = None, pretrained: Path | None = None) -> Source:
+    """A statistics file, or the folder of a model or of a LoRA adapter.
+
+    Args:
+        pretrained: the folder of the model that it was fine-tuned from.
+        model: the folder of the model that the statistics are of; needed where the file does not say which, and for
+            criteria that read weights.
+
+    Raises:
+        SecateurError: neither of the two, a damaged one, or statistics that are not of `model`.
+    """
+    if path.is_dir():
+        if model is not None:
+            raise SecateurError(f"--model {model}: {path} is a folder and taken as the model itself; give one of them")
+        return of_folder(path, pretrained)
+    if pretrained is not None:
+        raise SecateurError(f"--pretrained {pretrained}: for the folder of a fine-tuned model, but {path} is none")
+    if not path.exists():
+        raise SecateurError(f"{path}: not there, expected a statistics file or the folder of a model")
+    return of_observation(Observation.load(path), None if model is None else survey(read_folder(model)), str(path))
+
+
+def of_folder(path: Path, pretrained: Path | None = None) -> Source:
+    """The folder of a model or of a LoRA adapter, and of the model it was fine-tuned from.
+
+    Raises:
+        SecateurError: neither of the two, a damaged one, or an adapter without `pretrained`.
+    """
+    base = None if pretrained is None else survey(read_folder(pretrained))
+    if not holds_adapter(path):
+        found = survey(read_folder(path))
+        return Source(facts=facts(found), found=found, finetuned=path, pretrained=base)
+    if base is None:
+        raise SecateurError(f"{path}: a LoRA adapter; name the folder of the model that it is for with --pretrained")
+    return Source(facts=facts(base), finetuned=path, pretrained=base)
+
+
+def of_observation(observation: Observation, found: Survey | None, name: str) -> Source:
+    """Statistics and the model they are of; `name` is theirs, for messages.
+
+    Raises:
+        SecateurError: nothing says which model that is, or it is not the model of `found`.
+    """
+    known = None if found is None else facts(found)
+    told = observation.model
+    if known is None and told is None:
+        raise SecateurError(f"{name}: it does not say which model the statistics are of; name its folder with --model")
+    if known is not None and told is not None and known.digest != told.digest:
+        raise SecateurError(
+            f"{name}: statistics of a {told.model_type} model with {_counts(told)}, but --model is a "
+            f"{known.model_type} with {_counts(known)}, or one with other routers"
+        )
+    model = known or told
+    assert model is not None
+    # An observation checks its own facts; those of a folder are compared here.
+    observation = Observation(stats=observation.stats, model=model, data=observation.data)
+    return Source(facts=model, stats=observation.stats, data=observation.data, found=found)
+
+
+def of_loads(loads: Mapping[int, Sequence[float]], model: Path) -> Source:
+    """Tokens of each expert in a training run, and the model that it left."""
+    found = survey(read_folder(model))
+    known = facts(found)
+    counts = {layer: [int(count) for count in one] for layer, one in loads.items()}
+    num_tokens = sum(map(sum, counts.values())) // (known.top_k * max(len(counts), 1))
+    return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), found, "loads")
+
+
+def _counts(model: ModelFacts) -> str:
+    return f"{sum(model.num_experts.values())} experts in {len(model.num_experts)} layers"

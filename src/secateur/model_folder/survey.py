@@ -1,0 +1,245 @@
+"""Every tensor of a model folder and what it is: an expert's, a router's, or neither. All checks of names are here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from secateur.errors import SecateurError
+from secateur.expert_axis import SUSPICIOUS, ExpertTensor, check_axis
+from secateur.model_folder.folder import Folder, Stored
+from secateur.model_folder.layout import Hit, Layout, Role
+from secateur.model_folder.model import Model, read_model
+from secateur.model_folder.names import Name, is_mtp, split
+
+LISTED = 5  # names in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """A tensor of the experts of one layer.
+
+    spec: its expert axis, where it holds all experts. expert, before, after: where it is one expert's own, that
+    expert's place among those of the layer, and what its name is before and after the number.
+    """
+
+    layer: int
+    role: Role
+    key: str
+    spec: ExpertTensor | None = None
+    expert: int = 0
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """A folder understood.
+
+    located: tensors with experts in them, by name. counts: experts of every MoE layer of the model; mtp_counts: of
+    its multi-token-prediction layers, numbered on from the last decoder layer. slots: that the routers of the former
+    choose among; more than the experts where some were removed into zero slots. mtp: all tensors of MTP layers.
+    """
+
+    folder: Folder
+    model: Model
+    layout: Layout
+    located: Mapping[str, Located]
+    counts: Mapping[int, int]
+    mtp_counts: Mapping[int, int]
+    mtp: frozenset[str]
+
+    @property
+    def all_counts(self) -> dict[int, int]:
+        return {**self.counts, **self.mtp_counts}
+
+    @property
+    def slots(self) -> dict[int, int]:
+        return {**self.counts, **(self.model.slots or {})}
+
+
+def survey(folder: Folder) -> Survey:
+    """Find the experts of a folder.
+
+    Raises:
+        SecateurError: the names fit none or two of the layouts, a name sounds like an expert's or a router's and no
+            rule covers it, a tensor is missing, or holds another number of experts than the config says.
+    """
+    try:
+        return _survey(folder, read_model(folder.config))
+    except SecateurError as error:
+        raise SecateurError(f"{folder.path}: {error}") from error
+
+
+def _survey(folder: Folder, model: Model) -> Survey:
+    parts = {name: split(name) for name in folder.tensors}
+    layout = _choose(model.layouts, parts)
+    hits = _hits(layout, parts)
+    path = _path_of_layers(hits)
+    mtp = frozenset(
+        name
+        for name in parts
+        if is_mtp(name) or ((one := parts[name]) and one.path == path and one.layer >= model.num_layers)
+    )
+    numbers: dict[int, set[int]] = {}
+    by_layer: dict[int, list[str]] = {}
+    for name, hit in hits.items():
+        one = parts[name]
+        assert one is not None
+        layer = _layer(model, one)
+        by_layer.setdefault(layer, []).append(name)
+        if hit.axis is None:
+            numbers.setdefault(layer, set()).add(hit.number)
+    counts: dict[int, int] = {}
+    mtp_counts: dict[int, int] = {}
+    for layer, names in sorted(by_layer.items()):
+        found = {name: hits[name] for name in names}
+        _check_rules(layout, layer, found, in_mtp=names[0] in mtp)
+        _check_own(layer, found)
+        count = len(numbers[layer]) if layer in numbers else _stacked_count(folder, found)
+        (mtp_counts if names[0] in mtp else counts)[layer] = count
+    _check_counts(model, layout, counts)
+    located: dict[str, Located] = {}
+    for layer, names in by_layer.items():
+        place = {number: expert for expert, number in enumerate(sorted(numbers.get(layer, ())))}
+        count = counts[layer] if layer in counts else mtp_counts[layer]
+        for name in names:
+            size = (model.slots or {}).get(layer, count) if hits[name].role == "router" else count
+            located[name] = _locate(name, layer, hits[name], place, folder.tensors[name], size)
+    return Survey(
+        folder=folder,
+        model=model,
+        layout=layout,
+        located=located,
+        counts=counts,
+        mtp_counts=mtp_counts,
+        mtp=mtp,
+    )
+
+
+def _choose(layouts: Iterable[Layout], parts: Mapping[str, Name | None]) -> Layout:
+    """The one layout in which the names have experts."""
+    fits = {}
+    for layout in layouts:
+        hits = {name: layout.find(one.rest) for name, one in parts.items() if one is not None}
+        experts = frozenset(name for name, hit in hits.items() if hit is not None and hit.role == "expert")
+        if experts:
+            fits[layout.title] = (layout, experts)
+    if not fits:
+        sounding = [name for name in parts if SUSPICIOUS.search(name)]
+        raise SecateurError(
+            f"no tensor has a name that experts of this family have; what sounds like experts or routers: "
+            f"{sounding[:LISTED] or 'none'}"
+        )
+    if len({experts for _, experts in fits.values()}) > 1:
+        listed = ", ".join(f"{min(experts)} ({title})" for title, (_, experts) in fits.items())
+        raise SecateurError(f"two layouts at once: {listed}; expected one")
+    return min((layout for layout, _ in fits.values()), key=lambda layout: len(_left_over(layout, parts)))
+
+
+def _left_over(layout: Layout, parts: Mapping[str, Name | None]) -> list[str]:
+    """Names that sound like an expert's or a router's and that the layout does not know."""
+    return [
+        name
+        for name, one in parts.items()
+        if SUSPICIOUS.search(name)
+        and (one is None or layout.find(one.rest) is None or not _may_hold_layers(layout, one))
+        and not layout.is_plain(name if one is None else one.rest)
+    ]
+
+
+def _hits(layout: Layout, parts: Mapping[str, Name | None]) -> dict[str, Hit]:
+    left = _left_over(layout, parts)
+    if left:
+        raise SecateurError(
+            f"{', '.join(left[:LISTED])}: {len(left)} names sound like those of experts or routers, and no rule covers "
+            f"them (names {layout.title})"
+        )
+    hits = {}
+    for name, one in parts.items():
+        hit = layout.find(one.rest) if one is not None and _may_hold_layers(layout, one) else None
+        if hit is not None:
+            hits[name] = hit
+    return hits
+
+
+def _may_hold_layers(layout: Layout, one: Name) -> bool:
+    return one.container in layout.containers or is_mtp(one.path)
+
+
+def _layer(model: Model, one: Name) -> int:
+    return one.layer + model.num_layers * is_mtp(one.path)
+
+
+def _path_of_layers(names: Iterable[str]) -> str:
+    """Where the decoder layers with experts are; there is one such place in a model."""
+    paths: dict[str, str] = {}
+    for name in names:
+        one = split(name)
+        if one is not None and not is_mtp(one.path):
+            paths.setdefault(one.path, name)
+    if len(paths) != 1:
+        raise SecateurError(f"MoE layers under several paths: {', '.join(paths.values()) or 'none'}; expected one")
+    return next(iter(paths))
+
+
+def _check_rules(layout: Layout, layer: int, found: Mapping[str, Hit], in_mtp: bool) -> None:
+    keys = frozenset(hit.key for hit in found.values())
+    if in_mtp:
+        if keys not in layout.layers.values():
+            raise SecateurError(f"layer {layer} (multi-token prediction) has {sorted(keys)}, unlike the other layers")
+        return
+    expected = layout.layers.get(layer, frozenset())
+    if keys != expected:
+        missing, beyond = sorted(expected - keys), sorted(keys - expected)
+        raise SecateurError(f"layer {layer}: missing are tensors of {missing}, unexpected are those of {beyond}")
+
+
+def _check_own(layer: int, found: Mapping[str, Hit]) -> None:
+    """Every expert of a layer has the same tensors."""
+    of: dict[tuple[str, int], set[str]] = {}
+    for hit in found.values():
+        if hit.axis is None:
+            of.setdefault((hit.key, hit.number), set()).add(hit.after)
+    by_key: dict[str, set[str]] = {}
+    for (key, _), names in of.items():
+        by_key.setdefault(key, set()).update(names)
+    for (key, number), names in of.items():
+        lacking = by_key[key] - names
+        if lacking:
+            raise SecateurError(f"layer {layer}: {key}.{number} has no {sorted(lacking)[0]}, which other experts have")
+
+
+def _stacked_count(folder: Folder, found: Mapping[str, Hit]) -> int:
+    """By the first tensor of experts; all others are then compared with it."""
+    name, hit = next((name, hit) for name, hit in found.items() if hit.axis is not None and hit.role == "expert")
+    assert hit.axis is not None
+    shape = folder.tensors[name].shape
+    size = shape[hit.axis.dim] if hit.axis.dim < len(shape) else 0
+    return (size - hit.axis.num_trailing) // hit.axis.rows_per_expert
+
+
+def _locate(name: str, layer: int, hit: Hit, place: Mapping[int, int], tensor: Stored, count: int) -> Located:
+    if hit.axis is not None:
+        spec = hit.axis.of(name)
+        check_axis(tensor.shape, spec, count)
+        return Located(layer=layer, role=hit.role, key=hit.key, spec=spec)
+    return Located(
+        layer=layer,
+        role=hit.role,
+        key=hit.key,
+        expert=place[hit.number],
+        before=name.removesuffix(f"{hit.number}.{hit.after}"),
+        after=hit.after,
+    )
+
+
+def _check_counts(model: Model, layout: Layout, counts: Mapping[int, int]) -> None:
+    slots = dict.fromkeys(layout.layers, model.count) if model.slots is None else model.slots
+    expected = {layer: len(model.kept.get(layer, range(count))) for layer, count in slots.items()}
+    for layer in expected.keys() | counts.keys():
+        if expected.get(layer) != counts.get(layer):
+            raise SecateurError(
+                f"layer {layer}: {counts.get(layer, 'no')} experts in the files, {expected.get(layer, 'none')} by "
+                "config.json"
+            )

@@ -1,0 +1,236 @@
+"""Keep what a pruning takes away, and put it back: pruned folder + undo folder = the source, byte for byte.
+
+An undo folder holds the dropped experts as safetensors files under their old names, the headers of the source's files,
+its small files that the pruning replaced, and undo.json, which says what belongs where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
+from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.safetensors_header import Header, parse_header, read_header
+from secateur.model_folder.copy import Shard, Writer, write_shard
+from secateur.model_folder.folder import CONFIG, INDEX, Folder, Stored, read_folder
+from secateur.model_folder.rewrite import Made, dropped_tensors, kept_tensors
+from secateur.model_folder.survey import Survey, survey
+from secateur.plans import Plan
+
+RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
+HEADERS, FILES = "headers", "files"
+HASHED = 8 * 2**20  # bytes in memory while a file is hashed
+
+
+def holds_undo(path: Path) -> bool:
+    return (path / RECORD).is_file()
+
+
+def write_undo(
+    folder: Folder,
+    plan: Plan,
+    mtp: str | None,
+    dropped: Sequence[Shard],
+    side: Path,
+    copied: Sequence[PurePosixPath],
+    more: Callable[[int], None],
+) -> None:
+    """Fill the new folder `side`.
+
+    Args:
+        dropped: the files to write, with what the pruned folder lacks. copied: files that are the same there.
+    """
+    for shard in dropped:
+        write_shard(shard, lambda file: folder.path / file, side / shard.file, {"format": "pt"}, more)
+    weights = {}
+    for name, header in folder.headers.items():
+        path = folder.path / name
+        with path.open("rb") as file:
+            atomic_write_into(side / HEADERS / name, file.read(header.data_start))
+        weights[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    index = [] if folder.index is None else [PurePosixPath(INDEX)]
+    replaced = [PurePosixPath(CONFIG), *index, *(name for name in folder.others if name not in copied)]
+    for relative in replaced:
+        copy_file(folder.path / relative, side / FILES / relative)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": plan.to_json(),
+        "mtp": mtp,
+        "dropped": [shard.file for shard in dropped],
+        "weights": weights,
+        "replaced": [str(relative) for relative in replaced],
+        "copied": {str(relative): sha256_of(folder.path / relative) for relative in copied},
+    }
+    atomic_write(side / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def restore(
+    pruned: Path, undo: Path, out: Path, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Write the source of a pruning anew from its two results.
+
+    Args:
+        on_bytes: called with (bytes written, bytes to write).
+
+    Returns:
+        {"files": names, "bytes": of the weights}.
+
+    Raises:
+        SecateurError: the folders do not belong together, one is damaged, or `out` is not free. What is written is
+            compared with the source by its SHA-256 before it gets its name.
+        OSError: the disk refused.
+    """
+    for folder in (pruned, undo):
+        check_target(folder, out)
+    record = _Record.read(undo)
+    source = survey(record.source(undo))
+    pieces = _pieces(source, record, read_folder(pruned), undo)
+    total, done = sum(sum(piece.length for piece in file) for file in pieces.values()), 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    with written_beside(out) as beside:
+        for name, about in record.weights.items():
+            paths = {str(piece.path): piece.path for piece in pieces[name]}
+            with Writer(beside / name, paths.__getitem__, more) as writer:
+                writer.put((undo / HEADERS / name).read_bytes())
+                for piece in pieces[name]:
+                    writer.copy(str(piece.path), piece.from_start, piece.length)
+            _check_digest(beside / name, about["sha256"], "the folders do not belong together")
+        for name in record.replaced:
+            copy_file(undo / FILES / name, beside / name)
+        for name, digest in record.copied.items():
+            copy_file(pruned / name, beside / name)
+            _check_digest(beside / name, digest, "it was changed after the pruning")
+    return {"files": [*record.weights, *record.replaced, *record.copied], "bytes": total}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Bytes that belong at `start` of a file of the source, and where they are now."""
+
+    start: int
+    length: int
+    path: Path
+    from_start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    plan: Plan
+    mtp: str | None
+    dropped: Sequence[str]
+    weights: Mapping[str, Mapping[str, Any]]
+    replaced: Sequence[str]
+    copied: Mapping[str, str]
+
+    @classmethod
+    def read(cls, undo: Path) -> _Record:
+        data = read_object(undo / RECORD)
+        if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+            raise SecateurError(f"{undo / RECORD}: expected {FORMAT}, version {VERSION}")
+        try:
+            record = cls(
+                plan=Plan.from_json(data["plan"]),
+                mtp=data["mtp"],
+                dropped=_names(data["dropped"]),
+                weights={name: {"bytes": int(about["bytes"]), "sha256": about["sha256"]}
+                         for name, about in data["weights"].items()},
+                replaced=_names(data["replaced"]),
+                copied=dict(data["copied"]),
+            )  # fmt: skip
+            _names([*record.weights, *record.copied])
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise SecateurError(f"{undo / RECORD}: {error!r:.200}") from error
+        return record
+
+    def source(self, undo: Path) -> Folder:
+        """The source as its headers describe it; its tensors lie in files that are not there."""
+        headers: dict[str, Header] = {}
+        tensors: dict[str, Stored] = {}
+        for name, about in self.weights.items():
+            path = undo / HEADERS / name
+            headers[name] = parse_header(_read(path), about["bytes"], path)
+            for tensor, entry in headers[name].entries.items():
+                tensors[tensor] = Stored(
+                    file=name, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
+                )
+        config = read_object(undo / FILES / CONFIG)
+        return Folder(path=undo, config=config, tensors=tensors, headers=headers, index=None, others=(), left_out=())
+
+
+def _pieces(source: Survey, record: _Record, pruned: Folder, undo: Path) -> dict[str, list[_Piece]]:
+    """The pieces of every file of the source, in their order; together they are all of it."""
+    without = source.mtp if record.mtp == "drop" else frozenset()
+    taken = {name: undo / name for name in record.dropped}
+    entries = {name: (path, entry) for path in taken.values() for name, entry in read_header(path).entries.items()}
+    places = {name: (tensor.start, pruned.path / tensor.file, tensor) for name, tensor in pruned.tensors.items()}
+    pieces: dict[str, list[_Piece]] = {name: [] for name in record.weights}
+    for made in kept_tensors(source, record.plan, without):
+        if made.name not in places:
+            raise SecateurError(f"{pruned.path}: the tensor {made.name} is missing")
+        start, path, tensor = places[made.name]
+        _add(pieces, made, path, start, tensor.length)
+    for made in dropped_tensors(source, record.plan, without):
+        if made.name not in entries:
+            raise SecateurError(f"{undo}: the tensor {made.name} is missing")
+        path, entry = entries[made.name]
+        _add(pieces, made, path, entry.start, entry.length)
+    for parts in pieces.values():
+        parts.sort(key=lambda piece: piece.start)
+    return pieces
+
+
+def _add(pieces: dict[str, list[_Piece]], made: Made, path: Path, start: int, length: int) -> None:
+    if made.length != length:
+        raise SecateurError(f"{path}: {made.name} has {length} bytes, expected {made.length}")
+    for one in made.ranges:
+        if one.length:
+            pieces[one.file].append(_Piece(start=one.start, length=one.length, path=path, from_start=start))
+        start += one.length
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(HASHED):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def atomic_write_into(path: Path, data: bytes) -> None:
+    """`atomic_write`, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, data)
+
+
+def _check_digest(path: Path, digest: str, why: str) -> None:
+    found = sha256_of(path)
+    if found != digest:
+        raise SecateurError(f"{path.name}: SHA-256 {found}, expected {digest}; {why}")
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise SecateurError(f"{path}: the file is missing")
+    return path.read_bytes()
+
+
+def _names(values: Any) -> list[str]:
+    """Relative paths that stay inside their folder."""
+    for value in values:
+        plain = isinstance(value, str) and value and "\0" not in value and not PurePosixPath(value).is_absolute()
+        if not plain or ".." in PurePosixPath(value).parts:
+            raise SecateurError(f"it names the file {value!r:.100}, expected one inside the folder")
+    return list(values)

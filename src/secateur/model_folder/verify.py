@@ -1,0 +1,149 @@
+"""Prove that a pruned folder is what its plan makes of its source: names, bytes, loading, and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.files.bytes_in_words import in_words
+from secateur.model_folder.compare import differences
+from secateur.model_folder.folder import read_folder
+from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.zero_slots import kept_slots
+from secateur.plans import Plan, layer_plan
+
+SHOWN = 5  # failures of one check in a message
+WITHOUT = {False: "the dropped experts barred", True: "the dropped experts silent"}  # by Plan.leaves_zero_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One claim. passed: None where it was not looked at, with the reason in `detail`."""
+
+    claim: str
+    passed: bool | None
+    detail: str
+
+
+def verify_model(
+    source: Path,
+    pruned: Path,
+    *,
+    num_tokens: int = 32,
+    text: Path | None = None,
+    seed: int = 0,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Check]:
+    """Compare a pruned folder with the source it was made from.
+
+    Args:
+        num_tokens: of the sample that both models are run on; 0 loads neither. text: a file to take it from; without
+            one the tokens are random, from `seed`.
+        on_bytes: called with (bytes compared, bytes to compare).
+
+    Returns:
+        All checks, in the order they were made. A later one is left out where it makes no sense after a failure.
+
+    Raises:
+        SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
+    """
+    from secateur.model_folder.run import applied_plan
+
+    plan, mtp = applied_plan(pruned)
+    before, after = survey(read_folder(source)), survey(read_folder(pruned))
+    without = before.mtp if mtp == "drop" else frozenset()
+    counts = _counts(before, after, plan)
+    if not counts.passed:
+        return [counts]
+    return [counts, _bytes(before, after, plan, without, on_bytes), *_run(before, after, plan, num_tokens, text, seed)]
+
+
+def _counts(before: Survey, after: Survey, plan: Plan) -> Check:
+    expected = {layer: layer_plan(plan, before.all_counts, layer).experts_after for layer in before.counts}
+    wrong_plan = [layer for layer, one in plan.layers.items() if before.all_counts.get(layer) != one.experts_before]
+    kept = kept_slots(before, plan) if plan.leaves_zero_slots and not wrong_plan else {}
+    slots = before.slots if plan.leaves_zero_slots else expected
+    passed = not wrong_plan and (expected, kept, slots) == (dict(after.counts), dict(after.model.kept), after.slots)
+    detail = f"{sum(expected.values())} experts in {len(expected)} layers"
+    detail += f", of {sum(slots.values())} slots" if kept else ""
+    if wrong_plan:
+        detail = f"the plan is for another source, layers {wrong_plan}"
+    elif not passed:
+        detail = f"found {dict(after.counts)}" + (f" at the slots {dict(after.model.kept)}" if kept else "")
+    claim = "every layer has the experts that the plan keeps, and config.json says so"
+    return Check(claim=claim, passed=passed, detail=detail)
+
+
+def _bytes(
+    before: Survey, after: Survey, plan: Plan, without: frozenset[str], on_bytes: Callable[[int, int], None]
+) -> Check:
+    total, done = after.folder.num_bytes, 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        on_bytes(done, total)
+
+    found = [str(one) for one in differences(before, after, plan, without, on_bytes=more)]
+    detail = f"{len(after.folder.tensors)} tensors, {in_words(done)}"
+    if found:
+        detail = f"{len(found)} tensors are not: " + "; ".join(found[:SHOWN])
+    return Check(claim="every kept tensor equals its source byte for byte", passed=not found, detail=detail)
+
+
+def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path | None, seed: int) -> list[Check]:
+    import torch
+
+    from secateur.families import logits_of
+    from secateur.model_folder import run
+
+    loads = "it loads with no tensor missing, unexpected or newly initialised"
+    equal = f"its logits are those of the source with {WITHOUT[plan.leaves_zero_slots]}"
+    speaks = "it generates"
+    reason = "--tokens 0" if num_tokens == 0 else run.why_not_loaded(before)
+    if reason is not None:
+        return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
+    sample = run.sample_for(before.folder.path, before, num_tokens, text, seed)
+    try:
+        expected = run.logits_without_dropped(before.folder.path, before, plan, sample)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise SecateurError(f"{before.folder.path}: the source itself cannot be run ({error})"[:500]) from error
+    try:
+        model, problems = run.load(after.folder.path, after)
+        found = logits_of(model, sample)
+        said = run.generated(model, sample)
+    except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
+        return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
+    ascending = all(layer_plan(plan, before.all_counts, layer).is_ascending for layer in before.counts)
+    difference = float((found - expected).abs().max())
+    same = torch.equal(found, expected)
+    close = difference <= run.ROUNDING * max(float(expected.abs().max()), 1.0)
+    how = "bit for bit" if same else f"largest difference {difference:.3g}"
+    seen = f"{len(sample)} images" if sample.is_floating_point() else f"{sample.shape[1]} tokens"
+    speech = "it is no language model" if said is None else " ".join(map(str, said))
+    return [
+        Check(claim=loads, passed=not problems, detail=str(problems)[:500] if problems else type(model).__name__),
+        Check(claim=equal, passed=same if ascending else close, detail=f"{seen}, {how}"),
+        Check(claim=speaks, passed=None if said is None else len(said) == run.NEW_TOKENS, detail=speech),
+    ]
+
+
+def as_json(source: Path, pruned: Path, checks: list[Check]) -> dict[str, Any]:
+    """The result as JSON; `passed` is False where any check failed."""
+    return {
+        "format": "secateur-verify",
+        "version": 1,
+        "source": str(source),
+        "pruned": str(pruned),
+        "passed": all(check.passed is not False for check in checks),
+        "checks": [{"claim": check.claim, "passed": check.passed, "detail": check.detail} for check in checks],
+    }
+
+
+def check_tokens(num_tokens: int) -> None:
+    """Refuse a sample that shows nothing."""
+    if num_tokens == 1 or num_tokens < 0:
+        raise SecateurError(f"--tokens {num_tokens}: expected 0, or 2 and more")

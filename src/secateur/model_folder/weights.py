@@ -1,0 +1,131 @@
+"""Sums over the weights of a model folder, for criteria without data; one expert of one tensor in memory at a time.
+
+The projection matrices of an expert are its tensors with two axes or more; what has fewer is a bias or a scale and does
+not count. The row of a router is what has more than one number an expert; one number an expert is a bias of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from secateur.criteria import CRITERIA
+from secateur.criteria.weights import WeightStats
+from secateur.errors import SecateurError
+from secateur.model_folder.folder import Stored
+from secateur.model_folder.rewrite import Range, rows_of
+from secateur.model_folder.survey import Located, Survey
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# what a criterion needs -> whose tensors those are, and what becomes of one expert's
+READERS = {"expert weights": ("expert", WeightStats.of_experts), "router weights": ("router", WeightStats.of_router)}
+
+
+def weight_stats(
+    found: Survey, needs: str, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
+) -> dict[int, WeightStats]:
+    """{decoder layer with experts: sums over its weights}.
+
+    Args:
+        needs: of a criterion, "expert weights" or "router weights"; nothing else is read.
+        on_bytes: called with (bytes read, bytes to read).
+
+    Raises:
+        SecateurError: a tensor that would have to be decoded first, such as one of a quantised model, or one with an
+            entry that is not finite; the message names it.
+    """
+    role, sums_of = READERS[needs]
+    places = {
+        name: place for name, place in found.located.items() if place.role == role and place.layer in found.counts
+    }
+    tensors = {name: found.folder.tensors[name] for name in places}
+    _check_types(needs, tensors)
+    matrices = [name for name, tensor in tensors.items() if _is_matrix(tensor, places[name])]
+    total, done = sum(tensors[name].length for name in matrices), 0
+    sums: dict[int, WeightStats] = {}
+    for file, names in itertools.groupby(sorted(matrices, key=lambda name: _where(tensors[name])), _file_in(tensors)):
+        with (found.folder.path / file).open("rb") as opened:
+            for name in names:
+                place, tensor = places[name], tensors[name]
+                count = found.counts[place.layer]
+                for expert, ranges in _by_expert(name, tensor, place, count):
+                    row = _read(opened, found.folder.path / file, ranges, DTYPES[tensor.dtype])
+                    one = sums_of(name, row[None], first=expert, num_experts=count)
+                    sums[place.layer] = sums[place.layer] + one if place.layer in sums else one
+                done += tensor.length
+                on_bytes(done, total)
+    return dict(sorted(sums.items()))
+
+
+def router_rows(found: Survey) -> dict[int, dict[str, Tensor]]:
+    """{decoder layer with experts: {rule of a router tensor: (E, ...) a row for each expert, as stored}}.
+
+    Raises:
+        SecateurError: a router that is quantised.
+    """
+    rows: dict[int, dict[str, list[Tensor]]] = {}
+    for name, place in found.located.items():
+        tensor = found.folder.tensors[name]
+        if place.role != "router" or place.layer not in found.counts or not _is_matrix(tensor, place):
+            continue
+        _check_types("router weights", {name: tensor})
+        path = found.folder.path / tensor.file
+        mine = rows.setdefault(place.layer, {}).setdefault(place.key, [])
+        with path.open("rb") as opened:
+            for _, ranges in _by_expert(name, tensor, place, found.counts[place.layer]):
+                mine.append(_read(opened, path, ranges, DTYPES[tensor.dtype]))
+    return {layer: {key: torch.stack(one) for key, one in keys.items()} for layer, keys in sorted(rows.items())}
+
+
+def _check_types(needs: str, tensors: dict[str, Stored]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            others = ", ".join(one.name for one in CRITERIA.values() if one.needs != needs)
+            raise SecateurError(
+                f"{name} has type {tensor.dtype}, expected one of {', '.join(DTYPES)}: {needs} that are quantised "
+                f"cannot be read; criteria that do without them: {others}"
+            )
+
+
+def _is_matrix(tensor: Stored, place: Located) -> bool:
+    """Whether an expert's part of the tensor is a projection matrix, or a router's row."""
+    entries, axes = math.prod(tensor.shape), len(tensor.shape)
+    if place.spec is not None:
+        entries = entries // tensor.shape[place.spec.dim] * place.spec.rows_per_expert
+        axes -= place.spec.rows_per_expert == 1
+    return entries > 1 if place.role == "router" else axes > 1 and entries > 0
+
+
+def _where(tensor: Stored) -> tuple[str, int]:
+    return tensor.file, tensor.start
+
+
+def _file_in(tensors: dict[str, Stored]) -> Callable[[str], str]:
+    return lambda name: tensors[name].file
+
+
+def _by_expert(name: str, tensor: Stored, place: Located, count: int) -> Iterator[tuple[int, tuple[Range, ...]]]:
+    """(expert, where its bytes are), for every expert that the tensor holds."""
+    if place.spec is None:
+        yield place.expert, (Range(file=tensor.file, start=tensor.start, length=tensor.length),)
+        return
+    for expert in range(count):
+        yield expert, rows_of(name, tensor, place.spec, [expert], with_trailing=False).ranges
+
+
+def _read(file: BinaryIO, path: Path, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
+    """The entries of the ranges, one after another, in one axis."""
+    data = bytearray(sum(one.length for one in ranges))
+    view, at = memoryview(data), 0
+    for one in ranges:
+        file.seek(one.start)
+        if file.readinto(view[at : at + one.length]) != one.length:  # type: ignore[attr-defined]
+            raise SecateurError(f"{path}: it has become shorter while it was read")
+        at += one.length
+    return torch.frombuffer(data, dtype=dtype)

@@ -1,0 +1,74 @@
+"""Which model folders can have experts removed into zero slots, see `secateur.modeling_secateur`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from secateur.errors import SecateurError
+from secateur.model_folder.model import floats
+from secateur.model_folder.survey import Survey
+from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config
+from secateur.plans import REROUTE, ZERO_SLOT, Plan
+from secateur.surgery.zero_slots import kept_after
+
+
+def check_removal(found: Survey, plan: Plan, *, expert_parallel: int = 1) -> None:
+    """Compare what a plan means by removing an expert with what the model can have.
+
+    Raises:
+        SecateurError: rows would be cut of routers with zero slots; or zero slots in a quantised model, in layers that
+            predict further tokens, or for expert-parallel ranks.
+    """
+    if not plan.leaves_zero_slots:
+        check_no_zero_slots(found, f"the plan would cut rows of them; say --removed {ZERO_SLOT}")
+        return
+    where = f"{found.folder.path}: zero slots"
+    if any(key in found.folder.config for key in ("quantization_config", "compression_config")):
+        raise SecateurError(
+            f"{where}: the model is quantised, and transformers then computes experts by code of its own"
+        )
+    named = sorted(found.mtp_counts.keys() & plan.layers.keys())
+    if named:
+        raise SecateurError(
+            f"{where}: layers {named} predict further tokens (MTP), and transformers has no code for them"
+        )
+    if expert_parallel > 1:
+        raise SecateurError(f"{where}: such experts are not split over ranks, found --ep {expert_parallel}")
+
+
+def check_no_zero_slots(found: Survey, why: str) -> None:
+    """Refuse a model with zero slots; `why` ends the sentence.
+
+    Raises:
+        SecateurError: it has some.
+    """
+    if found.model.kept:
+        raise SecateurError(
+            f"{found.folder.path}: its routers have zero slots, and {why}, or take the model that it was made from (an "
+            f"undo folder restores it), where --removed {REROUTE} is the default"
+        )
+
+
+def check_buildable(found: Survey, config: Mapping[str, Any]) -> None:
+    """Build the model that a config.json with zero slots describes, without weights.
+
+    Raises:
+        SecateurError: it cannot be; its experts run on every token, for example.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        return
+    try:
+        with torch.device("meta"):
+            pruned_model_class(found.model.model_class)(read_pruned_config(floats(dict(config))))
+    except Exception as error:  # transformers has no error of its own for a config it cannot use
+        message = f"{found.folder.path}: a {found.model.model_type!r} model with zero slots cannot be built ({error})"
+        raise SecateurError(f"{message:.400}") from error
+
+
+def kept_slots(found: Survey, plan: Plan) -> dict[int, tuple[int, ...]]:
+    """{layer: slots whose experts it holds} after a plan that leaves zero slots."""
+    layers = {layer: one for layer, one in plan.layers.items() if layer in found.counts}
+    return kept_after(found.slots, found.model.kept, layers)
