@@ -35,9 +35,9 @@ from secateur.data.calibration import calibrate
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.families import MoEModel, describe_moe
+from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses
 from secateur.model_folder.facts import facts
 from secateur.model_folder.folder import read_folder
-from secateur.model_folder.perplexity import BlockLosses, block_losses
 from secateur.model_folder.survey import survey
 from secateur.model_folder.weights import weight_stats
 from secateur.observe_activations import ActivationObserver

@@ -34,7 +34,7 @@ from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
 from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.choice import Choice, decide_plan
-from secateur.model_folder.evaluate_images import evaluate_images
+from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.folder import CONFIG, read_folder
 from secateur.model_folder.image_batches import batches_for, draw
 from secateur.model_folder.observe_images import ImageRun, loaded

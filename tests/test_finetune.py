@@ -32,7 +32,7 @@ from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.evaluate import evaluate
+from secateur.model_folder.evaluation.on_text import evaluate
 from secateur.model_folder.folder import read_folder
 from secateur.model_folder.survey import survey
 from secateur.plans import LayerPlan, Plan

@@ -24,7 +24,7 @@ from secateur.errors import SecateurError
 from secateur.finetuning.images import ImageItems, augmented, check_classes
 from secateur.finetuning.options import FinetuneOptions
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.evaluate_images import evaluate_images
+from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.folder import read_folder
 from secateur.model_folder.survey import survey
 from secateur.plans import LayerPlan, Plan

@@ -31,9 +31,9 @@ from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.model_folder import run as run_module
-from secateur.model_folder.accuracy import difference, scores, summary
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.evaluate_images import evaluate_images
+from secateur.model_folder.evaluation.accuracy import difference, scores, summary
+from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.folder import read_folder
 from secateur.model_folder.image_batches import draw
 from secateur.model_folder.inputs import reads

@@ -67,7 +67,7 @@ def eval(
 
     Example: `secateur eval models/Qwen3-30B-A3B pruned --data code=code.jsonl --data prose=prose.jsonl`
     """
-    from secateur.model_folder.lm_harness import check_installed, run_tasks
+    from secateur.model_folder.evaluation.lm_harness import check_installed, run_tasks
 
     if not data and lm_eval is None:
         raise SecateurError("nothing to measure: give text with --data, or images to a V-MoE, or tasks with --lm-eval")
@@ -119,7 +119,7 @@ def _kind(models: Sequence[Path], *, with_data: bool) -> Reads:
 def _on_text(
     models: Sequence[Path], asked: DataOptions, stream: bool | None, *, device: str, show: bool
 ) -> dict[str, Any]:
-    from secateur.model_folder.evaluate import evaluate
+    from secateur.model_folder.evaluation.on_text import evaluate
 
     drawn = same_sequences(models, asked)
     with _bar_of_each(lambda model: layers_bar(model.name, num_batches=asked.num_batches, show=show)) as on_step:
@@ -138,7 +138,7 @@ def _on_text(
 def _on_images(
     models: Sequence[Path], asked: DataOptions, others: Sequence[str], *, device: str, show: bool
 ) -> dict[str, Any]:
-    from secateur.model_folder.evaluate_images import check_models, evaluate_images
+    from secateur.model_folder.evaluation.on_images import check_models, evaluate_images
 
     check_models(models)  # reading images may take long
     drawn = asked.images(others=others)
@@ -180,7 +180,7 @@ def same_sequences(models: Sequence[Path], asked: DataOptions) -> Calibration:
 
 
 def _show_text(result: dict[str, Any]) -> None:
-    from secateur.model_folder.perplexity import as_rows
+    from secateur.model_folder.evaluation.perplexity import as_rows
 
     if result["models"]:
         first = result["models"][0]
@@ -193,7 +193,7 @@ def _show_text(result: dict[str, Any]) -> None:
 
 
 def _show_images(result: dict[str, Any]) -> None:
-    from secateur.model_folder.accuracy import as_rows
+    from secateur.model_folder.evaluation.accuracy import as_rows
 
     print(f"{result['data']['images']} images of {result['data']['of']}")
     _print_table(as_rows(result["models"]))

@@ -12,8 +12,8 @@ import torch
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
 from secateur.model_folder import run
+from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.folder import read_folder
-from secateur.model_folder.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.stream import StreamedModel
 from secateur.model_folder.stream_states import MemoryStates
 from secateur.model_folder.survey import Survey, survey

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from secateur.errors import SecateurError
-from secateur.model_folder.paired import paired, standard_error
+from secateur.model_folder.evaluation.bootstrap import paired, standard_error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

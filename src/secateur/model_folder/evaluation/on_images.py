@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.model_folder.accuracy import Scores, difference, joined, scores, summary
+from secateur.model_folder.evaluation.accuracy import Scores, difference, joined, scores, summary
 from secateur.model_folder.folder import read_folder
 from secateur.model_folder.image_batches import ImageBatches, batches_for
 from secateur.model_folder.inputs import class_names

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from secateur.errors import SecateurError
-from secateur.model_folder.paired import paired, standard_error
+from secateur.model_folder.evaluation.bootstrap import paired, standard_error
 
 TOP = 5  # of these many best classes, where there are more
 Scores = dict[str, Tensor]  # "accuracy", "top5_accuracy" (with more than TOP classes), "cross_entropy" -> (N,) float64
