@@ -38,8 +38,8 @@ from secateur.families import MoEModel, describe_moe
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses
 from secateur.model_folder.facts import facts
 from secateur.model_folder.folder import read_folder
+from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.survey import survey
-from secateur.model_folder.weights import weight_stats
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats

@@ -37,7 +37,7 @@ from secateur.finetuning.run import finetune
 from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.facts import facts
 from secateur.model_folder.folder import read_folder
-from secateur.model_folder.router_change import router_changes
+from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.survey import survey
 from secateur.stats import RouterStats
 

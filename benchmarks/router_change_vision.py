@@ -36,8 +36,8 @@ from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.folder import CONFIG, read_folder
-from secateur.model_folder.image_batches import batches_for, draw
-from secateur.model_folder.observe_images import ImageRun, loaded
+from secateur.model_folder.measure.image_batches import batches_for, draw
+from secateur.model_folder.measure.on_images import ImageObservation, loaded
 from secateur.model_folder.source import of_folder, of_observation
 from secateur.model_folder.survey import survey
 from secateur.observation import Observation
@@ -204,7 +204,7 @@ class Results:
         model = self.finetuned(task, seed)
         path = model.parent / "observed.safetensors"
         if not path.exists():
-            ImageRun(survey(read_folder(model)), draw([str(self.train(task))], None, seed), path).observe()
+            ImageObservation(survey(read_folder(model)), draw([str(self.train(task))], None, seed), path).observe()
         return Observation.load(path)
 
     def tuned_again(self, task: Task, seed: int, criterion: str, keep: int) -> Path:

@@ -18,7 +18,7 @@ from secateur.criteria.router_change import RouterChange
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.model_folder.folder import read_folder
-from secateur.model_folder.router_change import router_changes
+from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.survey import Survey, survey
 from tiny_models import every_family, tiny_model
 

@@ -16,10 +16,10 @@ from secateur.criteria.score import score_layers
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder import weights as module
 from secateur.model_folder.folder import read_folder
+from secateur.model_folder.measure import weights as module
+from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.survey import Survey, survey
-from secateur.model_folder.weights import weight_stats
 from tiny_models import FAMILIES
 
 # Experts of their own, transposed and interleaved, rows that share an axis, other names on the disk, a dense layer

@@ -16,7 +16,7 @@ from secateur.data.calibration import Calibration
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.observe import Run
+from secateur.model_folder.measure.on_text import TextObservation
 from secateur.model_folder.run import load
 from secateur.model_folder.stream import StreamedModel
 from secateur.model_folder.stream_states import MemoryStates
@@ -32,7 +32,9 @@ families = pytest.mark.parametrize(
 
 
 def streamed_run(folder: Path, data: Calibration, tmp_path: Path) -> tuple[RouterStats, list[Tensor]]:
-    stats = Run(found_in(folder), data, tmp_path / "stats", batch_size=2, activations="memory").observe().stats
+    stats = (
+        TextObservation(found_in(folder), data, tmp_path / "stats", batch_size=2, activations="memory").observe().stats
+    )
     model, batches, states = StreamedModel(found_in(folder)), data.batches(2), MemoryStates()
     logits: list[Tensor] = []
     model.run_layers(batches, states)
@@ -128,7 +130,7 @@ def test_llama4_is_refused_with_the_reason_but_can_be_streamed(tmp_path: Path) -
     llama4(False).save_pretrained(tmp_path / "model", max_shard_size="60KB")
     data = random_data()
     with pytest.raises(SecateurError, match="'llama4_text' cannot be observed: its experts run on every token"):
-        Run(found_in(tmp_path / "model"), data, tmp_path / "stats")
+        TextObservation(found_in(tmp_path / "model"), data, tmp_path / "stats")
     model, batches, states = StreamedModel(found_in(tmp_path / "model")), data.batches(2), MemoryStates()
     logits: list[Tensor] = []
     model.run_layers(batches, states)
@@ -146,7 +148,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm_moe_dsa", **fields))
     model.save_pretrained(tmp_path / "model", max_shard_size="60KB")
-    run = Run(found_in(tmp_path / "model"), random_data(), tmp_path / "stats")
+    run = TextObservation(found_in(tmp_path / "model"), random_data(), tmp_path / "stats")
     with pytest.raises(SecateurError, match=r"glm_moe_dsa.*decoder layer 0 also returns Tensor; layers of this model"):
         run.observe()
     assert not (tmp_path / "stats").exists()

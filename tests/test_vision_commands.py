@@ -35,9 +35,9 @@ from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.evaluation.accuracy import difference, scores, summary
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.folder import read_folder
-from secateur.model_folder.image_batches import draw
 from secateur.model_folder.inputs import reads
-from secateur.model_folder.observe_images import ImageRun, loaded
+from secateur.model_folder.measure.image_batches import draw
+from secateur.model_folder.measure.on_images import ImageObservation, loaded
 from secateur.model_folder.survey import survey
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
@@ -137,11 +137,11 @@ def test_observe_records_the_model_and_its_images(made: Path, tmp_path: Path, ru
 
 def test_the_size_of_the_batch_changes_no_count_where_images_are_routed_in_groups(made: Path, tmp_path: Path) -> None:
     found, drawn = survey(read_folder(made / "source")), draw([str(made / "images.npz")], None, 0)
-    runs = [ImageRun(found, drawn, tmp_path / "s", batch_size=size) for size in (2, 4, 30)]
+    runs = [ImageObservation(found, drawn, tmp_path / "s", batch_size=size) for size in (2, 4, 30)]
     assert [len(run.batches) for run in runs] == [15, 8, 1]
     loads = [run.observe().stats.loads() for run in runs]
     assert loads[0] == loads[1] == loads[2]
-    assert ImageRun(found, drawn, tmp_path / "s").batches.size == 64
+    assert ImageObservation(found, drawn, tmp_path / "s").batches.size == 64
 
 
 @pytest.mark.parametrize(("group_images", "size"), [(3, 66), (None, 64), (100, 100)])
@@ -150,7 +150,7 @@ def test_without_a_size_a_batch_is_made_of_whole_groups(
 ) -> None:
     model_folder(tmp_path / "m", group_images=group_images)
     drawn = draw([str(made / "images.npz")], None, 0)
-    assert ImageRun(survey(read_folder(tmp_path / "m")), drawn, tmp_path / "s").batches.size == size
+    assert ImageObservation(survey(read_folder(tmp_path / "m")), drawn, tmp_path / "s").batches.size == size
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_a_pruning_that_was_killed_goes_on_after_the_pass(when: str, made: Path,
     assert in_child(typed, tmp_path / "one", words) == 0
     kill = Kill("secateur.observation:Observation.save", when=when)
     assert in_child(typed, tmp_path / "two", words, kill) == -9
-    hooks = [Kill("secateur.model_folder.observe_images:ImageRun.observe")] if when == "after" else []
+    hooks = [Kill("secateur.model_folder.measure.on_images:ImageObservation.observe")] if when == "after" else []
     assert in_child(typed, tmp_path / "two", words, *hooks) == 0
     one, two = (contents(tmp_path / name / "out") for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.data.calibration import Calibration
-    from secateur.model_folder.image_batches import Drawn
+    from secateur.model_folder.measure.image_batches import SampledImages
 
 Data = Annotated[
     list[str] | None,
@@ -107,7 +107,7 @@ class DataOptions:
             load_tokenizer(model), self.data or [], samples=self.samples or SAMPLES, seed=self.seed, **typed
         )
 
-    def images(self, *, most: int | None = None, others: Sequence[str] = ()) -> Drawn:
+    def images(self, *, most: int | None = None, others: Sequence[str] = ()) -> SampledImages:
         """The images; see `image_batches.draw`.
 
         Args:
@@ -116,7 +116,7 @@ class DataOptions:
         Raises:
             SecateurError: an option that only text knows.
         """
-        from secateur.model_folder.image_batches import draw
+        from secateur.model_folder.measure.image_batches import draw
 
         typed = [f"--{name.replace('_', '-')}" for name in TEXT_ONLY if getattr(self, name) is not None] + list(others)
         if typed:

@@ -39,10 +39,10 @@ def prepare(found: Survey, asked: DataOptions, out: Path, *, device: str, show: 
 
 
 def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
-    from secateur.model_folder.observe import Run
+    from secateur.model_folder.measure.on_text import TextObservation
 
     drawn = asked.text(found.folder.path)
-    run = Run(
+    run = TextObservation(
         found,
         drawn,
         out,
@@ -71,10 +71,10 @@ def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: 
 
 
 def _over_images(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
-    from secateur.model_folder.image_batches import MOST
-    from secateur.model_folder.observe_images import ImageRun
+    from secateur.model_folder.measure.image_batches import MOST
+    from secateur.model_folder.measure.on_images import ImageObservation
 
-    run = ImageRun(found, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
+    run = ImageObservation(found, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
 
     def take() -> Observation:
         with batches_bar("observing", show=show) as on_step:

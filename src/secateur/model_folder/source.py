@@ -9,9 +9,9 @@ from typing import Any
 
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.model_folder.adapter import holds_adapter
 from secateur.model_folder.facts import facts
 from secateur.model_folder.folder import read_folder
+from secateur.model_folder.measure.adapter import holds_adapter
 from secateur.model_folder.survey import Survey, survey
 from secateur.observation import Observation
 from secateur.stats import RouterStats

@@ -17,9 +17,9 @@ from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.model_folder.evaluation.accuracy import Scores, difference, joined, scores, summary
 from secateur.model_folder.folder import read_folder
-from secateur.model_folder.image_batches import ImageBatches, batches_for
 from secateur.model_folder.inputs import class_names
-from secateur.model_folder.observe_images import check_loads, loaded
+from secateur.model_folder.measure.image_batches import ImageBatches, batches_for
+from secateur.model_folder.measure.on_images import check_fits_in_memory, loaded
 from secateur.model_folder.survey import Survey, survey
 from secateur.vision.flops import flops_per_image
 from secateur.vision.modeling import VMoEForImageClassification
@@ -78,7 +78,7 @@ def check_models(models: Sequence[Path]) -> dict[Path, Survey]:
     surveys = {model: survey(read_folder(model)) for model in models}
     first, *_ = models
     for model, found in surveys.items():
-        check_loads(found)
+        check_fits_in_memory(found)
         native = found.model.model_class
         if not issubclass(native, VMoEForImageClassification):
             raise SecateurError(

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.model_folder import run
 from secateur.model_folder.facts import facts
-from secateur.model_folder.image_batches import Drawn, ImageBatches, batches_for
+from secateur.model_folder.measure.image_batches import ImageBatches, SampledImages, batches_for
 from secateur.model_folder.survey import Survey
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
@@ -26,20 +26,20 @@ from secateur.observe_activations import ActivationObserver
 Progress = Callable[[int, int], None]
 
 
-class ImageRun:
+class ImageObservation:
     """One observation of a model folder: `data` says on what, `observe` does it. Nothing is kept for a restart."""
 
     def __init__(
-        self, found: Survey, drawn: Drawn, out: Path, *, batch_size: int | None = None, device: str = "cpu"
+        self, found: Survey, drawn: SampledImages, out: Path, *, batch_size: int | None = None, device: str = "cpu"
     ) -> None:
         """
         Args:
             out: the file that `observe` writes. batch_size: images that go through the model together.
 
         Raises:
-            SecateurError: see `batches_for` and `check_loads`.
+            SecateurError: see `batches_for` and `check_fits_in_memory`.
         """
-        check_loads(found)
+        check_fits_in_memory(found)
         self._found, self._out, self._device = found, out, device
         self.batches: ImageBatches = batches_for(found, drawn.images, batch_size)
         self.data: dict[str, Any] = drawn.about | {"batch_size": self.batches.size}
@@ -64,7 +64,7 @@ class ImageRun:
         return observation
 
 
-def check_loads(found: Survey) -> None:
+def check_fits_in_memory(found: Survey) -> None:
     """Raises SecateurError: the model cannot be loaded here as a whole."""
     why = run.why_not_loaded(found)
     if why is not None:

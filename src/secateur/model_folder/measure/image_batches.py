@@ -20,14 +20,14 @@ MOST = 10_000  # that a model is observed on, where nothing else is asked for
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
+class SampledImages:
     """Images in the order in which a model takes them, and what is written down of them, as JSON."""
 
     images: Images
     about: dict[str, Any]
 
 
-def draw(specs: Sequence[str], samples: int | None, seed: int, most: int | None = None) -> Drawn:
+def draw(specs: Sequence[str], samples: int | None, seed: int, most: int | None = None) -> SampledImages:
     """`samples` of the images that `specs` name; without it all, and not more than `most`.
 
     The order is random in any case: images of a class lie together in a folder, and images that are routed together
@@ -44,7 +44,7 @@ def draw(specs: Sequence[str], samples: int | None, seed: int, most: int | None 
     number = min(len(images), most or len(images)) if samples is None else samples
     drawn = images.draw(number, seed=seed)
     about = {"specs": list(specs), "images": len(drawn), "of": len(images), "seed": seed, "digest": drawn.digest()}
-    return Drawn(images=drawn, about=about)
+    return SampledImages(images=drawn, about=about)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from secateur.criteria.router_change import RouterChange
 from secateur.errors import SecateurError
-from secateur.model_folder.adapter import Adapter, holds_adapter
 from secateur.model_folder.folder import read_folder
+from secateur.model_folder.measure.adapter import Adapter, holds_adapter
+from secateur.model_folder.measure.weights import router_rows
 from secateur.model_folder.survey import Survey, survey
-from secateur.model_folder.weights import router_rows
 
 
 def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChange]:

@@ -50,7 +50,7 @@ class Costs:
     in_memory: bool
 
 
-class Run:
+class TextObservation:
     """One observation of a model folder: `costs` says what it takes, `observe` does it."""
 
     def __init__(
