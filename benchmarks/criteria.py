@@ -36,10 +36,10 @@ from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.families import MoEModel, describe_moe
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses
-from secateur.model_folder.facts import facts
-from secateur.model_folder.folder import read_folder
 from secateur.model_folder.measure.weights import weight_stats
-from secateur.model_folder.survey import survey
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats
@@ -97,9 +97,9 @@ def results_of(
         observed(moe, blocks(tokenizer, parts["calibration"], CALIBRATED, arguments.samples, seed))
         for seed in range(arguments.seeds)
     ]
-    found = survey(read_folder(folder))
+    found = read_model_folder(read_tensor_files(folder))
     weights = {needs: weight_stats(found, needs) for needs in ("expert weights", "router weights")}
-    limits = facts(found).limits()
+    limits = model_facts(found).limits()
     results: list[dict[str, Any]] = []
     for share in SHARES:
         for name, criterion in CRITERIA.items():
@@ -125,7 +125,7 @@ def results_of(
             )
     return {
         "pretrain": command,
-        "model": facts(found).to_json(),
+        "model": model_facts(found).to_json(),
         "loads": {str(layer): loads for layer, loads in stats[0].loads().items()},
         "unpruned_loss": losses(model, held_out),
         "results": results,

@@ -35,10 +35,10 @@ from secateur.families import describe_moe
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.facts import facts
-from secateur.model_folder.folder import read_folder
 from secateur.model_folder.measure.router_change import router_changes
-from secateur.model_folder.survey import survey
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.stats import RouterStats
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -165,9 +165,9 @@ def runs_of(
 def inputs_of(tuned: Path, base: Path, texts: dict[str, dict[str, Path]]) -> dict[str, Any]:
     """What the criteria look at: routers before and after, and statistics on text of the new domain."""
     return {
-        "router change": router_changes(tuned, survey(read_folder(base))),
+        "router change": router_changes(tuned, read_model_folder(read_tensor_files(base))),
         "stats": seen_by(tuned, texts),
-        "limits": facts(survey(read_folder(tuned))).limits(),
+        "limits": model_facts(read_model_folder(read_tensor_files(tuned))).limits(),
     }
 
 
@@ -187,7 +187,7 @@ def loads_of(base: Path, tuned: Path, texts: dict[str, dict[str, Path]]) -> dict
 def followed(base: Path, tuned: Path, loads: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, float]]:
     """{what: {layer: rank correlation of router_norm_change with it, over experts}}."""
     found: dict[str, dict[str, float]] = {"load": {}, "growth of the load": {}}
-    for layer, change in router_changes(tuned, survey(read_folder(base))).items():
+    for layer, change in router_changes(tuned, read_model_folder(read_tensor_files(base))).items():
         score = router_norm_change(change).tolist()
         before, after = loads[str(layer)]["before"], loads[str(layer)]["after"]
         growth = [now - then for now, then in zip(after, before, strict=True)]

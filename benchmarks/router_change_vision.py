@@ -35,11 +35,11 @@ from secateur.finetuning.run import finetune
 from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.evaluation.on_images import evaluate_images
-from secateur.model_folder.folder import CONFIG, read_folder
 from secateur.model_folder.measure.image_batches import batches_for, draw
 from secateur.model_folder.measure.on_images import ImageObservation, loaded
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.tensor_files import CONFIG, read_tensor_files
 from secateur.model_folder.source import of_folder, of_observation
-from secateur.model_folder.survey import survey
 from secateur.observation import Observation
 from secateur.vision import VMoEConfig, VMoEForImageClassification
 from secateur.vision.pixels import default_pixels
@@ -193,7 +193,9 @@ class Results:
         if not out.is_dir():
             choice = Choice(criterion=criterion, keep=Keep(count=keep), seed=seed, removed=removed)
             if choice.needs_data:
-                source = of_observation(self.observed(task, seed), survey(read_folder(model)), str(model))
+                source = of_observation(
+                    self.observed(task, seed), read_model_folder(read_tensor_files(model)), str(model)
+                )
             else:
                 source = of_folder(model, self.base(task, seed) if criterion == "router_norm_change" else None)
             apply_to_model(model, decide_plan(source, choice), out)
@@ -204,7 +206,9 @@ class Results:
         model = self.finetuned(task, seed)
         path = model.parent / "observed.safetensors"
         if not path.exists():
-            ImageObservation(survey(read_folder(model)), draw([str(self.train(task))], None, seed), path).observe()
+            ImageObservation(
+                read_model_folder(read_tensor_files(model)), draw([str(self.train(task))], None, seed), path
+            ).observe()
         return Observation.load(path)
 
     def tuned_again(self, task: Task, seed: int, criterion: str, keep: int) -> Path:
@@ -270,8 +274,8 @@ def timed(results: Results, task: Task) -> dict[str, float]:
         for keep in KEEPS:
             folders |= {f"{keep} {one}": results.pruned(task, 0, "router_norm_change", keep, one) for one in REMOVED}
         images = read_images(results.test(task)).draw(TIMED, seed=0)
-        batches = list(batches_for(survey(read_folder(folders[f"{EXPERTS} whole"])), images, None))
-        models = {name: loaded(survey(read_folder(folder)), "cpu") for name, folder in folders.items()}
+        batches = list(batches_for(read_model_folder(read_tensor_files(folders[f"{EXPERTS} whole"])), images, None))
+        models = {name: loaded(read_model_folder(read_tensor_files(folder)), "cpu") for name, folder in folders.items()}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         with torch.no_grad():
             for _ in range(ROUNDS + 1):

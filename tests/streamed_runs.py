@@ -14,8 +14,8 @@ from checkpoint_folders import saved
 from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
 from secateur.families import describe_moe
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observe_activations import ActivationObserver
 from secateur.stats import RouterStats
 from tiny_models import random_tokens
@@ -24,8 +24,8 @@ LENGTHS = (12, 12, 12, 12, 12)  # of the sequences; batches of 2 leave a last on
 RAGGED = (12, 7, 9, 12, 5)
 
 
-def found_in(folder: Path) -> Survey:
-    return survey(read_folder(folder))
+def found_in(folder: Path) -> ModelFolder:
+    return read_model_folder(read_tensor_files(folder))
 
 
 def vivid(name: str, folder: Path, **options: Any) -> PreTrainedModel:

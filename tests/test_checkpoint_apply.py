@@ -20,7 +20,7 @@ from secateur.model_folder import apply as apply_module
 from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.card import card
 from secateur.model_folder.copy import Writer, into_shards
-from secateur.model_folder.folder import read_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite import Made
 from secateur.plans import Plan
 
@@ -73,7 +73,7 @@ def test_every_kept_tensor_is_the_one_that_names_and_index_select_give(source: P
 
 def test_the_files_are_as_large_as_the_sources_and_the_index_lists_them(source: Path, tmp_path: Path) -> None:
     apply_to_model(source, PLAN, tmp_path / "out")
-    before, after = read_folder(source), read_folder(tmp_path / "out")
+    before, after = read_tensor_files(source), read_tensor_files(tmp_path / "out")
     largest = max(sum(t.length for t in before.tensors.values() if t.file == file) for file in before.headers)
     sizes = [sum(t.length for t in after.tensors.values() if t.file == file) for file in after.headers]
     assert 1 < len(sizes) < len(before.headers)
@@ -383,6 +383,6 @@ def test_types_of_different_widths_stay_aligned(tmp_path: Path) -> None:
     }  # fmt: skip
     write(tmp_path / "source", config_of("qwen3_moe"), tensors)
     apply_to_model(tmp_path / "source", PLAN, tmp_path / "out")
-    for tensor in read_folder(tmp_path / "out").tensors.values():
+    for tensor in read_tensor_files(tmp_path / "out").tensors.values():
         assert tensor.start % {"F32": 4, "U8": 1}[tensor.dtype] == 0
     assert same_bytes(tensors_of(tmp_path / "out"), gathered(tensors, PLAN, EXPERTS, ROUTERS))

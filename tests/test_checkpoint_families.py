@@ -10,8 +10,8 @@ import torch
 from checkpoint_folders import contents, loaded, saved
 from secateur.families import describe_moe, logits_of
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.survey import survey
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.undo import restore
 from secateur.model_folder.verify import verify_model
 from secateur.verify import barred_experts
@@ -27,7 +27,7 @@ quick_packings = pytest.mark.parametrize(
 @every_family
 def test_the_experts_of_a_folder_are_those_of_the_live_model(name: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(name, tmp_path / "source"))
-    found = survey(read_folder(tmp_path / "source"))
+    found = read_model_folder(read_tensor_files(tmp_path / "source"))
     assert found.counts == moe.counts
     assert (found.model.top_k, found.model.num_groups, found.model.min_experts) == (
         moe.top_k,

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from checkpoint_folders import INDEX, config_of, write
 from secateur.errors import SecateurError
 from secateur.files.safetensors_header import read_header
-from secateur.model_folder.folder import holds_model, read_folder
-from secateur.model_folder.names import split
-from secateur.model_folder.survey import survey
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.names import split
+from secateur.model_folder.read.tensor_files import holds_model, read_tensor_files
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NAMES = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(4)] + ["model.norm.weight", "lm_head.weight"]
@@ -39,7 +39,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(SecateurError, match=message):
-        read_folder(folder)
+        read_tensor_files(folder)
 
 
 def reindexed(folder: Path, **changes: Any) -> None:
@@ -58,7 +58,7 @@ def test_a_good_folder_is_read_with_every_place(folder: Path) -> None:
     (folder / "original/consolidated.00.pth").write_bytes(b"never opened")
     (folder / ".cache").mkdir()
     (folder / ".cache/x").touch()
-    found = read_folder(folder)
+    found = read_tensor_files(folder)
     assert set(found.tensors) == set(NAMES)
     assert found.num_bytes == len(NAMES) * 3 * 4 * 4
     for tensor in found.tensors.values():
@@ -71,7 +71,7 @@ def test_a_good_folder_is_read_with_every_place(folder: Path) -> None:
 def test_files_may_be_links_as_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder / FIRST, tmp_path / "blob")
     (folder / FIRST).symlink_to(tmp_path / "blob")
-    assert set(read_folder(folder).tensors) == set(NAMES)
+    assert set(read_tensor_files(folder).tensors) == set(NAMES)
 
 
 def test_a_missing_or_truncated_file_is_refused(folder: Path) -> None:
@@ -212,7 +212,7 @@ fuzzed = settings(
 
 def reads_or_refuses(folder: Path) -> None:
     with contextlib.suppress(SecateurError):
-        survey(read_folder(folder))
+        read_model_folder(read_tensor_files(folder))
 
 
 @pytest.mark.slow

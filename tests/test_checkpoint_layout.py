@@ -16,9 +16,9 @@ from transformers import Qwen3_5MoeForConditionalGeneration as Nested
 from checkpoint_folders import config_of, gathered, plan_of, same_bytes, tensors_of, write
 from secateur.errors import SecateurError
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.model import REFUSED, read_model
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.config import REFUSED, read_config
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.verify import verify_model
 from tiny_models import NUM_EXPERTS, TOP_K, VOCABULARY, tiny_config, tiny_model
 
@@ -65,8 +65,8 @@ def on_disk(name: str) -> dict[str, Tensor]:
     return revert_weight_conversion(model, dict(model.state_dict()))
 
 
-def found(folder: Path) -> Survey:
-    return survey(read_folder(folder))
+def found(folder: Path) -> ModelFolder:
+    return read_model_folder(read_tensor_files(folder))
 
 
 def refused(folder: Path, message: str) -> None:
@@ -309,7 +309,7 @@ def test_a_tensor_with_another_number_of_rows_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_families_without_a_rule_are_refused_by_name_with_the_reason(model_type: str) -> None:
     with pytest.raises(SecateurError, match=f"'{model_type}' cannot be pruned: {re.escape(REFUSED[model_type])}"):
-        read_model({"model_type": model_type, "architectures": ["X"], "num_experts": 8})
+        read_config({"model_type": model_type, "architectures": ["X"], "num_experts": 8})
 
 
 @pytest.mark.parametrize(
@@ -342,5 +342,5 @@ def test_a_config_that_says_too_little_or_something_else_is_refused(
 
 def test_top_k_may_be_a_list_and_the_most_of_it_is_kept() -> None:
     config = config_of("hunyuan_v1_moe")
-    assert read_model(config).min_experts == TOP_K
-    assert read_model(config | {"moe_topk": [2, 4, 2]}).min_experts == 4
+    assert read_config(config).min_experts == TOP_K
+    assert read_config(config | {"moe_topk": [2, 4, 2]}).min_experts == 4

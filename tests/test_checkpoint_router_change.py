@@ -17,9 +17,9 @@ from checkpoint_folders import saved
 from secateur.criteria.router_change import RouterChange
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder.folder import read_folder
 from secateur.model_folder.measure.router_change import router_changes
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from tiny_models import every_family, tiny_model
 
 RANK, ALPHA = 2, 6
@@ -47,8 +47,8 @@ def finetuned(name: str, seed: int = 7) -> PreTrainedModel:
     return model
 
 
-def found(folder: Path) -> Survey:
-    return survey(read_folder(folder))
+def found(folder: Path) -> ModelFolder:
+    return read_model_folder(read_tensor_files(folder))
 
 
 def same(left: RouterChange, right: RouterChange) -> bool:
@@ -104,7 +104,7 @@ def test_an_adapter_is_as_good_as_the_merged_model(name: str, tmp_path: Path) ->
         assert torch.allclose(by_adapter[layer].norm_of_difference, change.norm_of_difference, rtol=1e-4)
 
 
-def found_after_saving(name: str, folder: Path) -> Survey:
+def found_after_saving(name: str, folder: Path) -> ModelFolder:
     saved(name, folder)
     return found(folder)
 

@@ -16,10 +16,10 @@ from secateur.criteria.score import score_layers
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder.folder import read_folder
 from secateur.model_folder.measure import weights as module
 from secateur.model_folder.measure.weights import weight_stats
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from tiny_models import FAMILIES
 
 # Experts of their own, transposed and interleaved, rows that share an axis, other names on the disk, a dense layer
@@ -29,8 +29,8 @@ FORMS = [pytest.param({}, id="as saved"), pytest.param({"save_original_format": 
 NEEDS = ("expert weights", "router weights")
 
 
-def found_in(folder: Path) -> Survey:
-    return survey(read_folder(folder))
+def found_in(folder: Path) -> ModelFolder:
+    return read_model_folder(read_tensor_files(folder))
 
 
 def live_stats(model: PreTrainedModel) -> dict[int, WeightStats]:
@@ -92,7 +92,7 @@ def test_no_more_than_one_expert_of_one_tensor_is_read_at_a_time(
     assert sum(value.nbytes for value in sizes) == seen[-1][0] == seen[-1][1]
 
 
-def qwen(folder: Path, change: Any = lambda tensors: None) -> Survey:
+def qwen(folder: Path, change: Any = lambda tensors: None) -> ModelFolder:
     """A tiny Qwen3-MoE with plain numbers in it."""
     saved("qwen3_moe", folder / "made")
     tensors = tensors_of(folder / "made")

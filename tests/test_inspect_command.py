@@ -10,7 +10,7 @@ import pytest
 
 from checkpoint_folders import config_of, contents, plan_of, saved, tensors_of, write
 from secateur import cli
-from secateur.model_folder.inspect import inspect_model
+from secateur.model_folder.read.inspect import inspect_model
 from tiny_models import NUM_EXPERTS
 
 

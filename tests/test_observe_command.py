@@ -22,7 +22,7 @@ from secateur.criteria import CRITERIA
 from secateur.data.calibration import calibrate
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.model_folder import stream_states
-from secateur.model_folder.facts import facts
+from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.stream_work import WorkFolder
 from secateur.observation import Observation
 from secateur.stats import SUMS
@@ -98,7 +98,7 @@ def test_it_writes_what_the_whole_model_shows_and_where_it_comes_from(folder: Pa
     expected, _ = whole_run(loaded(folder / "model"), data.batches(4))
     assert found.stats.digest() == expected.digest()
     assert set(found.stats.sums) == set(SUMS)
-    assert found.model == facts(found_in(folder / "model"))
+    assert found.model == model_facts(found_in(folder / "model"))
     assert found.data["domains"] == {name: {"sequences": 3, "tokens": 48} for name in ("prose", "code")}
     assert found.data["digest"] == data.digest
     assert {"specs", "seed", "samples", "sequence_length", "tokens", "packed", "batch_size"} < set(found.data)
@@ -305,7 +305,7 @@ def test_an_sglang_recording_becomes_statistics(folder: Path, run: Run) -> None:
     assert "1 experts in 1 layers got no token" in out
     assert found.stats.loads() == {0: list(range(8)), 1: list(range(8, 16)), 2: list(range(16, 24))}
     assert found.stats.sums == ()
-    assert found.model == facts(found_in(folder / "model"))
+    assert found.model == model_facts(found_in(folder / "model"))
     assert (found.data["format"], found.data["file"], found.data["steps"]) == ("sglang", "recorded.pt", 1)
     status, _, error = run("--sglang", folder / "recorded.pt", "--force")
     assert (status, "--sglang and --data" in error) == (2, True)

@@ -21,9 +21,9 @@ from secateur.decide.by_score import ALLOCATIONS
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
 from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.facts import facts
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.survey import survey
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
@@ -225,7 +225,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     saved("qwen3_moe", root / "model")
     finetuned("qwen3_moe").save_pretrained(root / "base")
-    known = facts(survey(read_folder(root / "model")))
+    known = model_facts(read_model_folder(read_tensor_files(root / "model")))
     layers = {number: layer([number + 1, *range(5, 12)]) for number in known.num_experts}
     Observation(stats=RouterStats(layers=layers), model=known).save(root / "stats.safetensors")
     Observation(stats=RouterStats(layers=layers)).save(root / "bare.safetensors")

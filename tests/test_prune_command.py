@@ -23,9 +23,9 @@ from secateur.families import describe_moe, logits_of
 from secateur.files.work_folder import place_of_work, work_folder
 from secateur.model_folder import prune as module
 from secateur.model_folder.choice import Choice
-from secateur.model_folder.facts import facts
 from secateur.model_folder.prune import prune
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.undo import restore
 from secateur.model_folder.verify import Check, verify_model
 from secateur.observation import Observation
@@ -41,29 +41,29 @@ DATA = {"sources": ["made up"], "tokens": 64}
 HALF = Choice(criterion="reap", keep=Keep(share=0.5))
 
 
-def observe(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+def observe(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """Of the loaded model on random tokens, as good as any other."""
     return DATA, lambda: write_stats(found, stats)
 
 
-def write_stats(found: Survey, stats: Path) -> None:
+def write_stats(found: ModelFolder, stats: Path) -> None:
     live = loaded(found.folder.path).eval()
     observer = ActivationObserver(describe_moe(live))
     with torch.no_grad():
         live(random_tokens(4, 16), use_cache=False)
-    Observation(stats=observer.read(), model=facts(found), data=DATA).save(stats)
+    Observation(stats=observer.read(), model=model_facts(found), data=DATA).save(stats)
 
 
-def made_up(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+def made_up(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """The same on every start, which a run of a model is not on every number of threads."""
     count = torch.arange(3, 11)
     sums = {name: count.double() for name in SUMS}
     layers = {layer: LayerStats(num_tokens=26, token_count=count.roll(layer), **sums) for layer in found.counts}
-    observation = Observation(stats=RouterStats(layers=layers), model=facts(found), data=DATA)
+    observation = Observation(stats=RouterStats(layers=layers), model=model_facts(found), data=DATA)
     return DATA, lambda: observation.save(stats)
 
 
-def not_again(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+def not_again(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     return DATA, lambda: pytest.fail("observed again")
 
 

@@ -30,15 +30,15 @@ from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
-from secateur.model_folder import run as run_module
 from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.evaluation.accuracy import difference, scores, summary
 from secateur.model_folder.evaluation.on_images import evaluate_images
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.inputs import reads
 from secateur.model_folder.measure.image_batches import draw
 from secateur.model_folder.measure.on_images import ImageObservation, loaded
-from secateur.model_folder.survey import survey
+from secateur.model_folder.read import load as run_module
+from secateur.model_folder.read.modality import modality_of
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
@@ -94,10 +94,10 @@ def pixels(rows: list[int]) -> torch.Tensor:
 def test_what_a_model_reads_is_told_by_its_type_also_when_it_was_pruned(made: Path, tmp_path: Path, run: Run) -> None:
     words = ("--criterion", "random", "--keep", "0:4,2:6", "--verify-tokens", 0, "--quiet")
     assert run("prune", made / "source", *words, "--out", tmp_path / "out")[0] == 0
-    assert read_folder(tmp_path / "out").config["model_type"] == "secateur_moe"
+    assert read_tensor_files(tmp_path / "out").config["model_type"] == "secateur_moe"
     saved("qwen3_moe", tmp_path / "text")
     folders = {made / "source": "images", tmp_path / "out": "images", tmp_path / "text": "text"}
-    assert {folder: reads(survey(read_folder(folder))) for folder in folders} == folders
+    assert {folder: modality_of(read_model_folder(read_tensor_files(folder))) for folder in folders} == folders
     observed = ("observe", tmp_path / "out", "--data", made / "images.npz", "--out", tmp_path / "s", "--quiet")
     assert run(*observed)[0] == 0
     assert [len(loads) for loads in Observation.load(tmp_path / "s").stats.loads().values()] == [4, 6]
@@ -136,7 +136,7 @@ def test_observe_records_the_model_and_its_images(made: Path, tmp_path: Path, ru
 
 
 def test_the_size_of_the_batch_changes_no_count_where_images_are_routed_in_groups(made: Path, tmp_path: Path) -> None:
-    found, drawn = survey(read_folder(made / "source")), draw([str(made / "images.npz")], None, 0)
+    found, drawn = read_model_folder(read_tensor_files(made / "source")), draw([str(made / "images.npz")], None, 0)
     runs = [ImageObservation(found, drawn, tmp_path / "s", batch_size=size) for size in (2, 4, 30)]
     assert [len(run.batches) for run in runs] == [15, 8, 1]
     loads = [run.observe().stats.loads() for run in runs]
@@ -150,7 +150,10 @@ def test_without_a_size_a_batch_is_made_of_whole_groups(
 ) -> None:
     model_folder(tmp_path / "m", group_images=group_images)
     drawn = draw([str(made / "images.npz")], None, 0)
-    assert ImageObservation(survey(read_folder(tmp_path / "m")), drawn, tmp_path / "s").batches.size == size
+    assert (
+        ImageObservation(read_model_folder(read_tensor_files(tmp_path / "m")), drawn, tmp_path / "s").batches.size
+        == size
+    )
 
 
 @pytest.mark.slow
@@ -298,7 +301,7 @@ def test_eval_measures_models_side_by_side(made: Path, tmp_path: Path, run: Run)
 def test_what_zero_slots_would_have_computed_is_not_counted(made: Path, tmp_path: Path) -> None:
     apply_to_model(made / "source", zero_slot_plan((0, 2)), tmp_path / "out")
     (found,) = evaluate_images([tmp_path / "out"], read_images(made / "images.npz"), batch_size=30)
-    model = loaded(survey(read_folder(tmp_path / "out")), "cpu")
+    model = loaded(read_model_folder(read_tensor_files(tmp_path / "out")), "cpu")
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:

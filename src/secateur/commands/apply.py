@@ -109,7 +109,7 @@ def _meaning(plan: Plan, removed: str | None) -> Plan:
 
 def _writer(source: Path) -> Callable[..., dict[str, Any]]:
     """What applies a plan to this kind of folder; another kind of folder is another row."""
-    from secateur.model_folder.folder import holds_model
+    from secateur.model_folder.read.tensor_files import holds_model
     from secateur.surgery.dcp_checkpoint import holds_training_checkpoint
 
     writers = ((holds_training_checkpoint, _apply_to_checkpoint), (holds_model, _apply_to_model))

@@ -11,7 +11,7 @@ from secateur.commands.bars import batches_bar, layers_bar
 from secateur.commands.data_options import DataOptions
 
 if TYPE_CHECKING:
-    from secateur.model_folder.survey import Survey
+    from secateur.model_folder.read.model_folder import ModelFolder
     from secateur.observation import Observation
 
 
@@ -24,7 +24,9 @@ class Pass:
     take: Callable[[], Observation]
 
 
-def prepare(found: Survey, asked: DataOptions, out: Path, *, device: str, show: bool, restart: bool = False) -> Pass:
+def prepare(
+    found: ModelFolder, asked: DataOptions, out: Path, *, device: str, show: bool, restart: bool = False
+) -> Pass:
     """The pass that writes the statistics file `out`.
 
     Args:
@@ -33,12 +35,12 @@ def prepare(found: Survey, asked: DataOptions, out: Path, *, device: str, show: 
     Raises:
         SecateurError: the data or the model cannot be used, or not together.
     """
-    from secateur.model_folder.inputs import reads
+    from secateur.model_folder.read.modality import modality_of
 
-    return KINDS[reads(found)](found, asked, out, device, show, restart)
+    return KINDS[modality_of(found)](found, asked, out, device, show, restart)
 
 
-def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_text(found: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
     from secateur.model_folder.measure.on_text import TextObservation
 
     drawn = asked.text(found.folder.path)
@@ -70,7 +72,7 @@ def _over_text(found: Survey, asked: DataOptions, out: Path, device: str, show: 
     return Pass(data=data | {"batch_size": asked.text_batch_size}, about=about, take=take)
 
 
-def _over_images(found: Survey, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_images(found: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
     from secateur.model_folder.measure.image_batches import MOST
     from secateur.model_folder.measure.on_images import ImageObservation
 

@@ -27,7 +27,7 @@ from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.data.calibration import Calibration
-    from secateur.model_folder.inputs import Reads
+    from secateur.model_folder.read.modality import Modality
 
 Progress = Callable[[int, int], None]
 
@@ -104,12 +104,15 @@ def eval(
         SHOW[kind](result)
 
 
-def _kind(models: Sequence[Path], *, with_data: bool) -> Reads:
-    from secateur.model_folder.folder import read_folder
-    from secateur.model_folder.inputs import declared, reads
-    from secateur.model_folder.survey import survey
+def _kind(models: Sequence[Path], *, with_data: bool) -> Modality:
+    from secateur.model_folder.read.modality import modality_in_config, modality_of
+    from secateur.model_folder.read.model_folder import read_model_folder
+    from secateur.model_folder.read.tensor_files import read_tensor_files
 
-    kinds = {model: reads(survey(read_folder(model))) if with_data else declared(model) for model in models}
+    kinds = {
+        model: modality_of(read_model_folder(read_tensor_files(model))) if with_data else modality_in_config(model)
+        for model in models
+    }
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{model}: {kind}" for model, kind in kinds.items())
         raise SecateurError(f"models of text and of images cannot be compared ({listed})")

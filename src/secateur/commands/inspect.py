@@ -19,7 +19,7 @@ def inspect(
 
     Example: `secateur inspect models/Qwen3-30B-A3B`
     """
-    from secateur.model_folder.inspect import inspect_model
+    from secateur.model_folder.read.inspect import inspect_model
 
     found = inspect_model(model)
     print(json.dumps(found, indent=2) if as_json else _summary(found))

@@ -27,7 +27,7 @@ from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
-    from secateur.model_folder.survey import Survey
+    from secateur.model_folder.read.model_folder import ModelFolder
     from secateur.observation import Observation
 
 
@@ -63,13 +63,13 @@ def observe(
 
     Example: `secateur observe models/Qwen3-30B-A3B --data code=src --data chats.jsonl --out stats.safetensors`
     """
-    from secateur.model_folder.folder import read_folder
-    from secateur.model_folder.survey import survey
+    from secateur.model_folder.read.model_folder import read_model_folder
+    from secateur.model_folder.read.tensor_files import read_tensor_files
 
     check_new_file(out, force, *(source for source in (model, sglang) if source is not None))
     if sglang is not None and data:
         raise SecateurError("--sglang and --data: a recording needs no text")
-    found = survey(read_folder(model))
+    found = read_model_folder(read_tensor_files(model))
     if sglang is not None:
         result = _recorded(found, sglang, out, dry_run)
     else:
@@ -94,15 +94,15 @@ def observe(
         print(_summary(result, dry_run))
 
 
-def _recorded(found: Survey, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
-    from secateur.model_folder.facts import facts
+def _recorded(found: ModelFolder, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
+    from secateur.model_folder.read.facts import model_facts
     from secateur.observation import Observation
     from secateur.sglang import read_recording, stats_of_recording
 
     recorded, about = read_recording(path)
     model = found.model
     stats = stats_of_recording(recorded, found.counts, num_layers=model.num_layers, top_k=model.top_k)
-    observation = Observation(stats=stats, model=facts(found), data={**about, "file": path.name})
+    observation = Observation(stats=stats, model=model_facts(found), data={**about, "file": path.name})
     if not dry_run:
         observation.save(out)
     return {"layers": model.num_layers, "moe_layers": list(found.counts), "data": about, **_seen(observation)}

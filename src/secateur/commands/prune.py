@@ -31,7 +31,7 @@ from secateur.commands.verify import WORDS
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
-    from secateur.model_folder.survey import Survey
+    from secateur.model_folder.read.model_folder import ModelFolder
 
 
 def prune(
@@ -121,7 +121,7 @@ def prune(
         activations=activations,
     )
 
-    def observe(found: Survey, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
+    def observe(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
         ready = prepare(found, asked, stats, device=device_named(device), show=show)
         return ready.data, ready.take
 

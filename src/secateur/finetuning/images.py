@@ -16,8 +16,8 @@ from secateur.data.images import Images, Pixels8, read_images
 from secateur.errors import SecateurError
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
-from secateur.model_folder.inputs import class_names
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.modality import class_names
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.vision.pixels import Pixels, read_pixels
 
 # settings of text, and what they are when nobody gave them
@@ -27,7 +27,7 @@ EVAL_SEED = 0  # of the order of images that are measured: that of `eval` where 
 UNNAMED = re.compile(r"LABEL_\d+")
 
 
-def image_task(found: Survey, options: FinetuneOptions) -> Task:
+def image_task(found: ModelFolder, options: FinetuneOptions) -> Task:
     """The images that `options` name, as the model's preprocessor_config.json wants them.
 
     Raises:
@@ -102,7 +102,7 @@ def collate(pixels: Pixels, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tens
     }
 
 
-def check_classes(images: Images, found: Survey, *, new_head: bool) -> None:
+def check_classes(images: Images, found: ModelFolder, *, new_head: bool) -> None:
     """Refuse images whose classes are not those that the model knows, unless it gets a new head for them.
 
     Raises:

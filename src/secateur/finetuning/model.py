@@ -21,12 +21,12 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
-from secateur.model_folder import run
 from secateur.model_folder.apply import PAGE, REPORT
-from secateur.model_folder.folder import CONFIG, FINETUNED, INDEX, STATS, Folder, read_folder
-from secateur.model_folder.inputs import reads
+from secateur.model_folder.read.load import load as load_model
+from secateur.model_folder.read.modality import modality_of
+from secateur.model_folder.read.model_folder import LISTED, ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
 from secateur.model_folder.report import VERIFIED
-from secateur.model_folder.survey import LISTED, Survey, survey
 from secateur.vision import VMoEForImageClassification
 
 HEAD = "classifier"
@@ -52,14 +52,14 @@ class Loaded:
         return sum(one.numel() for one in self.model.parameters() if one.requires_grad)
 
 
-def check_trainable(found: Survey) -> None:
+def check_trainable(found: ModelFolder) -> None:
     """Refuse what cannot be trained whole.
 
     Raises:
         SecateurError: a quantised model, one with layers that predict further tokens, or one without a head.
     """
     model_class = found.model.model_class
-    images = reads(found) == "images"
+    images = modality_of(found) == "images"
     if not (issubclass(model_class, VMoEForImageClassification) if images else model_class.can_generate()):
         raise SecateurError(
             f"{found.folder.path}: a {model_class.__name__} has no {'classifier' if images else 'language model head'} "
@@ -74,7 +74,7 @@ def check_trainable(found: Survey) -> None:
         )
 
 
-def load(found: Survey, *, freeze: Sequence[str] = (), new_classes: Images | None = None) -> Loaded:
+def load(found: ModelFolder, *, freeze: Sequence[str] = (), new_classes: Images | None = None) -> Loaded:
     """The model of a folder, ready to be trained.
 
     Args:
@@ -86,7 +86,7 @@ def load(found: Survey, *, freeze: Sequence[str] = (), new_classes: Images | Non
             or nothing left to train.
     """
     # in float32 whatever config.json says, so that no tensor is rounded
-    model, problems = run.load(found.folder.path, found, torch.float32)
+    model, problems = load_model(found.folder.path, found, torch.float32)
     if problems:
         raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
     _check_comes_back(model, found)
@@ -105,7 +105,7 @@ def load(found: Survey, *, freeze: Sequence[str] = (), new_classes: Images | Non
     return loaded
 
 
-def write(loaded: Loaded, found: Survey, folder: Path) -> None:
+def write(loaded: Loaded, found: ModelFolder, folder: Path) -> None:
     """Write the model into a new folder: tensors in the files they were in and in the dtypes they had, and other files.
 
     config.json is the source's own, with other classes where there is a new head. The model is moved to the CPU.
@@ -137,10 +137,10 @@ def write(loaded: Loaded, found: Survey, folder: Path) -> None:
         atomic_write(folder / CONFIG, json.dumps(_with_classes(found, loaded.head), indent=2) + "\n")
         if source.index is not None:
             atomic_write(folder / INDEX, json.dumps(_resized(source.index, folder, source.headers), indent=2) + "\n")
-    _check_written(read_folder(folder), found, new_head=loaded.head is not None)
+    _check_written(read_tensor_files(folder), found, new_head=loaded.head is not None)
 
 
-def kept_files(found: Survey) -> list[PurePosixPath]:
+def kept_files(found: ModelFolder) -> list[PurePosixPath]:
     """What is carried along beside weights and config.json."""
     return [relative for relative in found.folder.others if str(relative) not in STALE and relative.parts[0] != LOGS]
 
@@ -154,7 +154,7 @@ def _as_stored(model: PreTrainedModel, device: str | None = None) -> dict[str, t
     return stored
 
 
-def _check_comes_back(model: PreTrainedModel, found: Survey) -> None:
+def _check_comes_back(model: PreTrainedModel, found: ModelFolder) -> None:
     """Refuse a folder of which something would be lost: transformers passes over some tensors without a word."""
     tensors = _as_stored(model, "meta")
     source = found.folder
@@ -183,8 +183,8 @@ def _resized(index: Mapping[str, Any], folder: Path, files: Iterable[str]) -> di
     return {**index, "metadata": {"total_size": total}}
 
 
-def _check_written(written: Folder, found: Survey, *, new_head: bool) -> None:
-    def kinds(folder: Folder) -> set[tuple[str, str, tuple[int, ...]]]:
+def _check_written(written: TensorFiles, found: ModelFolder, *, new_head: bool) -> None:
+    def kinds(folder: TensorFiles) -> set[tuple[str, str, tuple[int, ...]]]:
         return {
             (name, one.dtype, () if new_head and name.startswith(f"{HEAD}.") else one.shape)
             for name, one in folder.tensors.items()
@@ -192,7 +192,7 @@ def _check_written(written: Folder, found: Survey, *, new_head: bool) -> None:
 
     if differ := sorted(kinds(written) ^ kinds(found.folder)):
         raise SecateurError(f"{written.path}: what was written differs from {found.folder.path} in {differ[:LISTED]}")
-    if (counts := survey(written).all_counts) != found.all_counts:
+    if (counts := read_model_folder(written).all_counts) != found.all_counts:
         raise SecateurError(f"{written.path}: experts {counts} were written, expected {found.all_counts}")
 
 
@@ -207,7 +207,7 @@ def _replace_head_(model: PreTrainedModel, classes: Images) -> tuple[str, ...]:
     return classes.classes or tuple(f"LABEL_{label}" for label in range(number))
 
 
-def _with_classes(found: Survey, names: Sequence[str]) -> dict[str, Any]:
+def _with_classes(found: ModelFolder, names: Sequence[str]) -> dict[str, Any]:
     config = {key: value for key, value in found.folder.config.items() if key != "num_labels"}
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     return config | labels

@@ -10,14 +10,14 @@ from secateur.environment import hardware, versions
 from secateur.finetuning.model import Loaded
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
-from secateur.model_folder.folder import FINETUNED
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.read.tensor_files import FINETUNED
 from secateur.version import __version__
 
 FORMAT, VERSION = "secateur-finetune", 1
 
 
-def known(found: Survey, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+def known(found: ModelFolder, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """What is known before the first step, as JSON."""
     steps = options.num_steps(task.num_items)
     return {
@@ -41,7 +41,7 @@ def known(found: Survey, loaded: Loaded, task: Task, options: FinetuneOptions) -
     }
 
 
-def _router_loss(found: Survey, options: FinetuneOptions) -> dict[str, Any] | None:
+def _router_loss(found: ModelFolder, options: FinetuneOptions) -> dict[str, Any] | None:
     """The weights of the losses that balance the experts, and who said so; None where there is none."""
     if options.router_aux_loss is not None:
         return {"from": "option", "router_aux_loss": options.router_aux_loss} if options.router_aux_loss else None

@@ -37,9 +37,9 @@ from secateur.finetuning.trainer import (
     check_logger,
 )
 from secateur.model_folder.apply import CARD
-from secateur.model_folder.folder import FINETUNED, read_folder
-from secateur.model_folder.inputs import Reads, reads
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.modality import Modality, modality_of
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import FINETUNED, read_tensor_files
 from secateur.train import checkpoints
 from secateur.train.arguments import trainer_arguments
 from secateur.train.balance import BalanceCallback, attach_balance
@@ -47,7 +47,7 @@ from secateur.train.distributed.launch import world_size
 from secateur.train.progress import only_our_messages
 
 WHAT = "finetuning"  # name of the work folder
-TASKS: dict[Reads, Callable[[Survey, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}
+TASKS: dict[Modality, Callable[[ModelFolder, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}
 MOMENTUM = 0.9  # of --optimizer sgd
 
 
@@ -86,10 +86,10 @@ def finetune(
     killed_last = resume and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
     if not killed_last:
         check_target(model, out)
-    found = survey(read_folder(model))
+    found = read_model_folder(read_tensor_files(model))
     check_trainable(found)
     with only_our_messages():
-        task = TASKS[reads(found)](found, options)
+        task = TASKS[modality_of(found)](found, options)
         asked = _asked(found, task, options)
         if killed_last:
             return _finished(out, asked, dry_run=dry_run)
@@ -131,7 +131,7 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
     return record
 
 
-def _asked(found: Survey, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+def _asked(found: ModelFolder, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
     plain = {"model": found.folder.state, "data": dict(task.about), "options": options.to_json()}
     asked: dict[str, Any] = json.loads(json.dumps(plain))
@@ -181,7 +181,7 @@ def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
             raise SecateurError(f"--resume: the {what} is not the one that the run was started with")
 
 
-def _write_all(loaded: Loaded, found: Survey, work: Work, record: Mapping[str, Any], folder: Path) -> None:
+def _write_all(loaded: Loaded, found: ModelFolder, work: Work, record: Mapping[str, Any], folder: Path) -> None:
     write(loaded, found, folder)
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -191,14 +191,14 @@ def _write_all(loaded: Loaded, found: Survey, work: Work, record: Mapping[str, A
     atomic_write(folder / FINETUNED, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _load(found: Survey, task: Task, options: FinetuneOptions) -> Loaded:
+def _load(found: ModelFolder, task: Task, options: FinetuneOptions) -> Loaded:
     loaded = load(found, freeze=options.freeze, new_classes=task.images if options.new_head else None)
     with _balanced(loaded, found, options):  # what it refuses shows before the training
         return loaded
 
 
 @contextlib.contextmanager
-def _balanced(loaded: Loaded, found: Survey, options: FinetuneOptions) -> Iterator[list[BalanceCallback]]:
+def _balanced(loaded: Loaded, found: ModelFolder, options: FinetuneOptions) -> Iterator[list[BalanceCallback]]:
     """The balance loss of --router-aux-loss on a model, in place of that of its config."""
     if options.router_aux_loss is None:
         yield []
@@ -222,7 +222,7 @@ def _balanced(loaded: Loaded, found: Survey, options: FinetuneOptions) -> Iterat
 
 def _train(
     loaded: Loaded,
-    found: Survey,
+    found: ModelFolder,
     task: Task,
     options: FinetuneOptions,
     folder: Path,

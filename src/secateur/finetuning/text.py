@@ -18,13 +18,13 @@ from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.model_folder import ModelFolder
 
 LENGTH = 512
 IMAGES_ONLY = ("new_head", "augment")
 
 
-def text_task(found: Survey, options: FinetuneOptions) -> Task:
+def text_task(found: ModelFolder, options: FinetuneOptions) -> Task:
     """The blocks that `options` name, by the model's own tokenizer.
 
     Raises:

@@ -16,11 +16,11 @@ from secateur.model_folder.card import card
 from secateur.model_folder.compare import verify_written
 from secateur.model_folder.config import edited_config
 from secateur.model_folder.copy import Shard, into_shards, write_index, write_shard
-from secateur.model_folder.facts import facts
-from secateur.model_folder.folder import CONFIG, FINETUNED, STATS, Folder, read_folder
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, STATS, TensorFiles, read_tensor_files
 from secateur.model_folder.report import VERIFIED, describe, page
 from secateur.model_folder.rewrite import dropped_tensors, kept_tensors
-from secateur.model_folder.survey import Survey, survey
 from secateur.model_folder.undo import write_undo
 from secateur.model_folder.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan, layer_plan
@@ -69,7 +69,7 @@ def apply_to_model(
     if undo is not None:
         check_target(source, undo, "--undo")
         check_target_pair(out, undo)
-    found = survey(read_folder(source))
+    found = read_model_folder(read_tensor_files(source))
     _check_plan(found, plan, expert_parallel, mtp)
     without = found.mtp if mtp == "drop" else frozenset()
     config = edited_config(found, plan, mtp)
@@ -95,7 +95,7 @@ def apply_to_model(
         if config["model_type"] == modeling_secateur.MODEL_TYPE:
             atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
         history.save(beside / PLAN)
-        verify_written(found, survey(read_folder(beside)), plan, without, ENDS)
+        verify_written(found, read_model_folder(read_tensor_files(beside)), plan, without, ENDS)
         original = source / CARD
         text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
         atomic_write(beside / CARD, card(report, text))
@@ -126,7 +126,7 @@ def check_target_pair(out: Path, undo: Path) -> None:
         raise SecateurError(f"--undo {undo}: it and --out {out} are the same or inside each other")
 
 
-def write_weights(folder: Folder, shards: list[Shard], target: Path, more: Callable[[int], None]) -> None:
+def write_weights(folder: TensorFiles, shards: list[Shard], target: Path, more: Callable[[int], None]) -> None:
     """Write files whose bytes come from the files of `folder`."""
     texts = [set(header.metadata.items()) for header in folder.headers.values()]
     metadata = {"format": "pt"} | dict(sorted(set.intersection(*texts)))
@@ -134,7 +134,7 @@ def write_weights(folder: Folder, shards: list[Shard], target: Path, more: Calla
         write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, more)
 
 
-def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None) -> None:
+def _check_plan(found: ModelFolder, plan: Plan, expert_parallel: int, mtp: str | None) -> None:
     if mtp is not None and mtp not in MTP_CHOICES:
         raise SecateurError(f"--mtp {mtp}: expected {' or '.join(MTP_CHOICES)}")
     named = sorted(found.mtp_counts.keys() & plan.layers.keys())
@@ -152,12 +152,12 @@ def _check_plan(found: Survey, plan: Plan, expert_parallel: int, mtp: str | None
             )
 
 
-def _check_model(found: Survey, plan: Plan) -> None:
+def _check_model(found: ModelFolder, plan: Plan) -> None:
     """Compare the model that a plan was made for with the one at hand, where the plan tells."""
     steps = plan.details.get("steps")
     first: Any = steps[0].get("details") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
     told: Any = (first if isinstance(first, dict) else plan.details).get("model")
-    here = facts(found)
+    here = model_facts(found)
     if isinstance(told, dict) and told.get("digest") != here.digest:
         raise SecateurError(
             f"plan: it was made for a {told.get('model_type')} model with other layers or routers "
@@ -165,13 +165,13 @@ def _check_model(found: Survey, plan: Plan) -> None:
         )
 
 
-def _files_to_copy(folder: Folder) -> list[PurePosixPath]:
+def _files_to_copy(folder: TensorFiles) -> list[PurePosixPath]:
     """All but what is about the source alone, or is made anew."""
     about_source = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS, FINETUNED)}
     return [relative for relative in folder.others if relative not in about_source]
 
 
-def _largest_file(folder: Folder) -> int:
+def _largest_file(folder: TensorFiles) -> int:
     """Bytes of tensors in the largest file."""
     sizes = dict.fromkeys(folder.headers, 0)
     for tensor in folder.tensors.values():
@@ -179,7 +179,7 @@ def _largest_file(folder: Folder) -> int:
     return max(sizes.values())
 
 
-def _index_metadata(folder: Folder, shards: list[Shard]) -> Mapping[str, Any]:
+def _index_metadata(folder: TensorFiles, shards: list[Shard]) -> Mapping[str, Any]:
     """That of the source's index, with the new numbers."""
     found = folder.index.get("metadata") if folder.index is not None else None
     metadata = dict(found) if isinstance(found, dict) else {}

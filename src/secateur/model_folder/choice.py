@@ -13,9 +13,9 @@ from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule, decide
 from secateur.errors import SecateurError
-from secateur.model_folder.facts import facts_for_zero_slots
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.measure.weights import weight_stats
+from secateur.model_folder.read.facts import facts_for_zero_slots
 from secateur.model_folder.source import Source
 from secateur.model_folder.zero_slots import check_no_zero_slots
 from secateur.plans import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan

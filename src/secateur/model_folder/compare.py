@@ -14,9 +14,9 @@ from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
-from secateur.model_folder.folder import Stored
+from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
+from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite import stays_whole
-from secateur.model_folder.survey import Located, Survey
 from secateur.plans import Plan, layer_plan
 
 BUFFER = 4 * 2**20  # bytes of either side in memory
@@ -34,8 +34,8 @@ class Difference:
 
 
 def differences(
-    source: Survey,
-    written: Survey,
+    source: ModelFolder,
+    written: ModelFolder,
     plan: Plan,
     without: frozenset[str] = frozenset(),
     *,
@@ -79,7 +79,7 @@ def differences(
         yield Difference(name=name, what="is missing")
 
 
-def verify_written(source: Survey, written: Survey, plan: Plan, without: frozenset[str], ends: int) -> None:
+def verify_written(source: ModelFolder, written: ModelFolder, plan: Plan, without: frozenset[str], ends: int) -> None:
     """Raise SecateurError at the first of `differences`."""
     for difference in differences(source, written, plan, without, ends=ends):
         raise SecateurError(f"verify: {difference}")
@@ -88,11 +88,11 @@ def verify_written(source: Survey, written: Survey, plan: Plan, without: frozens
 _Place = tuple[int, str, int, str] | str
 
 
-def _place(place: Located | None, name: str) -> _Place:
+def _place(place: ExpertPart | None, name: str) -> _Place:
     return name if place is None or place.spec is not None else (place.layer, place.key, place.expert, place.after)
 
 
-def _old_place(here: Located | None, name: str, source: Survey, plan: Plan) -> _Place | None:
+def _old_place(here: ExpertPart | None, name: str, source: ModelFolder, plan: Plan) -> _Place | None:
     if here is None or here.spec is not None:
         return name
     if here.layer not in source.all_counts:
@@ -101,13 +101,15 @@ def _old_place(here: Located | None, name: str, source: Survey, plan: Plan) -> _
     return (here.layer, here.key, order[here.expert], here.after) if here.expert < len(order) else None
 
 
-def _new_shape(before: Stored, spec: ExpertTensor | None, order: tuple[int, ...] | None) -> tuple[int, ...]:
+def _new_shape(before: StoredTensor, spec: ExpertTensor | None, order: tuple[int, ...] | None) -> tuple[int, ...]:
     if spec is None or order is None:
         return before.shape
     return (*before.shape[: spec.dim], spec.axis_size(len(order)), *before.shape[spec.dim + 1 :])
 
 
-def _rows(before: Stored, after: Stored, spec: ExpertTensor, order: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+def _rows(
+    before: StoredTensor, after: StoredTensor, spec: ExpertTensor, order: tuple[int, ...]
+) -> Iterator[tuple[int, int, int]]:
     """(offset in the source's tensor, offset in the written one, bytes) of every expert."""
     outer = math.prod(before.shape[: spec.dim])
     old_sizes, new_sizes = before.shape[spec.dim], after.shape[spec.dim]
@@ -143,7 +145,7 @@ class _Files:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
-    def read(self, tensor: Stored, offset: int, length: int) -> bytes:
+    def read(self, tensor: StoredTensor, offset: int, length: int) -> bytes:
         if tensor.file != self._name:
             self.__exit__()
             self._name, self._descriptor = tensor.file, os.open(self._folder / tensor.file, os.O_RDONLY)

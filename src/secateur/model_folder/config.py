@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.zero_slots import kept_slots
 from secateur.modeling_secateur import MODEL_TYPE
 from secateur.plans import Plan, layer_plan
@@ -19,7 +19,7 @@ from secateur.surgery.model_config import with_counts, with_zero_slots
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
-def edited_config(survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]:
+def edited_config(survey: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
     """config.json with the counts that the plan leaves; only what must change does.
 
     Raises:
@@ -42,7 +42,7 @@ def edited_config(survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]
     return config
 
 
-def _with_counts(config: dict[str, Any], survey: Survey, plan: Plan, mtp: str | None) -> dict[str, Any]:
+def _with_counts(config: dict[str, Any], survey: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
     after = {layer: layer_plan(plan, survey.all_counts, layer).experts_after for layer in survey.all_counts}
     main = {layer: after[layer] for layer in survey.counts}
     _check_mtp(survey, after, max(main.values()), mtp)
@@ -62,7 +62,7 @@ def _without_own_code(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map" or not own}
 
 
-def _check_mtp(survey: Survey, after: Mapping[int, int], count: int, mtp: str | None) -> None:
+def _check_mtp(survey: ModelFolder, after: Mapping[int, int], count: int, mtp: str | None) -> None:
     for layer in survey.mtp_counts if mtp is None else ():
         if after[layer] != count:
             raise SecateurError(
@@ -71,7 +71,7 @@ def _check_mtp(survey: Survey, after: Mapping[int, int], count: int, mtp: str | 
             )
 
 
-def _check_no_numbers(config: Mapping[str, Any], survey: Survey) -> None:
+def _check_no_numbers(config: Mapping[str, Any], survey: ModelFolder) -> None:
     text = json.dumps([config.get(key) for key in ("quantization_config", "compression_config")])
     for before in survey.layout.own:
         if found := re.search(re.escape(before) + r"(\.|\\+\.)[0-9]+[^\"]*", text):

@@ -12,7 +12,7 @@ from pathlib import Path
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
-from secateur.model_folder.folder import INDEX
+from secateur.model_folder.read.tensor_files import INDEX
 from secateur.model_folder.rewrite import Made
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.load import text_model
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import layer_of
 from secateur.plans import LayerPlan, Plan, layer_plan
 from secateur.verify import barred_experts
@@ -22,7 +22,7 @@ RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the ro
 
 
 @contextmanager
-def without_dropped(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+def without_dropped(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[None]:
     """While it lasts, the loaded source computes what the model that `plan` makes of it must compute.
 
     The two agree bit for bit where the experts keep their order; if not, sums are taken in another one.
@@ -32,7 +32,7 @@ def without_dropped(model: PreTrainedModel, survey: Survey, plan: Plan) -> Itera
 
 
 @contextmanager
-def silenced(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+def silenced(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[None]:
     """While it lasts, the routers choose as ever, and what they send to an expert that `plan` drops is 0.
 
     The experts run on all else, each token-slot as a token of its own: to set gates to 0 is the same function, but
@@ -47,7 +47,7 @@ def silenced(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[Non
         yield
 
 
-def _experts(text: PreTrainedModel, survey: Survey) -> dict[int, nn.Module]:
+def _experts(text: PreTrainedModel, survey: ModelFolder) -> dict[int, nn.Module]:
     """{layer: its `experts` module} of the MoE layers."""
     return {
         layer: module
@@ -78,7 +78,7 @@ def _without(gone: list[int], forward: Callable[..., Tensor]) -> Callable[..., T
 
 
 @contextmanager
-def barred(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]:
+def barred(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[None]:
     """While it lasts, the routers of the loaded source cannot choose an expert that `plan` drops.
 
     Layers that the model does not have, such as multi-token-prediction layers, are passed over.
@@ -95,17 +95,6 @@ def barred(model: PreTrainedModel, survey: Survey, plan: Plan) -> Iterator[None]
             main = Plan(layers=layers, criterion=plan.criterion)
             stack.enter_context(barred_experts(describe_moe(text), main))
         yield
-
-
-def text_model(model: PreTrainedModel, survey: Survey) -> PreTrainedModel:
-    """The model that holds the decoder layers: `model` itself, or one inside it."""
-    if not survey.model.is_nested:
-        return model
-    wanted = survey.model.text.model_type
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config.model_type == wanted:
-            return module
-    raise SecateurError(f"{type(model).__name__}: no {wanted} model inside it")
 
 
 @contextmanager

@@ -16,17 +16,17 @@ from secateur.files.new_folder import check_target, copy_file
 from secateur.files.work_folder import Work, place_of_work, work_folder
 from secateur.model_folder.apply import apply_to_model, check_target_pair
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome, who_needs_data
-from secateur.model_folder.folder import STATS
+from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.read.tensor_files import STATS
 from secateur.model_folder.report import VERIFIED
 from secateur.model_folder.source import Source, of_folder, of_observation
-from secateur.model_folder.survey import Survey
 from secateur.model_folder.undo import RECORD, holds_undo
 from secateur.model_folder.verify import as_json, check_tokens, verify_model
 from secateur.observation import Observation
 from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
-Observe = Callable[[Survey, Path], tuple[Mapping[str, Any], Callable[[], object]]]
+Observe = Callable[[ModelFolder, Path], tuple[Mapping[str, Any], Callable[[], object]]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -185,7 +185,7 @@ def _finished(out: Path, source: Source) -> dict[str, Any]:
     }
 
 
-def _without_one_expert(found: Survey, choice: Choice) -> Plan:
+def _without_one_expert(found: ModelFolder, choice: Choice) -> Plan:
     """Stands in for a plan whose counts data will decide: the least that can be removed, if anything can.
 
     Zero slots need a class of their own, so it has to remove something to show whether the model can have them. Cut

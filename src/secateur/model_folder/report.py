@@ -8,9 +8,9 @@ from typing import Any
 
 from secateur.files.bytes_in_words import in_words
 from secateur.model_folder.card import MTP, who_loads
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.recipe import recipe
 from secateur.model_folder.rewrite import Made, stays_whole
-from secateur.model_folder.survey import Survey
 from secateur.plans import JSON, REROUTE, Plan, layer_plan
 from secateur.reporting.html import document, section, table
 from secateur.surgery.dcp_report import FORMAT, VERSION
@@ -23,7 +23,7 @@ VERIFIED = "verify.json"
 
 
 def describe(
-    survey: Survey, plan: Plan, kept: Sequence[Made], mtp: str | None, files_copied: Sequence[str]
+    survey: ModelFolder, plan: Plan, kept: Sequence[Made], mtp: str | None, files_copied: Sequence[str]
 ) -> dict[str, JSON]:
     """The report: layers, tensors, bytes and files, before and after. `plan` is this step, without earlier ones."""
     left_out = survey.mtp if mtp == "drop" else frozenset()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
 from secateur.files.safetensors_header import BITS
-from secateur.model_folder.folder import Stored
-from secateur.model_folder.survey import Located, Survey
+from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
+from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.plans import Plan, layer_plan
 
 
@@ -40,7 +40,7 @@ class Made:
         return sum(one.length for one in self.ranges)
 
 
-def kept_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
+def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
     """The tensors of the pruned model, in the order of the source; those of `without` are left out.
 
     Experts are numbered 0 to N - 1 in the order of the plan, in layers that it does not list in the order they have.
@@ -61,7 +61,7 @@ def kept_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset
     return made
 
 
-def dropped_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
+def dropped_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
     """What `kept_tensors` leaves: the dropped experts under their old names, in their old order."""
     made = []
     for name, tensor in survey.folder.tensors.items():
@@ -81,17 +81,17 @@ def dropped_tensors(survey: Survey, plan: Plan, without: frozenset[str] = frozen
     return made
 
 
-def stays_whole(place: Located, plan: Plan) -> bool:
+def stays_whole(place: ExpertPart, plan: Plan) -> bool:
     """Whether a plan leaves this tensor of experts or a router as it is, in every layer."""
     return plan.leaves_zero_slots and place.role == "router"
 
 
-def new_name(place: Located, expert: int) -> str:
+def new_name(place: ExpertPart, expert: int) -> str:
     return f"{place.before}{expert}.{place.after}"
 
 
 def rows_of(
-    name: str, tensor: Stored, spec: ExpertTensor, experts: Sequence[int], *, with_trailing: bool = True
+    name: str, tensor: StoredTensor, spec: ExpertTensor, experts: Sequence[int], *, with_trailing: bool = True
 ) -> Made:
     """The experts of a tensor that holds all of a layer, in this order, with the rows that belong to none of them."""
     size = tensor.shape[spec.dim]
@@ -102,7 +102,7 @@ def rows_of(
     return Made(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, spec.dim, rows)))
 
 
-def _ranges(name: str, tensor: Stored, dim: int, rows: Iterable[range]) -> Iterator[Range]:
+def _ranges(name: str, tensor: StoredTensor, dim: int, rows: Iterable[range]) -> Iterator[Range]:
     """The bytes of entries along one axis, neighbours joined: once for each entry of the axes before it."""
     before = math.prod(tensor.shape[:dim])
     block_bits = math.prod(tensor.shape[dim + 1 :]) * BITS[tensor.dtype]
@@ -126,6 +126,6 @@ def _joined(rows: Iterable[range]) -> list[range]:
     return runs
 
 
-def _whole(name: str, tensor: Stored) -> Made:
+def _whole(name: str, tensor: StoredTensor) -> Made:
     piece = Range(file=tensor.file, start=tensor.start, length=tensor.length)
     return Made(name=name, dtype=tensor.dtype, shape=tensor.shape, ranges=(piece,))

@@ -9,10 +9,10 @@ from typing import Any
 
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.model_folder.facts import facts
-from secateur.model_folder.folder import read_folder
 from secateur.model_folder.measure.adapter import holds_adapter
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation import Observation
 from secateur.stats import RouterStats
 
@@ -28,9 +28,9 @@ class Source:
     facts: ModelFacts
     stats: RouterStats | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
-    found: Survey | None = None
+    found: ModelFolder | None = None
     finetuned: Path | None = None
-    pretrained: Survey | None = None
+    pretrained: ModelFolder | None = None
 
 
 def read_source(path: Path, model: Path | None = None, pretrained: Path | None = None) -> Source:
@@ -52,7 +52,9 @@ def read_source(path: Path, model: Path | None = None, pretrained: Path | None =
         raise SecateurError(f"--pretrained {pretrained}: for the folder of a fine-tuned model, but {path} is none")
     if not path.exists():
         raise SecateurError(f"{path}: not there, expected a statistics file or the folder of a model")
-    return of_observation(Observation.load(path), None if model is None else survey(read_folder(model)), str(path))
+    return of_observation(
+        Observation.load(path), None if model is None else read_model_folder(read_tensor_files(model)), str(path)
+    )
 
 
 def of_folder(path: Path, pretrained: Path | None = None) -> Source:
@@ -61,22 +63,22 @@ def of_folder(path: Path, pretrained: Path | None = None) -> Source:
     Raises:
         SecateurError: neither of the two, a damaged one, or an adapter without `pretrained`.
     """
-    base = None if pretrained is None else survey(read_folder(pretrained))
+    base = None if pretrained is None else read_model_folder(read_tensor_files(pretrained))
     if not holds_adapter(path):
-        found = survey(read_folder(path))
-        return Source(facts=facts(found), found=found, finetuned=path, pretrained=base)
+        found = read_model_folder(read_tensor_files(path))
+        return Source(facts=model_facts(found), found=found, finetuned=path, pretrained=base)
     if base is None:
         raise SecateurError(f"{path}: a LoRA adapter; name the folder of the model that it is for with --pretrained")
-    return Source(facts=facts(base), finetuned=path, pretrained=base)
+    return Source(facts=model_facts(base), finetuned=path, pretrained=base)
 
 
-def of_observation(observation: Observation, found: Survey | None, name: str) -> Source:
+def of_observation(observation: Observation, found: ModelFolder | None, name: str) -> Source:
     """Statistics and the model they are of; `name` is theirs, for messages.
 
     Raises:
         SecateurError: nothing says which model that is, or it is not the model of `found`.
     """
-    known = None if found is None else facts(found)
+    known = None if found is None else model_facts(found)
     told = observation.model
     if known is None and told is None:
         raise SecateurError(f"{name}: it does not say which model the statistics are of; name its folder with --model")
@@ -94,8 +96,8 @@ def of_observation(observation: Observation, found: Survey | None, name: str) ->
 
 def of_loads(loads: Mapping[int, Sequence[float]], model: Path) -> Source:
     """Tokens of each expert in a training run, and the model that it left."""
-    found = survey(read_folder(model))
-    known = facts(found)
+    found = read_model_folder(read_tensor_files(model))
+    known = model_facts(found)
     counts = {layer: [int(count) for count in one] for layer, one in loads.items()}
     num_tokens = sum(map(sum, counts.values())) // (known.top_k * max(len(counts), 1))
     return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), found, "loads")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream_model import PartModel
 from secateur.model_folder.stream_relay import Relay
 from secateur.model_folder.stream_states import States
-from secateur.model_folder.survey import Survey
 
 # (layer's number, layer) -> what is in force while it is loaded, which gives what is called before each batch
 Visit = Callable[[int, nn.Module], AbstractContextManager[Callable[[Batch], None]]]
@@ -33,7 +33,7 @@ class StreamedModel:
     that the decoder layers are in, `model` or inside it. layers_path: where in `model` they are.
     """
 
-    def __init__(self, found: Survey, *, device: str = "cpu") -> None:
+    def __init__(self, found: ModelFolder, *, device: str = "cpu") -> None:
         """
         Args:
             device: where layers run; hidden states wait on the host.

@@ -26,11 +26,10 @@ from transformers.modeling_utils import LoadStateDictConfig, get_state_dict_dtyp
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from secateur.errors import SecateurError
-from secateur.model_folder.model import floats
-from secateur.model_folder.oracle import text_model
-from secateur.model_folder.run import no_loading_bars
+from secateur.model_folder.read.config import floats
+from secateur.model_folder.read.load import no_loading_bars, text_model
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream_read import DTYPES, LazyTensor
-from secateur.model_folder.survey import Survey
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config, replace_tensor_
 
 RECORDS = ("output_router_logits", "output_hidden_states", "output_attentions")  # what a forward may keep of all layers
@@ -47,7 +46,7 @@ class PartModel:
     those outside; parts of other models than the text model (images, sounds) are never filled.
     """
 
-    def __init__(self, found: Survey, device: str) -> None:
+    def __init__(self, found: ModelFolder, device: str) -> None:
         """
         Raises:
             SecateurError: a quantised model, a tensor that is missing, unknown or of a type to be decoded first.
@@ -91,7 +90,7 @@ class PartModel:
     def _is_tied(self) -> bool:
         return bool(self.model.all_tied_weights_keys)
 
-    def _find_layers(self, found: Survey) -> tuple[str, nn.ModuleList]:
+    def _find_layers(self, found: ModelFolder) -> tuple[str, nn.ModuleList]:
         fits = {
             name: module
             for name, module in self.text.named_modules()
@@ -113,7 +112,7 @@ class PartModel:
             return "head"
         return "outside" if _is_in(live, self._text_path) else None
 
-    def _sort_names(self, found: Survey) -> dict[Part, list[str]]:
+    def _sort_names(self, found: ModelFolder) -> dict[Part, list[str]]:
         """Part -> names in the files, by the names that transformers gives them in the model."""
         renamings = [one for one in self._transforms if isinstance(one, WeightRenaming)]
         converters = [one for one in self._transforms if isinstance(one, WeightConverter)]
@@ -216,7 +215,7 @@ class PartModel:
         return {name for name in live if getattr(*self._owner(name)).device.type == "meta"}
 
 
-def _refuse_quantised(found: Survey) -> None:
+def _refuse_quantised(found: ModelFolder) -> None:
     for key in ("quantization_config", "compression_config"):
         settings = found.folder.config.get(key)
         if settings is not None:
@@ -227,7 +226,7 @@ def _refuse_quantised(found: Survey) -> None:
             )
 
 
-def _build(found: Survey) -> tuple[PreTrainedModel, torch.dtype]:
+def _build(found: ModelFolder) -> tuple[PreTrainedModel, torch.dtype]:
     """(the model on the meta device, its type by the config, or else by the first tensor in the files)."""
     raw = found.folder.config
     if raw.get("model_type") == MODEL_TYPE:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.model_folder.folder import Stored
+from secateur.model_folder.read.tensor_files import StoredTensor
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -33,7 +33,7 @@ class LazyTensor:
     tensor begins at a page, so that nothing depends on its place in a file.
     """
 
-    def __init__(self, folder: Path, name: str, stored: Stored) -> None:
+    def __init__(self, folder: Path, name: str, stored: StoredTensor) -> None:
         """
         Raises:
             SecateurError: a type that cannot be computed with as it is, such as one of a quantised model.

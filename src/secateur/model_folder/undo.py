@@ -19,9 +19,9 @@ from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.safetensors_header import Header, parse_header, read_header
 from secateur.model_folder.copy import Shard, Writer, write_shard
-from secateur.model_folder.folder import CONFIG, INDEX, Folder, Stored, read_folder
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite import Made, dropped_tensors, kept_tensors
-from secateur.model_folder.survey import Survey, survey
 from secateur.plans import Plan
 
 RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
@@ -34,7 +34,7 @@ def holds_undo(path: Path) -> bool:
 
 
 def write_undo(
-    folder: Folder,
+    folder: TensorFiles,
     plan: Plan,
     mtp: str | None,
     dropped: Sequence[Shard],
@@ -91,8 +91,8 @@ def restore(
     for folder in (pruned, undo):
         check_target(folder, out)
     record = _Record.read(undo)
-    source = survey(record.source(undo))
-    pieces = _pieces(source, record, read_folder(pruned), undo)
+    source = read_model_folder(record.source(undo))
+    pieces = _pieces(source, record, read_tensor_files(pruned), undo)
     total, done = sum(sum(piece.length for piece in file) for file in pieces.values()), 0
 
     def more(count: int) -> None:
@@ -155,22 +155,24 @@ class _Record:
             raise SecateurError(f"{undo / RECORD}: {error!r:.200}") from error
         return record
 
-    def source(self, undo: Path) -> Folder:
+    def source(self, undo: Path) -> TensorFiles:
         """The source as its headers describe it; its tensors lie in files that are not there."""
         headers: dict[str, Header] = {}
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, StoredTensor] = {}
         for name, about in self.weights.items():
             path = undo / HEADERS / name
             headers[name] = parse_header(_read(path), about["bytes"], path)
             for tensor, entry in headers[name].entries.items():
-                tensors[tensor] = Stored(
+                tensors[tensor] = StoredTensor(
                     file=name, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
                 )
         config = read_object(undo / FILES / CONFIG)
-        return Folder(path=undo, config=config, tensors=tensors, headers=headers, index=None, others=(), left_out=())
+        return TensorFiles(
+            path=undo, config=config, tensors=tensors, headers=headers, index=None, others=(), left_out=()
+        )
 
 
-def _pieces(source: Survey, record: _Record, pruned: Folder, undo: Path) -> dict[str, list[_Piece]]:
+def _pieces(source: ModelFolder, record: _Record, pruned: TensorFiles, undo: Path) -> dict[str, list[_Piece]]:
     """The pieces of every file of the source, in their order; together they are all of it."""
     without = source.mtp if record.mtp == "drop" else frozenset()
     taken = {name: undo / name for name in record.dropped}

@@ -10,8 +10,8 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 from secateur.model_folder.compare import differences
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.zero_slots import kept_slots
 from secateur.plans import Plan, layer_plan
 
@@ -50,10 +50,10 @@ def verify_model(
     Raises:
         SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
     """
-    from secateur.model_folder.run import applied_plan
+    from secateur.model_folder.read.load import applied_plan
 
     plan, mtp = applied_plan(pruned)
-    before, after = survey(read_folder(source)), survey(read_folder(pruned))
+    before, after = read_model_folder(read_tensor_files(source)), read_model_folder(read_tensor_files(pruned))
     without = before.mtp if mtp == "drop" else frozenset()
     counts = _counts(before, after, plan)
     if not counts.passed:
@@ -61,7 +61,7 @@ def verify_model(
     return [counts, _bytes(before, after, plan, without, on_bytes), *_run(before, after, plan, num_tokens, text, seed)]
 
 
-def _counts(before: Survey, after: Survey, plan: Plan) -> Check:
+def _counts(before: ModelFolder, after: ModelFolder, plan: Plan) -> Check:
     expected = {layer: layer_plan(plan, before.all_counts, layer).experts_after for layer in before.counts}
     wrong_plan = [layer for layer, one in plan.layers.items() if before.all_counts.get(layer) != one.experts_before]
     kept = kept_slots(before, plan) if plan.leaves_zero_slots and not wrong_plan else {}
@@ -78,7 +78,7 @@ def _counts(before: Survey, after: Survey, plan: Plan) -> Check:
 
 
 def _bytes(
-    before: Survey, after: Survey, plan: Plan, without: frozenset[str], on_bytes: Callable[[int, int], None]
+    before: ModelFolder, after: ModelFolder, plan: Plan, without: frozenset[str], on_bytes: Callable[[int, int], None]
 ) -> Check:
     total, done = after.folder.num_bytes, 0
 
@@ -94,40 +94,42 @@ def _bytes(
     return Check(claim="every kept tensor equals its source byte for byte", passed=not found, detail=detail)
 
 
-def _run(before: Survey, after: Survey, plan: Plan, num_tokens: int, text: Path | None, seed: int) -> list[Check]:
+def _run(
+    before: ModelFolder, after: ModelFolder, plan: Plan, num_tokens: int, text: Path | None, seed: int
+) -> list[Check]:
     import torch
 
     from secateur.families import logits_of
-    from secateur.model_folder import run
+    from secateur.model_folder.read import load
 
     loads = "it loads with no tensor missing, unexpected or newly initialised"
     equal = f"its logits are those of the source with {WITHOUT[plan.leaves_zero_slots]}"
     speaks = "it generates"
-    reason = "--tokens 0" if num_tokens == 0 else run.why_not_loaded(before)
+    reason = "--tokens 0" if num_tokens == 0 else load.why_not_loaded(before)
     if reason is not None:
         return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
-    sample = run.sample_for(before.folder.path, before, num_tokens, text, seed)
+    sample = load.sample_for(before.folder.path, before, num_tokens, text, seed)
     try:
-        expected = run.logits_without_dropped(before.folder.path, before, plan, sample)
+        expected = load.logits_without_dropped(before.folder.path, before, plan, sample)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise SecateurError(f"{before.folder.path}: the source itself cannot be run ({error})"[:500]) from error
     try:
-        model, problems = run.load(after.folder.path, after)
+        model, problems = load.load(after.folder.path, after)
         found = logits_of(model, sample)
-        said = run.generated(model, sample)
+        said = load.generated(model, sample)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
     ascending = all(layer_plan(plan, before.all_counts, layer).is_ascending for layer in before.counts)
     difference = float((found - expected).abs().max())
     same = torch.equal(found, expected)
-    close = difference <= run.ROUNDING * max(float(expected.abs().max()), 1.0)
+    close = difference <= load.ROUNDING * max(float(expected.abs().max()), 1.0)
     how = "bit for bit" if same else f"largest difference {difference:.3g}"
     seen = f"{len(sample)} images" if sample.is_floating_point() else f"{sample.shape[1]} tokens"
     speech = "it is no language model" if said is None else " ".join(map(str, said))
     return [
         Check(claim=loads, passed=not problems, detail=str(problems)[:500] if problems else type(model).__name__),
         Check(claim=equal, passed=same if ascending else close, detail=f"{seen}, {how}"),
-        Check(claim=speaks, passed=None if said is None else len(said) == run.NEW_TOKENS, detail=speech),
+        Check(claim=speaks, passed=None if said is None else len(said) == load.NEW_TOKENS, detail=speech),
     ]
 
 

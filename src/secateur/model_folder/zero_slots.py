@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from secateur.errors import SecateurError
-from secateur.model_folder.model import floats
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.config import floats
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config
 from secateur.plans import REROUTE, ZERO_SLOT, Plan
 from secateur.surgery.zero_slots import kept_after
 
 
-def check_removal(found: Survey, plan: Plan, *, expert_parallel: int = 1) -> None:
+def check_removal(found: ModelFolder, plan: Plan, *, expert_parallel: int = 1) -> None:
     """Compare what a plan means by removing an expert with what the model can have.
 
     Raises:
@@ -39,7 +39,7 @@ def check_removal(found: Survey, plan: Plan, *, expert_parallel: int = 1) -> Non
         raise SecateurError(f"{where}: such experts are not split over ranks, found --ep {expert_parallel}")
 
 
-def check_no_zero_slots(found: Survey, why: str) -> None:
+def check_no_zero_slots(found: ModelFolder, why: str) -> None:
     """Refuse a model with zero slots; `why` ends the sentence.
 
     Raises:
@@ -52,7 +52,7 @@ def check_no_zero_slots(found: Survey, why: str) -> None:
         )
 
 
-def check_buildable(found: Survey, config: Mapping[str, Any]) -> None:
+def check_buildable(found: ModelFolder, config: Mapping[str, Any]) -> None:
     """Build the model that a config.json with zero slots describes, without weights.
 
     Raises:
@@ -68,7 +68,7 @@ def check_buildable(found: Survey, config: Mapping[str, Any]) -> None:
         raise SecateurError(f"{message:.400}") from error
 
 
-def kept_slots(found: Survey, plan: Plan) -> dict[int, tuple[int, ...]]:
+def kept_slots(found: ModelFolder, plan: Plan) -> dict[int, tuple[int, ...]]:
     """{layer: slots whose experts it holds} after a plan that leaves zero slots."""
     layers = {layer: one for layer, one in plan.layers.items() if layer in found.counts}
     return kept_after(found.slots, found.model.kept, layers)

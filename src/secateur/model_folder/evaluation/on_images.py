@@ -16,11 +16,11 @@ from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.model_folder.evaluation.accuracy import Scores, difference, joined, scores, summary
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.inputs import class_names
 from secateur.model_folder.measure.image_batches import ImageBatches, batches_for
 from secateur.model_folder.measure.on_images import check_fits_in_memory, loaded
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.modality import class_names
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.vision.flops import flops_per_image
 from secateur.vision.modeling import VMoEForImageClassification
 
@@ -69,13 +69,13 @@ def evaluate_images(
     return results
 
 
-def check_models(models: Sequence[Path]) -> dict[Path, Survey]:
+def check_models(models: Sequence[Path]) -> dict[Path, ModelFolder]:
     """The folders, all of which can be run here and compared with each other.
 
     Raises:
         SecateurError: no such model, one that cannot be run here, or has no classifier, or other classes.
     """
-    surveys = {model: survey(read_folder(model)) for model in models}
+    surveys = {model: read_model_folder(read_tensor_files(model)) for model in models}
     first, *_ = models
     for model, found in surveys.items():
         check_fits_in_memory(found)
@@ -93,7 +93,9 @@ def check_models(models: Sequence[Path]) -> dict[Path, Survey]:
     return surveys
 
 
-def _measured(found: Survey, batches: ImageBatches, device: str, on_step: Progress) -> tuple[Scores, dict[str, Any]]:
+def _measured(
+    found: ModelFolder, batches: ImageBatches, device: str, on_step: Progress
+) -> tuple[Scores, dict[str, Any]]:
     model: Any = loaded(found, device)
     moe = describe_moe(model, zero_slots=True)
     parts: list[Scores] = []

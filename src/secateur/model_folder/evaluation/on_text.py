@@ -11,12 +11,13 @@ import torch
 
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
-from secateur.model_folder import run
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
-from secateur.model_folder.folder import read_folder
+from secateur.model_folder.read.load import load as load_model
+from secateur.model_folder.read.load import why_not_loaded
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.stream import StreamedModel
 from secateur.model_folder.stream_states import MemoryStates
-from secateur.model_folder.survey import Survey, survey
 
 Progress = Callable[[int, int], None]
 
@@ -42,14 +43,14 @@ def evaluate(
     Raises:
         SecateurError: no such model, one that cannot be run here, or a loss that is no number.
     """
-    surveys = {model: survey(read_folder(model)) for model in models}
+    surveys = {model: read_model_folder(read_tensor_files(model)) for model in models}
     largest = max(int(batch.input_ids.max()) for batch in batches)
     for model, found in surveys.items():
         if largest >= int(found.model.text.vocab_size):
             raise SecateurError(
                 f"{model}: a token of id {largest}, but its vocabulary is {found.model.text.vocab_size}"
             )
-        if stream or run.why_not_loaded(found) is not None:
+        if stream or why_not_loaded(found) is not None:
             StreamedModel(found, device=device)  # what cannot be run shows before another is measured
     short = [index for index, one in enumerate(domains) if _length(batches, index) < 2]
     if short:
@@ -57,7 +58,7 @@ def evaluate(
     results: list[dict[str, Any]] = []
     first: BlockLosses | None = None
     for model, found in surveys.items():
-        streamed = run.why_not_loaded(found) is not None if stream is None else stream
+        streamed = why_not_loaded(found) is not None if stream is None else stream
         lost = (streamed_losses if streamed else loaded_losses)(found, batches, device, on_step(model))
         more = None if first is None else difference(lost, first, seed=seed)
         first = first or lost
@@ -83,9 +84,9 @@ def _length(batches: Sequence[Batch], index: int) -> int:
     raise SecateurError(f"{index} more domains than sequences")
 
 
-def loaded_losses(found: Survey, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
+def loaded_losses(found: ModelFolder, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
     """Of the model in memory."""
-    model, problems = run.load(found.folder.path, found)
+    model, problems = load_model(found.folder.path, found)
     if problems:
         raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
     model.to(device).eval()  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def loaded_losses(found: Survey, batches: Sequence[Batch], device: str, on_step:
     return BlockLosses.joined(parts)
 
 
-def streamed_losses(found: Survey, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
+def streamed_losses(found: ModelFolder, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
     """Of the model read layer by layer; the same numbers."""
     streamed = StreamedModel(found, device=device)
     states = MemoryStates()

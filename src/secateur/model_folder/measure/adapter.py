@@ -17,8 +17,8 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.files.json import read_object
 from secateur.files.safetensors_header import read_header
-from secateur.model_folder.layout import Layout
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.layout import Layout
+from secateur.model_folder.read.model_folder import ModelFolder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -68,7 +68,9 @@ class Adapter:
         header = read_header(folder / WEIGHTS)
         return cls(folder=folder, scale=_scale(folder, config), names=frozenset(header.entries))
 
-    def router_rows(self, found: Survey, before: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    def router_rows(
+        self, found: ModelFolder, before: Mapping[int, Mapping[str, Tensor]]
+    ) -> dict[int, dict[str, Tensor]]:
         """The rows of all routers after fine-tuning, in the form of `before`, those of the model it was made for.
 
         Raises:
@@ -122,7 +124,7 @@ def _scale(folder: Path, config: Mapping[str, Any]) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _router_modules(found: Survey) -> dict[int, dict[str, str]]:
+def _router_modules(found: ModelFolder) -> dict[int, dict[str, str]]:
     """{layer: {router tensor by its name in the files: path of its module in the live model, from the layer on}}.
 
     Adapters have the names of the live model; where files have others, the two lists of names agree in their order.

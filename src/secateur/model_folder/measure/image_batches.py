@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.data.images import Images, read_images
 from secateur.errors import SecateurError
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.vision.pixels import Pixels, read_pixels
 
 BATCH = 64  # images, where nothing else is asked for
@@ -65,7 +65,7 @@ class ImageBatches:
             yield self.pixels([self.images.image(row) for row in rows]), labels[rows.start : rows.stop]
 
 
-def batches_for(found: Survey, images: Images, batch_size: int | None) -> ImageBatches:
+def batches_for(found: ModelFolder, images: Images, batch_size: int | None) -> ImageBatches:
     """The images as the model of a folder takes them.
 
     Raises:

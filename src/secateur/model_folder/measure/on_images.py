@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from secateur.environment import versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder import run
-from secateur.model_folder.facts import facts
 from secateur.model_folder.measure.image_batches import ImageBatches, SampledImages, batches_for
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.load import load as load_model
+from secateur.model_folder.read.load import why_not_loaded
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 
@@ -30,7 +31,7 @@ class ImageObservation:
     """One observation of a model folder: `data` says on what, `observe` does it. Nothing is kept for a restart."""
 
     def __init__(
-        self, found: Survey, drawn: SampledImages, out: Path, *, batch_size: int | None = None, device: str = "cpu"
+        self, found: ModelFolder, drawn: SampledImages, out: Path, *, batch_size: int | None = None, device: str = "cpu"
     ) -> None:
         """
         Args:
@@ -58,26 +59,26 @@ class ImageObservation:
                 model(pixel_values=pixel_values.to(self._device))
                 on_step(step, len(self.batches))
         observation = Observation(
-            stats=observer.read(), model=facts(self._found), data={**self.data, "versions": versions()}
+            stats=observer.read(), model=model_facts(self._found), data={**self.data, "versions": versions()}
         )
         observation.save(self._out)
         return observation
 
 
-def check_fits_in_memory(found: Survey) -> None:
+def check_fits_in_memory(found: ModelFolder) -> None:
     """Raises SecateurError: the model cannot be loaded here as a whole."""
-    why = run.why_not_loaded(found)
+    why = why_not_loaded(found)
     if why is not None:
         raise SecateurError(f"{found.folder.path}: models of images are loaded whole; {why}")
 
 
-def loaded(found: Survey, device: str) -> PreTrainedModel:
+def loaded(found: ModelFolder, device: str) -> PreTrainedModel:
     """The model of a folder, in evaluation mode.
 
     Raises:
         SecateurError: tensors are missing or left over.
     """
-    model, problems = run.load(found.folder.path, found)
+    model, problems = load_model(found.folder.path, found)
     if problems:
         raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
     model.to(device).eval()  # type: ignore[arg-type]

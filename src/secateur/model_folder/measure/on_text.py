@@ -16,12 +16,12 @@ from secateur.data.calibration import Calibration
 from secateur.environment import versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder.facts import facts
-from secateur.model_folder.run import why_not_loaded
+from secateur.model_folder.read.facts import model_facts
+from secateur.model_folder.read.load import why_not_loaded
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream import StreamedModel
 from secateur.model_folder.stream_states import DiskStates, MemoryStates
 from secateur.model_folder.stream_work import WorkFolder
-from secateur.model_folder.survey import Survey
 from secateur.observation import Observation
 from secateur.observe_activations import LayerObserver
 from secateur.stats import LayerStats, RouterStats
@@ -55,7 +55,7 @@ class TextObservation:
 
     def __init__(
         self,
-        found: Survey,
+        found: ModelFolder,
         data: Calibration,
         out: Path,
         *,
@@ -133,7 +133,7 @@ class TextObservation:
     def _written(self, stats: Mapping[int, LayerStats]) -> Observation:
         observation = Observation(
             stats=RouterStats(layers=dict(stats)),
-            model=facts(self._found),
+            model=model_facts(self._found),
             data={**self._data.to_json(), "batch_size": self._batch_size, "versions": versions()},
         )
         observation.save(self._out)
@@ -144,7 +144,7 @@ class TextObservation:
         folder = self._found.folder
         files = {name: (folder.path / name).stat() for name in folder.headers}
         return {
-            "model": facts(self._found).digest,
+            "model": model_facts(self._found).digest,
             "config": folder.config_digest,
             "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
             "data": self._data.to_json(),
@@ -173,13 +173,13 @@ class TextObservation:
         )
 
 
-def _check_family(found: Survey) -> None:
+def _check_family(found: ModelFolder) -> None:
     for model_type in (found.model.model_type, found.model.text.model_type):
         if model_type in families.REFUSED:
             raise SecateurError(f"model type {model_type!r} cannot be observed: {families.REFUSED[model_type]}")
 
 
-def _check_tokens(found: Survey, data: Calibration) -> None:
+def _check_tokens(found: ModelFolder, data: Calibration) -> None:
     text = found.model.text
     longest, largest = max(map(len, data.sequences)), max(int(one.max()) for one in data.sequences)
     for key in LENGTH_KEYS:

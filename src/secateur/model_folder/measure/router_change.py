@@ -12,13 +12,13 @@ from torch import Tensor
 
 from secateur.criteria.router_change import RouterChange
 from secateur.errors import SecateurError
-from secateur.model_folder.folder import read_folder
 from secateur.model_folder.measure.adapter import Adapter, holds_adapter
 from secateur.model_folder.measure.weights import router_rows
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 
 
-def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChange]:
+def router_changes(finetuned: Path, pretrained: ModelFolder) -> dict[int, RouterChange]:
     """{decoder layer with experts: how its router changed}.
 
     Args:
@@ -32,7 +32,7 @@ def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChang
     if holds_adapter(finetuned):
         after = Adapter.read(finetuned).router_rows(pretrained, before)
     else:
-        found = survey(read_folder(finetuned))
+        found = read_model_folder(read_tensor_files(finetuned))
         _check_same_model(pretrained, found)
         after = router_rows(found)
     changes = {}
@@ -51,7 +51,7 @@ def router_changes(finetuned: Path, pretrained: Survey) -> dict[int, RouterChang
     return changes
 
 
-def _check_same_model(pretrained: Survey, finetuned: Survey) -> None:
+def _check_same_model(pretrained: ModelFolder, finetuned: ModelFolder) -> None:
     base, tuned = pretrained.folder.path, finetuned.folder.path
     if pretrained.model.model_type != finetuned.model.model_type:
         raise SecateurError(

@@ -18,9 +18,9 @@ from torch import Tensor
 from secateur.criteria import CRITERIA
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
-from secateur.model_folder.folder import Stored
+from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
+from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite import Range, rows_of
-from secateur.model_folder.survey import Located, Survey
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what a criterion needs -> whose tensors those are, and what becomes of one expert's
@@ -28,7 +28,7 @@ READERS = {"expert weights": ("expert", WeightStats.of_experts), "router weights
 
 
 def weight_stats(
-    found: Survey, needs: str, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
+    found: ModelFolder, needs: str, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[int, WeightStats]:
     """{decoder layer with experts: sums over its weights}.
 
@@ -63,7 +63,7 @@ def weight_stats(
     return dict(sorted(sums.items()))
 
 
-def router_rows(found: Survey) -> dict[int, dict[str, Tensor]]:
+def router_rows(found: ModelFolder) -> dict[int, dict[str, Tensor]]:
     """{decoder layer with experts: {rule of a router tensor: (E, ...) a row for each expert, as stored}}.
 
     Raises:
@@ -83,7 +83,7 @@ def router_rows(found: Survey) -> dict[int, dict[str, Tensor]]:
     return {layer: {key: torch.stack(one) for key, one in keys.items()} for layer, keys in sorted(rows.items())}
 
 
-def _check_types(needs: str, tensors: dict[str, Stored]) -> None:
+def _check_types(needs: str, tensors: dict[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             others = ", ".join(one.name for one in CRITERIA.values() if one.needs != needs)
@@ -93,7 +93,7 @@ def _check_types(needs: str, tensors: dict[str, Stored]) -> None:
             )
 
 
-def _is_matrix(tensor: Stored, place: Located) -> bool:
+def _is_matrix(tensor: StoredTensor, place: ExpertPart) -> bool:
     """Whether an expert's part of the tensor is a projection matrix, or a router's row."""
     entries, axes = math.prod(tensor.shape), len(tensor.shape)
     if place.spec is not None:
@@ -102,15 +102,17 @@ def _is_matrix(tensor: Stored, place: Located) -> bool:
     return entries > 1 if place.role == "router" else axes > 1 and entries > 0
 
 
-def _where(tensor: Stored) -> tuple[str, int]:
+def _where(tensor: StoredTensor) -> tuple[str, int]:
     return tensor.file, tensor.start
 
 
-def _file_in(tensors: dict[str, Stored]) -> Callable[[str], str]:
+def _file_in(tensors: dict[str, StoredTensor]) -> Callable[[str], str]:
     return lambda name: tensors[name].file
 
 
-def _by_expert(name: str, tensor: Stored, place: Located, count: int) -> Iterator[tuple[int, tuple[Range, ...]]]:
+def _by_expert(
+    name: str, tensor: StoredTensor, place: ExpertPart, count: int
+) -> Iterator[tuple[int, tuple[Range, ...]]]:
     """(expert, where its bytes are), for every expert that the tensor holds."""
     if place.spec is None:
         yield place.expert, (Range(file=tensor.file, start=tensor.start, length=tensor.length),)

@@ -7,11 +7,11 @@ import hashlib
 import json
 
 from secateur.decide.model_facts import ModelFacts
-from secateur.model_folder.inspect import bytes_per_expert
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.inspect import bytes_per_expert
+from secateur.model_folder.read.model_folder import ModelFolder
 
 
-def facts(found: Survey) -> ModelFacts:
+def model_facts(found: ModelFolder) -> ModelFacts:
     """Of the decoder layers; multi-token-prediction layers are left to `--mtp`."""
     folder, model = found.folder, found.model
     per_expert = bytes_per_expert(found)
@@ -28,7 +28,7 @@ def facts(found: Survey) -> ModelFacts:
     )
 
 
-def facts_for_zero_slots(known: ModelFacts, found: Survey | None) -> ModelFacts:
+def facts_for_zero_slots(known: ModelFacts, found: ModelFolder | None) -> ModelFacts:
     """The facts for plans that leave the routers as they are: these limit nothing, and no row of them goes.
 
     Args:
@@ -41,7 +41,7 @@ def facts_for_zero_slots(known: ModelFacts, found: Survey | None) -> ModelFacts:
     return dataclasses.replace(known, num_groups=1, min_experts=1, has_one_count=False, bytes_per_expert=sizes)
 
 
-def _digest(found: Survey) -> str:
+def _digest(found: ModelFolder) -> str:
     """Of what a plan is about. A fine-tuned or quantised variant of a model has the same: its routers do."""
     routers = sorted(
         [place.layer, list(found.folder.tensors[name].shape)]

@@ -18,8 +18,7 @@ from secateur.errors import SecateurError
 from secateur.families import logits_of
 from secateur.files.bytes_in_words import in_words
 from secateur.files.json import read_object
-from secateur.model_folder.oracle import without_dropped
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 from secateur.plans import Plan
 
@@ -27,7 +26,7 @@ NEW_TOKENS = 4  # that the pruned model generates
 ROUNDING = 1e-4  # of the largest logit, where experts changed places and sums are taken in another order
 
 
-def why_not_loaded(survey: Survey) -> str | None:
+def why_not_loaded(survey: ModelFolder) -> str | None:
     """Why a model cannot be run here; None where it can."""
     config = survey.folder.config
     if any(key in config for key in ("quantization_config", "compression_config")):
@@ -60,7 +59,7 @@ def no_loading_bars() -> Iterator[None]:
 
 
 def load(
-    folder: Path, survey: Survey, dtype: torch.dtype | Literal["auto"] = "auto"
+    folder: Path, survey: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """(model, what transformers reports of the load: missing, unexpected and mismatched tensors, errors).
 
@@ -80,7 +79,7 @@ def load(
     return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
-def sample_for(folder: Path, survey: Survey, num_tokens: int, text: Path | None, seed: int) -> Tensor:
+def sample_for(folder: Path, survey: ModelFolder, num_tokens: int, text: Path | None, seed: int) -> Tensor:
     """What the models are run on: (1, num_tokens) token ids, of a text through the folder's tokenizer or random ones.
 
     For a model of images, the random pixels of as many images as it takes to have `num_tokens` patches.
@@ -109,8 +108,10 @@ def _text_of(path: Path) -> str:
         raise SecateurError(f"--text {path}: not UTF-8 ({error})") from error
 
 
-def logits_without_dropped(folder: Path, survey: Survey, plan: Plan, sample: Tensor) -> Tensor:
+def logits_without_dropped(folder: Path, survey: ModelFolder, plan: Plan, sample: Tensor) -> Tensor:
     """Logits of the source without the experts that the plan drops, in the plan's meaning of that."""
+    from secateur.model_folder.oracle import without_dropped
+
     model, _ = load(folder, survey)
     with without_dropped(model, survey, plan):
         logits = logits_of(model, sample)
@@ -138,3 +139,14 @@ def applied_plan(pruned: Path) -> tuple[Plan, str | None]:
         return Plan.from_json(report["plan"]), mtp if isinstance(mtp, str) else None
     except KeyError as error:
         raise SecateurError(f"{pruned / 'report.json'}: it has no plan; expected the report of `apply`") from error
+
+
+def text_model(model: PreTrainedModel, survey: ModelFolder) -> PreTrainedModel:
+    """The model that holds the decoder layers: `model` itself, or one inside it."""
+    if not survey.model.is_nested:
+        return model
+    wanted = survey.model.text.model_type
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config.model_type == wanted:
+            return module
+    raise SecateurError(f"{type(model).__name__}: no {wanted} model inside it")

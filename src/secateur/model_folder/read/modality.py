@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.files.json import read_object
-from secateur.model_folder.survey import Survey
+from secateur.model_folder.read.model_folder import ModelFolder
 
-Reads = Literal["text", "images"]
-READS: dict[str, Reads] = {"vmoe": "images"}  # by model type, of pruned models too
-
-
-def reads(found: Survey) -> Reads:
-    return READS.get(found.model.model_type, "text")
+Modality = Literal["text", "images"]
+MODALITIES: dict[str, Modality] = {"vmoe": "images"}  # by model type, of pruned models too
 
 
-def class_names(found: Survey) -> list[str]:
+def modality_of(found: ModelFolder) -> Modality:
+    return MODALITIES.get(found.model.model_type, "text")
+
+
+def class_names(found: ModelFolder) -> list[str]:
     """Of a classifier, in the order of its labels."""
     known: Any = found.model.config.id2label
     return [name for _, name in sorted(known.items())]
 
 
-def declared(model: Path) -> Reads:
+def modality_in_config(model: Path) -> Modality:
     """By the config.json alone, so of models without experts too; "text" where there is none."""
     file = model / "config.json"
     config = read_object(file) if file.is_file() else {}
-    return READS.get(str(config.get("base_model_type", config.get("model_type"))), "text")
+    return MODALITIES.get(str(config.get("base_model_type", config.get("model_type"))), "text")

@@ -24,7 +24,7 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor on the disk: `length` bytes of `file`, a name in the folder, from `start`."""
 
     file: str
@@ -35,7 +35,7 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
+class TensorFiles:
     """What a model folder holds.
 
     tensors: by name, in the order of the files and of the bytes in them. headers: of every file with weights of the
@@ -45,7 +45,7 @@ class Folder:
 
     path: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     headers: Mapping[str, Header]
     index: Mapping[str, Any] | None
     others: tuple[PurePosixPath, ...]
@@ -77,7 +77,7 @@ def holds_model(folder: Path) -> bool:
     return CONFIG in names and any(name == INDEX or Path(name).suffix in WEIGHTS for name in names)
 
 
-def read_folder(path: Path) -> Folder:
+def read_tensor_files(path: Path) -> TensorFiles:
     """Read and check a model folder.
 
     Raises:
@@ -90,12 +90,12 @@ def read_folder(path: Path) -> Folder:
     config = read_object(path / CONFIG)
     index, listed, files = _weight_files(path)
     headers = {name: read_header(path / name) for name in files}
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, header in headers.items():
         for name, entry in header.entries.items():
             if name in tensors:
                 raise SecateurError(f"{path}: the tensor {name} is in {tensors[name].file} and in {file}")
-            tensors[name] = Stored(
+            tensors[name] = StoredTensor(
                 file=file, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
             )
     if listed is not None:
@@ -103,7 +103,7 @@ def read_folder(path: Path) -> Folder:
     if not tensors:
         raise SecateurError(f"{path}: its safetensors files hold no tensor")
     others, left_out = _other_files(path, files)
-    return Folder(
+    return TensorFiles(
         path=path, config=config, tensors=tensors, headers=headers, index=index, others=others, left_out=left_out
     )
 
@@ -143,7 +143,7 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return dict(listed)
 
 
-def _check_index(path: Path, listed: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
+def _check_index(path: Path, listed: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
     for name in listed.keys() | tensors.keys():
         by_index, found = listed.get(name), tensors[name].file if name in tensors else None
         if by_index != found:

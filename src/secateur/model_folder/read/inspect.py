@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from secateur.model_folder.folder import read_folder
-from secateur.model_folder.survey import Survey, survey
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import read_tensor_files
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
@@ -19,10 +19,10 @@ def inspect_model(path: Path) -> dict[str, Any]:
     Raises:
         SecateurError: no model folder, a damaged one, or a family that cannot be pruned; the message says why.
     """
-    return describe(survey(read_folder(path)))
+    return describe(read_model_folder(read_tensor_files(path)))
 
 
-def describe(found: Survey) -> dict[str, Any]:
+def describe(found: ModelFolder) -> dict[str, Any]:
     """See `inspect_model`."""
     model, folder = found.model, found.folder
     size = Counter[str]()
@@ -54,7 +54,7 @@ def describe(found: Survey) -> dict[str, Any]:
     }
 
 
-def bytes_per_expert(found: Survey, *, zero_slots: bool = False) -> dict[int, int]:
+def bytes_per_expert(found: ModelFolder, *, zero_slots: bool = False) -> dict[int, int]:
     """{layer: bytes that go with one of its experts, the router row included unless it stays as a zero slot}."""
     sizes = dict.fromkeys(found.all_counts, 0)
     for name, place in found.located.items():
@@ -68,7 +68,7 @@ def bytes_per_expert(found: Survey, *, zero_slots: bool = False) -> dict[int, in
     return sizes
 
 
-def _shared(found: Survey) -> int | None:
+def _shared(found: ModelFolder) -> int | None:
     """Shared experts a layer by the config; None where it does not say."""
     text = found.model.text
     for key in SHARED_KEYS:
@@ -79,12 +79,12 @@ def _shared(found: Survey) -> int | None:
     return 1 if any(getattr(text, key, 0) for key in SHARED_WIDTHS) else None
 
 
-def _quantisation(found: Survey) -> str | None:
+def _quantisation(found: ModelFolder) -> str | None:
     config = found.folder.config.get("quantization_config") or found.folder.config.get("compression_config")
     return str(config.get("quant_method", "unnamed")) if isinstance(config, dict) else None
 
 
-def _limits(found: Survey) -> list[str]:
+def _limits(found: ModelFolder) -> list[str]:
     """What a plan for this model must respect, in words."""
     model = found.model
     limits = [f"every layer keeps at least {model.min_experts} experts (top-k {model.top_k})"]

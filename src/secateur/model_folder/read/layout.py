@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
-from secateur.model_folder.names import numbered, split
+from secateur.model_folder.read.names import numbered, split
 
 Role = Literal["expert", "router"]
 
@@ -43,7 +43,7 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hit:
+class Match:
     """What a layout says of a name: `key` is its rule; either `axis`, or `number` and `after` of one expert's own."""
 
     key: str
@@ -72,17 +72,17 @@ class Layout:
     layers: Mapping[int, frozenset[str]]
     plain: frozenset[str]
 
-    def find(self, rest: str) -> Hit | None:
+    def find(self, rest: str) -> Match | None:
         """What a name within a layer is, if it has an expert axis or bears an expert's number."""
         if rest in self.axes:
-            return Hit(key=rest, axis=self.axes[rest])
+            return Match(key=rest, axis=self.axes[rest])
         for before in self.own:
             if found := numbered(rest, before):
-                return Hit(key=before, number=found[0], after=found[1])
+                return Match(key=before, number=found[0], after=found[1])
         for suffix in COMPANIONS:
             axis = self.axes.get(rest.removesuffix(suffix)) if rest.endswith(suffix) else None
             if axis is not None and (axis.role, axis.dim, axis.rows_per_expert) == ("expert", 0, 1):
-                return Hit(key=rest.removesuffix(suffix), axis=axis)
+                return Match(key=rest.removesuffix(suffix), axis=axis)
         return None
 
     def is_plain(self, rest: str) -> bool:

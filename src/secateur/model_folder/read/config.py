@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
 from secateur.families import TOP_K_KEYS, router_needs
-from secateur.model_folder.layout import Layout, find_layouts
+from secateur.model_folder.read.layout import Layout, find_layouts
 from secateur.modeling_secateur import (
     MODEL_TYPE,
     PREFIX,
@@ -41,7 +41,7 @@ MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """A model by its config.
 
     model_class, config: native. text: the config that holds the experts, `config` itself unless that has several.
@@ -70,7 +70,7 @@ class Model:
         return self.text is not self.config
 
 
-def read_model(config: Mapping[str, Any]) -> Model:
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Raises:
@@ -97,7 +97,7 @@ def read_model(config: Mapping[str, Any]) -> Model:
         raise SecateurError(f"config.json: transformers cannot build this {model_type!r} ({message:.300})") from error
 
 
-def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Model:
+def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> ModelConfig:
     model_class = _model_class(native)
     config_class: Any = CONFIG_MAPPING.get(model_type, model_class.config_class)
     config = config_class.from_dict(native)
@@ -109,7 +109,7 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
     pruned = raw.get("model_type") == MODEL_TYPE
     kept = kept_in(config) if pruned else {}
     num_groups, min_experts = (1, 1) if kept else router_needs(text, top_k)
-    return Model(
+    return ModelConfig(
         model_type=model_type,
         model_class=model_class,
         config=config,

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import SUSPICIOUS, ExpertTensor, check_axis
-from secateur.model_folder.folder import Folder, Stored
-from secateur.model_folder.layout import Hit, Layout, Role
-from secateur.model_folder.model import Model, read_model
-from secateur.model_folder.names import Name, is_mtp, split
+from secateur.model_folder.read.config import ModelConfig, read_config
+from secateur.model_folder.read.layout import Layout, Match, Role
+from secateur.model_folder.read.names import Name, is_mtp, split
+from secateur.model_folder.read.tensor_files import StoredTensor, TensorFiles
 
 LISTED = 5  # names in a message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Located:
+class ExpertPart:
     """A tensor of the experts of one layer.
 
     spec: its expert axis, where it holds all experts. expert, before, after: where it is one expert's own, that
@@ -33,7 +33,7 @@ class Located:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class ModelFolder:
     """A folder understood.
 
     located: tensors with experts in them, by name. counts: experts of every MoE layer of the model; mtp_counts: of
@@ -41,10 +41,10 @@ class Survey:
     choose among; more than the experts where some were removed into zero slots. mtp: all tensors of MTP layers.
     """
 
-    folder: Folder
-    model: Model
+    folder: TensorFiles
+    model: ModelConfig
     layout: Layout
-    located: Mapping[str, Located]
+    located: Mapping[str, ExpertPart]
     counts: Mapping[int, int]
     mtp_counts: Mapping[int, int]
     mtp: frozenset[str]
@@ -58,7 +58,7 @@ class Survey:
         return {**self.counts, **(self.model.slots or {})}
 
 
-def survey(folder: Folder) -> Survey:
+def read_model_folder(folder: TensorFiles) -> ModelFolder:
     """Find the experts of a folder.
 
     Raises:
@@ -66,12 +66,12 @@ def survey(folder: Folder) -> Survey:
             rule covers it, a tensor is missing, or holds another number of experts than the config says.
     """
     try:
-        return _survey(folder, read_model(folder.config))
+        return _survey(folder, read_config(folder.config))
     except SecateurError as error:
         raise SecateurError(f"{folder.path}: {error}") from error
 
 
-def _survey(folder: Folder, model: Model) -> Survey:
+def _survey(folder: TensorFiles, model: ModelConfig) -> ModelFolder:
     parts = {name: split(name) for name in folder.tensors}
     layout = _choose(model.layouts, parts)
     hits = _hits(layout, parts)
@@ -99,14 +99,14 @@ def _survey(folder: Folder, model: Model) -> Survey:
         count = len(numbers[layer]) if layer in numbers else _stacked_count(folder, found)
         (mtp_counts if names[0] in mtp else counts)[layer] = count
     _check_counts(model, layout, counts)
-    located: dict[str, Located] = {}
+    located: dict[str, ExpertPart] = {}
     for layer, names in by_layer.items():
         place = {number: expert for expert, number in enumerate(sorted(numbers.get(layer, ())))}
         count = counts[layer] if layer in counts else mtp_counts[layer]
         for name in names:
             size = (model.slots or {}).get(layer, count) if hits[name].role == "router" else count
             located[name] = _locate(name, layer, hits[name], place, folder.tensors[name], size)
-    return Survey(
+    return ModelFolder(
         folder=folder,
         model=model,
         layout=layout,
@@ -148,7 +148,7 @@ def _left_over(layout: Layout, parts: Mapping[str, Name | None]) -> list[str]:
     ]
 
 
-def _hits(layout: Layout, parts: Mapping[str, Name | None]) -> dict[str, Hit]:
+def _hits(layout: Layout, parts: Mapping[str, Name | None]) -> dict[str, Match]:
     left = _left_over(layout, parts)
     if left:
         raise SecateurError(
@@ -167,7 +167,7 @@ def _may_hold_layers(layout: Layout, one: Name) -> bool:
     return one.container in layout.containers or is_mtp(one.path)
 
 
-def _layer(model: Model, one: Name) -> int:
+def _layer(model: ModelConfig, one: Name) -> int:
     return one.layer + model.num_layers * is_mtp(one.path)
 
 
@@ -183,7 +183,7 @@ def _path_of_layers(names: Iterable[str]) -> str:
     return next(iter(paths))
 
 
-def _check_rules(layout: Layout, layer: int, found: Mapping[str, Hit], in_mtp: bool) -> None:
+def _check_rules(layout: Layout, layer: int, found: Mapping[str, Match], in_mtp: bool) -> None:
     keys = frozenset(hit.key for hit in found.values())
     if in_mtp:
         if keys not in layout.layers.values():
@@ -195,7 +195,7 @@ def _check_rules(layout: Layout, layer: int, found: Mapping[str, Hit], in_mtp: b
         raise SecateurError(f"layer {layer}: missing are tensors of {missing}, unexpected are those of {beyond}")
 
 
-def _check_own(layer: int, found: Mapping[str, Hit]) -> None:
+def _check_own(layer: int, found: Mapping[str, Match]) -> None:
     """Every expert of a layer has the same tensors."""
     of: dict[tuple[str, int], set[str]] = {}
     for hit in found.values():
@@ -210,7 +210,7 @@ def _check_own(layer: int, found: Mapping[str, Hit]) -> None:
             raise SecateurError(f"layer {layer}: {key}.{number} has no {sorted(lacking)[0]}, which other experts have")
 
 
-def _stacked_count(folder: Folder, found: Mapping[str, Hit]) -> int:
+def _stacked_count(folder: TensorFiles, found: Mapping[str, Match]) -> int:
     """By the first tensor of experts; all others are then compared with it."""
     name, hit = next((name, hit) for name, hit in found.items() if hit.axis is not None and hit.role == "expert")
     assert hit.axis is not None
@@ -219,12 +219,14 @@ def _stacked_count(folder: Folder, found: Mapping[str, Hit]) -> int:
     return (size - hit.axis.num_trailing) // hit.axis.rows_per_expert
 
 
-def _locate(name: str, layer: int, hit: Hit, place: Mapping[int, int], tensor: Stored, count: int) -> Located:
+def _locate(
+    name: str, layer: int, hit: Match, place: Mapping[int, int], tensor: StoredTensor, count: int
+) -> ExpertPart:
     if hit.axis is not None:
         spec = hit.axis.of(name)
         check_axis(tensor.shape, spec, count)
-        return Located(layer=layer, role=hit.role, key=hit.key, spec=spec)
-    return Located(
+        return ExpertPart(layer=layer, role=hit.role, key=hit.key, spec=spec)
+    return ExpertPart(
         layer=layer,
         role=hit.role,
         key=hit.key,
@@ -234,7 +236,7 @@ def _locate(name: str, layer: int, hit: Hit, place: Mapping[int, int], tensor: S
     )
 
 
-def _check_counts(model: Model, layout: Layout, counts: Mapping[int, int]) -> None:
+def _check_counts(model: ModelConfig, layout: Layout, counts: Mapping[int, int]) -> None:
     slots = dict.fromkeys(layout.layers, model.count) if model.slots is None else model.slots
     expected = {layer: len(model.kept.get(layer, range(count))) for layer, count in slots.items()}
     for layer in expected.keys() | counts.keys():
