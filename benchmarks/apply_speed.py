@@ -42,7 +42,7 @@ print(json.dumps([time.perf_counter() - start, int(peak) * 1024]))
 APPLY = """
 import json, sys, time
 from pathlib import Path
-import secateur.model_folder.apply as apply
+import secateur.model_folder.rewrite.apply as apply
 from secateur.plans import Plan
 start = time.perf_counter()
 apply.apply_to_model(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]))

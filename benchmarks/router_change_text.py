@@ -34,11 +34,11 @@ from secateur.decide.keep import Keep
 from secateur.families import describe_moe
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.stats import RouterStats
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

@@ -32,13 +32,13 @@ from secateur.decide.keep import Keep
 from secateur.files.atomic import atomic_write
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.measure.image_batches import batches_for, draw
 from secateur.model_folder.measure.on_images import ImageObservation, loaded
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import CONFIG, read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
 from secateur.observation import Observation
 from secateur.vision import VMoEConfig, VMoEForImageClassification

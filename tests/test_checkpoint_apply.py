@@ -16,12 +16,12 @@ import torch
 
 from checkpoint_folders import INDEX, contents, gathered, plan_of, same_bytes, saved, tensors_of, write
 from secateur.errors import SecateurError
-from secateur.model_folder import apply as apply_module
-from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.card import card
-from secateur.model_folder.copy import Writer, into_shards
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.model_folder.rewrite import Made
+from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.card import card
+from secateur.model_folder.rewrite.pieces import NewTensor
+from secateur.model_folder.rewrite import apply as apply_module
+from secateur.model_folder.rewrite.writer import Writer, into_shards
 from secateur.plans import Plan
 
 EXPERTS, ROUTERS = r".*layers\.(\d+)\..*experts\.", ("gate.weight",)
@@ -356,10 +356,10 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> No
         writer.copy("a", 1, 3)
 
 
-def made(name: str, length: int, dtype: str = "U8") -> Made:
-    from secateur.model_folder.rewrite import Range
+def made(name: str, length: int, dtype: str = "U8") -> NewTensor:
+    from secateur.model_folder.rewrite.pieces import Range
 
-    return Made(name=name, dtype=dtype, shape=(length,), ranges=(Range(file="f", start=0, length=length),))
+    return NewTensor(name=name, dtype=dtype, shape=(length,), ranges=(Range(file="f", start=0, length=length),))
 
 
 def test_tensors_fill_files_up_to_the_limit_and_wide_types_come_first() -> None:

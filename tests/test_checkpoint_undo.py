@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from checkpoint_folders import INDEX, contents, plan_of, saved, tensors_of
 from secateur.errors import SecateurError
-from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.undo import holds_undo, restore
+from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.undo import holds_undo, restore
 
 PLAN = plan_of((0, [6, 1, 3]), (2, [2, 5, 7]))
 

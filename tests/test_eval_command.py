@@ -21,11 +21,11 @@ from secateur import cli
 from secateur.data.batch import Batch
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import SecateurError
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.evaluation import on_text as evaluate_module
 from secateur.model_folder.evaluation.on_text import evaluate
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.read import load as run_module
+from secateur.model_folder.rewrite.apply import apply_to_model
 from tiny_models import VOCABULARY, random_tokens
 
 Run = Callable[..., tuple[int, str, str]]

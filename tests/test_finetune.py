@@ -31,10 +31,10 @@ from secateur.finetuning.model import load
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.evaluation.on_text import evaluate
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.plans import LayerPlan, Plan
 from secateur.train import checkpoints
 from small_finetunes import files_of, run, text_folder, text_options

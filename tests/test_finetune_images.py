@@ -23,10 +23,10 @@ from secateur.data.images import read_images
 from secateur.errors import SecateurError
 from secateur.finetuning.images import ImageItems, augmented, check_classes
 from secateur.finetuning.options import FinetuneOptions
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.plans import LayerPlan, Plan
 from secateur.vision.pixels import FILE, read_pixels
 from small_finetunes import files_of, image_folder, image_options, run, write_images

@@ -20,10 +20,10 @@ from secateur.criteria import CRITERIA
 from secateur.decide.by_score import ALLOCATIONS
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats

@@ -26,7 +26,7 @@ from secateur.model_folder.choice import Choice
 from secateur.model_folder.prune import prune
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.undo import restore
+from secateur.model_folder.rewrite.undo import restore
 from secateur.model_folder.verify import Check, verify_model
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
@@ -119,7 +119,7 @@ STAGES = {
     "before the statistics are kept": Kill("secateur.observation:Observation.save"),
     "after the statistics are kept": Kill("secateur.observation:Observation.save", when="after"),
     "before the plan": Kill("secateur.model_folder.prune:decide_plan"),
-    "after the weights": Kill("secateur.model_folder.apply:write_weights", when="after"),
+    "after the weights": Kill("secateur.model_folder.rewrite.apply:write_weights", when="after"),
     "before verifying": Kill("secateur.model_folder.prune:verify_model"),
     "after verifying": Kill("secateur.model_folder.prune:verify_model", when="after"),
     "between the two new names": Kill("os:rename", when="after"),

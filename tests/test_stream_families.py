@@ -15,9 +15,9 @@ from checkpoint_folders import loaded, saved
 from secateur.data.calibration import Calibration
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.measure.on_text import TextObservation
 from secateur.model_folder.read.load import load
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.stream import StreamedModel
 from secateur.model_folder.stream_states import MemoryStates
 from secateur.stats import RouterStats

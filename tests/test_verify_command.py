@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_folders import plan_of, saved
 from secateur import cli
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.read import load as run_module
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.verify import verify_model
 
 PLAN = plan_of((0, [1, 3, 6]), (2, [2, 5, 7]))

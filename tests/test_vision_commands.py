@@ -30,7 +30,6 @@ from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.evaluation.accuracy import difference, scores, summary
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.measure.image_batches import draw
@@ -39,6 +38,7 @@ from secateur.model_folder.read import load as run_module
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan

@@ -16,12 +16,12 @@ from secateur import cli
 from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
-from secateur.model_folder.apply import apply_to_model
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome
 from secateur.model_folder.prune import prune
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
 from secateur.observation import Observation
 from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan

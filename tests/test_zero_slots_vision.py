@@ -10,8 +10,8 @@ from torch import Tensor
 
 from checkpoint_folders import contents
 from secateur.families import describe_moe, logits_of
-from secateur.model_folder.apply import apply_to_model
-from secateur.model_folder.undo import restore
+from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.undo import restore
 from secateur.model_folder.verify import verify_model
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_

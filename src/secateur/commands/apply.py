@@ -68,7 +68,7 @@ def apply(
     Example: `secateur apply models/Qwen3-30B-A3B plan.json --out pruned --undo dropped`
     """
     from secateur.files.new_folder import check_target
-    from secateur.model_folder.undo import holds_undo
+    from secateur.model_folder.rewrite.undo import holds_undo
     from secateur.plans import Plan
 
     check_target(source, out)
@@ -134,7 +134,7 @@ def _apply_to_checkpoint(
 
 
 def _apply_to_model(source: Path, plan: Plan, out: Path, *, names: str, **options: Any) -> dict[str, Any]:
-    from secateur.model_folder.apply import apply_to_model
+    from secateur.model_folder.rewrite.apply import apply_to_model
 
     if names != "auto":
         raise SecateurError(f"--names {names}: for a training checkpoint, but {source} is a model")
@@ -142,7 +142,7 @@ def _apply_to_model(source: Path, plan: Plan, out: Path, *, names: str, **option
 
 
 def _restore(pruned: Path, undo: Path, out: Path, *, show: bool, as_json: bool, quiet: bool) -> None:
-    from secateur.model_folder.undo import restore
+    from secateur.model_folder.rewrite.undo import restore
 
     with bytes_bar("writing", show=show) as on_bytes:
         restored = restore(pruned, undo, out, on_bytes=on_bytes)

@@ -96,7 +96,7 @@ def plan(
 
 def outcome_lines(result: dict[str, Any]) -> list[str]:
     """What a plan does to a model, in words; see `decide.outcome`."""
-    from secateur.model_folder.card import SAME, who_loads
+    from secateur.model_folder.rewrite.card import LOADS_EVERYWHERE, who_loads
 
     layers = {name: (one["experts_before"], one["experts_after"]) for name, one in result["layers"].items()}
     size = [in_words(result[f"bytes_{when}"]) for when in ("before", "after")]
@@ -118,7 +118,7 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
     if result["never_routed"]:
         lines.append(f"never routed to: {result['never_routed']} experts, {result['never_routed_dropped']} of them go")
     note = who_loads({after for _, after in layers.values()}, result["removed"])
-    return lines if note == SAME else [*lines, note]
+    return lines if note == LOADS_EVERYWHERE else [*lines, note]
 
 
 def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:

@@ -21,12 +21,12 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
-from secateur.model_folder.apply import PAGE, REPORT
 from secateur.model_folder.read.load import load as load_model
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
-from secateur.model_folder.report import VERIFIED
+from secateur.model_folder.rewrite.apply import PAGE, REPORT
+from secateur.model_folder.rewrite.report import VERIFIED
 from secateur.vision import VMoEForImageClassification
 
 HEAD = "classifier"

@@ -36,10 +36,10 @@ from secateur.finetuning.trainer import (
     best_class,
     check_logger,
 )
-from secateur.model_folder.apply import CARD
 from secateur.model_folder.read.modality import Modality, modality_of
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import FINETUNED, read_tensor_files
+from secateur.model_folder.rewrite.apply import CARD
 from secateur.train import checkpoints
 from secateur.train.arguments import trainer_arguments
 from secateur.train.balance import BalanceCallback, attach_balance

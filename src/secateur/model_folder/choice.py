@@ -16,8 +16,8 @@ from secateur.errors import SecateurError
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.read.facts import facts_for_zero_slots
+from secateur.model_folder.rewrite.zero_slots import check_no_zero_slots
 from secateur.model_folder.source import Source
-from secateur.model_folder.zero_slots import check_no_zero_slots
 from secateur.plans import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan
 
 LAEP = "laep"  # a rule, not a score: it also decides how many experts go

@@ -9,10 +9,10 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
-from secateur.model_folder.compare import differences
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.model_folder.zero_slots import kept_slots
+from secateur.model_folder.rewrite.compare import differences
+from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.plans import Plan, layer_plan
 
 SHOWN = 5  # failures of one check in a message

@@ -20,7 +20,7 @@ from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
-from secateur.model_folder.rewrite import Range, rows_of
+from secateur.model_folder.rewrite.pieces import Range, rows_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what a criterion needs -> whose tensors those are, and what becomes of one expert's

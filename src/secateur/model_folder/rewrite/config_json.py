@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.zero_slots import kept_slots
+from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.modeling_secateur import MODEL_TYPE
 from secateur.plans import Plan, layer_plan
 from secateur.surgery.model_config import with_counts, with_zero_slots

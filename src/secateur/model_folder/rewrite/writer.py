@@ -13,7 +13,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
 from secateur.model_folder.read.tensor_files import INDEX
-from secateur.model_folder.rewrite import Made
+from secateur.model_folder.rewrite.pieces import NewTensor
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
 BUFFER = 4 * 2**20  # bytes in memory, where the system cannot copy by itself
@@ -25,15 +25,15 @@ class Shard:
     """One file to write."""
 
     file: str
-    tensors: tuple[Made, ...]
+    tensors: tuple[NewTensor, ...]
 
 
-def into_shards(tensors: Sequence[Made], limit: int | None, *, stem: str = "model") -> list[Shard]:
+def into_shards(tensors: Sequence[NewTensor], limit: int | None, *, stem: str = "model") -> list[Shard]:
     """Tensors in files of at most `limit` bytes each (a larger tensor has a file of its own), in their order.
 
     Without a limit there is one file, which needs no index.
     """
-    groups: list[list[Made]] = []
+    groups: list[list[NewTensor]] = []
     room = 0
     for tensor in tensors:
         if not groups or (limit is not None and tensor.length > room):
@@ -127,7 +127,7 @@ class Writer:
         return len(data)
 
 
-def _header(tensors: Iterable[Made], metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Iterable[NewTensor], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in tensors:
@@ -140,6 +140,6 @@ def _header(tensors: Iterable[Made], metadata: Mapping[str, str]) -> bytes:
     return LENGTH.pack(len(text)) + text
 
 
-def _aligned(tensors: Iterable[Made]) -> tuple[Made, ...]:
+def _aligned(tensors: Iterable[NewTensor]) -> tuple[NewTensor, ...]:
     """Wide types first, as safetensors writes them, so that every tensor begins at a multiple of its entries' size."""
     return tuple(sorted(tensors, key=lambda tensor: -BITS[tensor.dtype]))

@@ -27,7 +27,7 @@ class Range:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class NewTensor:
     """A tensor to write: the bytes of `ranges`, one after another."""
 
     name: str
@@ -40,7 +40,7 @@ class Made:
         return sum(one.length for one in self.ranges)
 
 
-def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
+def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[NewTensor]:
     """The tensors of the pruned model, in the order of the source; those of `without` are left out.
 
     Experts are numbered 0 to N - 1 in the order of the plan, in layers that it does not list in the order they have.
@@ -50,7 +50,7 @@ def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = froz
         place = survey.located.get(name)
         if name in without:
             continue
-        if place is None or stays_whole(place, plan):
+        if place is None or router_is_untouched(place, plan):
             made.append(_whole(name, tensor))
             continue
         order = layer_plan(plan, survey.all_counts, place.layer).order
@@ -61,7 +61,7 @@ def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = froz
     return made
 
 
-def dropped_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[Made]:
+def dropped_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[NewTensor]:
     """What `kept_tensors` leaves: the dropped experts under their old names, in their old order."""
     made = []
     for name, tensor in survey.folder.tensors.items():
@@ -69,7 +69,7 @@ def dropped_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = f
         if name in without:
             made.append(_whole(name, tensor))
             continue
-        if place is None or stays_whole(place, plan):
+        if place is None or router_is_untouched(place, plan):
             continue
         dropped = layer_plan(plan, survey.all_counts, place.layer).dropped
         if not dropped:
@@ -81,7 +81,7 @@ def dropped_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = f
     return made
 
 
-def stays_whole(place: ExpertPart, plan: Plan) -> bool:
+def router_is_untouched(place: ExpertPart, plan: Plan) -> bool:
     """Whether a plan leaves this tensor of experts or a router as it is, in every layer."""
     return plan.leaves_zero_slots and place.role == "router"
 
@@ -92,14 +92,14 @@ def new_name(place: ExpertPart, expert: int) -> str:
 
 def rows_of(
     name: str, tensor: StoredTensor, spec: ExpertTensor, experts: Sequence[int], *, with_trailing: bool = True
-) -> Made:
+) -> NewTensor:
     """The experts of a tensor that holds all of a layer, in this order, with the rows that belong to none of them."""
     size = tensor.shape[spec.dim]
     rows = [range(one * spec.rows_per_expert, (one + 1) * spec.rows_per_expert) for one in experts]
     if with_trailing and spec.num_trailing:
         rows.append(range(size - spec.num_trailing, size))
     shape = (*tensor.shape[: spec.dim], sum(map(len, rows)), *tensor.shape[spec.dim + 1 :])
-    return Made(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, spec.dim, rows)))
+    return NewTensor(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, spec.dim, rows)))
 
 
 def _ranges(name: str, tensor: StoredTensor, dim: int, rows: Iterable[range]) -> Iterator[Range]:
@@ -126,6 +126,6 @@ def _joined(rows: Iterable[range]) -> list[range]:
     return runs
 
 
-def _whole(name: str, tensor: StoredTensor) -> Made:
+def _whole(name: str, tensor: StoredTensor) -> NewTensor:
     piece = Range(file=tensor.file, start=tensor.start, length=tensor.length)
-    return Made(name=name, dtype=tensor.dtype, shape=tensor.shape, ranges=(piece,))
+    return NewTensor(name=name, dtype=tensor.dtype, shape=tensor.shape, ranges=(piece,))

@@ -16,7 +16,7 @@ from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
-from secateur.model_folder.rewrite import stays_whole
+from secateur.model_folder.rewrite.pieces import router_is_untouched
 from secateur.plans import Plan, layer_plan
 
 BUFFER = 4 * 2**20  # bytes of either side in memory
@@ -62,7 +62,7 @@ def differences(
                 yield Difference(name=name, what="is unexpected")
                 continue
             before = source.folder.tensors[from_name]
-            spec = None if here is None or stays_whole(here, plan) else here.spec
+            spec = None if here is None or router_is_untouched(here, plan) else here.spec
             order = None if here is None or spec is None else layer_plan(plan, source.all_counts, here.layer).order
             if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, order):
                 yield Difference(name=name, what=f"is {tensor.dtype} {list(tensor.shape)}, unlike {from_name}")

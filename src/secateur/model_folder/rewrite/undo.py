@@ -18,10 +18,10 @@ from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.safetensors_header import Header, parse_header, read_header
-from secateur.model_folder.copy import Shard, Writer, write_shard
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
-from secateur.model_folder.rewrite import Made, dropped_tensors, kept_tensors
+from secateur.model_folder.rewrite.pieces import NewTensor, dropped_tensors, kept_tensors
+from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
 from secateur.plans import Plan
 
 RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
@@ -194,7 +194,7 @@ def _pieces(source: ModelFolder, record: _Record, pruned: TensorFiles, undo: Pat
     return pieces
 
 
-def _add(pieces: dict[str, list[_Piece]], made: Made, path: Path, start: int, length: int) -> None:
+def _add(pieces: dict[str, list[_Piece]], made: NewTensor, path: Path, start: int, length: int) -> None:
     if made.length != length:
         raise SecateurError(f"{path}: {made.name} has {length} bytes, expected {made.length}")
     for one in made.ranges:

@@ -12,17 +12,17 @@ from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import check_target, copy_file, written_beside
-from secateur.model_folder.card import card
-from secateur.model_folder.compare import verify_written
-from secateur.model_folder.config import edited_config
-from secateur.model_folder.copy import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, STATS, TensorFiles, read_tensor_files
-from secateur.model_folder.report import VERIFIED, describe, page
-from secateur.model_folder.rewrite import dropped_tensors, kept_tensors
-from secateur.model_folder.undo import write_undo
-from secateur.model_folder.zero_slots import check_buildable, check_removal
+from secateur.model_folder.rewrite.card import card
+from secateur.model_folder.rewrite.compare import verify_written
+from secateur.model_folder.rewrite.config_json import edited_config
+from secateur.model_folder.rewrite.pieces import dropped_tensors, kept_tensors
+from secateur.model_folder.rewrite.report import VERIFIED, describe, page
+from secateur.model_folder.rewrite.undo import write_undo
+from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
+from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan, layer_plan
 from secateur.surgery.fits import check_fits
 from secateur.surgery.model_config import MODULE

@@ -6,12 +6,12 @@ from collections.abc import Set
 from typing import Any
 
 from secateur.files.bytes_in_words import in_words
-from secateur.model_folder.recipe import recipe
+from secateur.model_folder.rewrite.recipe import recipe
 from secateur.plans import ZERO_SLOT
 from secateur.version import __version__
 
-SAME = "Every layer keeps the same number of experts, so the model loads wherever the original did."
-DIFFERENT = (
+LOADS_EVERYWHERE = "Every layer keeps the same number of experts, so the model loads wherever the original did."
+NEEDS_OUR_CODE = (
     "The layers keep different numbers of experts. The model loads in transformers with `trust_remote_code=True`, or "
     "where `secateur` is imported. Servers that read one number of experts for all layers cannot serve it: vLLM, "
     "SGLang, llama.cpp and other readers of GGUF files."
@@ -35,7 +35,7 @@ def who_loads(counts: Set[int], removed: str | None) -> str:
     """Where a pruned model can be loaded: counts of its layers, and the plan's meaning of a removed expert."""
     if removed == ZERO_SLOT:
         return WITH_ZERO_SLOTS
-    return SAME if len(counts) == 1 else DIFFERENT
+    return LOADS_EVERYWHERE if len(counts) == 1 else NEEDS_OUR_CODE
 
 
 def card(report: dict[str, Any], original: str | None) -> str:

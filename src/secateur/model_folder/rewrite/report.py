@@ -7,10 +7,10 @@ from html import escape
 from typing import Any
 
 from secateur.files.bytes_in_words import in_words
-from secateur.model_folder.card import MTP, who_loads
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.recipe import recipe
-from secateur.model_folder.rewrite import Made, stays_whole
+from secateur.model_folder.rewrite.card import MTP, who_loads
+from secateur.model_folder.rewrite.pieces import NewTensor, router_is_untouched
+from secateur.model_folder.rewrite.recipe import recipe
 from secateur.plans import JSON, REROUTE, Plan, layer_plan
 from secateur.reporting.html import document, section, table
 from secateur.surgery.dcp_report import FORMAT, VERSION
@@ -23,7 +23,7 @@ VERIFIED = "verify.json"
 
 
 def describe(
-    survey: ModelFolder, plan: Plan, kept: Sequence[Made], mtp: str | None, files_copied: Sequence[str]
+    survey: ModelFolder, plan: Plan, kept: Sequence[NewTensor], mtp: str | None, files_copied: Sequence[str]
 ) -> dict[str, JSON]:
     """The report: layers, tensors, bytes and files, before and after. `plan` is this step, without earlier ones."""
     left_out = survey.mtp if mtp == "drop" else frozenset()
@@ -33,7 +33,9 @@ def describe(
         if layer in survey.mtp_counts and left_out:
             continue
         one = layer_plan(plan, survey.all_counts, layer)
-        mine = [place for place in survey.located.values() if place.layer == layer and not stays_whole(place, plan)]
+        mine = [
+            place for place in survey.located.values() if place.layer == layer and not router_is_untouched(place, plan)
+        ]
         tensors = len(mine) if one.dropped else 0
         changed += tensors
         layers[str(layer)] = {
