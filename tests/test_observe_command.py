@@ -21,9 +21,9 @@ from secateur import cli
 from secateur.criteria import CRITERIA
 from secateur.data.calibration import calibrate
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
-from secateur.model_folder import stream_states
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.stream_work import WorkFolder
+from secateur.model_folder.stream.resume import WorkFolder
+from secateur.model_folder.stream import states
 from secateur.observation import Observation
 from secateur.stats import SUMS
 from small_corpus import write_corpus
@@ -121,12 +121,12 @@ def test_disk_and_memory_give_the_same_bytes(folder: Path, run: Run) -> None:
     assert not list(folder.glob(".*"))
 
 
-FINISH = "secateur.model_folder.stream_states:DiskStates.finish"
+FINISH = "secateur.model_folder.stream.states:DiskStates.finish"
 KILLS = {
-    "in the second layer": Kill("secateur.model_folder.stream_states:DiskStates.put", nth=3),
+    "in the second layer": Kill("secateur.model_folder.stream.states:DiskStates.put", nth=3),
     "before a layer counts": Kill(FINISH),
     "after a layer counts": Kill(FINISH, when="after"),
-    "in the last layer": Kill("secateur.model_folder.stream_work:WorkFolder.save_layer", nth=3),
+    "in the last layer": Kill("secateur.model_folder.stream.resume:WorkFolder.save_layer", nth=3),
     "after the last layer": Kill(FINISH, nth=3, when="after"),
     "before the result": Kill("secateur.observation:Observation.save"),
     "after the result": Kill("secateur.observation:Observation.save", when="after"),
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, run: Ru
 @pytest.fixture
 def interrupted(folder: Path) -> Path:
     """The work folder of a run that was killed in its second layer."""
-    hook = Kill("secateur.model_folder.stream_states:DiskStates.put", nth=3)
+    hook = Kill("secateur.model_folder.stream.states:DiskStates.put", nth=3)
     assert in_child(in_a_child, words_of(folder, *DISK), hook) == -9
     return folder / ".stats.safetensors.work"
 
@@ -213,7 +213,7 @@ def test_a_second_process_is_kept_out(folder: Path, run: Run, interrupted: Path)
 def test_a_full_disk_leaves_no_half_file_and_the_run_goes_on(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = stream_states.atomic_write, 0
+    real, calls = states.atomic_write, 0
 
     def full(path: Path, content: str | bytes) -> None:
         nonlocal calls
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_run_goes_on(
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream_states, "atomic_write", full)
+        patch.setattr(states, "atomic_write", full)
         status, _, error = run(*DISK)
     assert (status, "No space left on device" in error) == (1, True)
     assert not (folder / "stats.safetensors").exists()

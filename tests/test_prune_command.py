@@ -388,7 +388,7 @@ def test_a_real_pass_that_was_killed_goes_on_at_its_layer(spoken: Path, tmp_path
         shutil.copytree(spoken, tmp_path / name)
     words = ["--keep", "0.5", *data_in(spoken), *SHORT, "--activations", "disk", "--quiet"]
     assert in_child(typed, tmp_path / "one", words) == 0
-    kill = Kill("secateur.model_folder.stream_work:WorkFolder.save_layer", nth=2, when="after")
+    kill = Kill("secateur.model_folder.stream.resume:WorkFolder.save_layer", nth=2, when="after")
     assert in_child(typed, tmp_path / "two", words, kill) == -9
     layers = list((tmp_path / "two/.out.pruning/.stats.safetensors.work/layers").iterdir())
     assert [path.name for path in layers] in (["0.json", "1.json"], ["1.json", "0.json"])

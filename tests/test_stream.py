@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from checkpoint_folders import INDEX, saved
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
-from secateur.model_folder import stream_model
-from secateur.model_folder.stream import StreamedModel
-from secateur.model_folder.stream_read import LazyTensor
-from secateur.model_folder.stream_relay import Relay
-from secateur.model_folder.stream_states import DiskStates, MemoryStates, States
+from secateur.model_folder.stream import parts
+from secateur.model_folder.stream.lazy_tensor import LazyTensor
+from secateur.model_folder.stream.relay import Relay
+from secateur.model_folder.stream.run import StreamedModel
+from secateur.model_folder.stream.states import DiskStates, MemoryStates, States
 from streamed_runs import found_in, random_data
 
 BATCHES = random_data().batches(2)
@@ -85,7 +85,7 @@ def test_a_tensor_that_is_a_piece_of_a_larger_one_lets_go_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved("mixtral", tmp_path / "model")
-    streamed, load = StreamedModel(found_in(tmp_path / "model")), stream_model.convert_and_load_state_dict_in_model
+    streamed, load = StreamedModel(found_in(tmp_path / "model")), parts.convert_and_load_state_dict_in_model
 
     def load_in_pieces(model: Any, *rest: Any) -> Any:
         result = load(model, *rest)
@@ -94,7 +94,7 @@ def test_a_tensor_that_is_a_piece_of_a_larger_one_lets_go_of_it(
                 one.data = torch.stack([one.data, one.data])[1]
         return result
 
-    monkeypatch.setattr(stream_model, "convert_and_load_state_dict_in_model", load_in_pieces)
+    monkeypatch.setattr(parts, "convert_and_load_state_dict_in_model", load_in_pieces)
 
     @contextmanager
     def visit(layer: int, module: nn.Module) -> Iterator[Callable[[Batch], None]]:

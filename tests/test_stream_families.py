@@ -18,8 +18,8 @@ from secateur.families import describe_moe
 from secateur.model_folder.measure.on_text import TextObservation
 from secateur.model_folder.read.load import load
 from secateur.model_folder.rewrite.apply import apply_to_model
-from secateur.model_folder.stream import StreamedModel
-from secateur.model_folder.stream_states import MemoryStates
+from secateur.model_folder.stream.run import StreamedModel
+from secateur.model_folder.stream.states import MemoryStates
 from secateur.stats import RouterStats
 from streamed_runs import LENGTHS, RAGGED, found_in, random_data, vivid, whole_run
 from test_checkpoint_layout import llama4

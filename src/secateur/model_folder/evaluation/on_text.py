@@ -16,8 +16,8 @@ from secateur.model_folder.read.load import load as load_model
 from secateur.model_folder.read.load import why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.model_folder.stream import StreamedModel
-from secateur.model_folder.stream_states import MemoryStates
+from secateur.model_folder.stream.run import StreamedModel
+from secateur.model_folder.stream.states import MemoryStates
 
 Progress = Callable[[int, int], None]
 

@@ -19,9 +19,9 @@ from secateur.families import describe_moe
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.load import why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.stream import StreamedModel
-from secateur.model_folder.stream_states import DiskStates, MemoryStates
-from secateur.model_folder.stream_work import WorkFolder
+from secateur.model_folder.stream.resume import WorkFolder
+from secateur.model_folder.stream.run import StreamedModel
+from secateur.model_folder.stream.states import DiskStates, MemoryStates
 from secateur.observation import Observation
 from secateur.observe_activations import LayerObserver
 from secateur.stats import LayerStats, RouterStats

@@ -29,7 +29,7 @@ from secateur.errors import SecateurError
 from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.load import no_loading_bars, text_model
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.stream_read import DTYPES, LazyTensor
+from secateur.model_folder.stream.lazy_tensor import DTYPES, LazyTensor
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config, replace_tensor_
 
 RECORDS = ("output_router_logits", "output_hidden_states", "output_attentions")  # what a forward may keep of all layers

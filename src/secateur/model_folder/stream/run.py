@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.stream_model import PartModel
-from secateur.model_folder.stream_relay import Relay
-from secateur.model_folder.stream_states import States
+from secateur.model_folder.stream.parts import PartModel
+from secateur.model_folder.stream.relay import Relay
+from secateur.model_folder.stream.states import States
 
 # (layer's number, layer) -> what is in force while it is loaded, which gives what is called before each batch
 Visit = Callable[[int, nn.Module], AbstractContextManager[Callable[[Batch], None]]]
