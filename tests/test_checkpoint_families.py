@@ -9,11 +9,11 @@ import torch
 
 from checkpoint_folders import contents, loaded, saved
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
-from secateur.model_folder.verify import verify_model
 from secateur.verify import barred_experts
 from tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_plan, random_tokens
 

@@ -15,11 +15,11 @@ from transformers import Qwen3_5MoeForConditionalGeneration as Nested
 
 from checkpoint_folders import config_of, gathered, plan_of, same_bytes, tensors_of, write
 from secateur.errors import SecateurError
+from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.config import REFUSED, read_config
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
-from secateur.model_folder.verify import verify_model
 from tiny_models import NUM_EXPERTS, TOP_K, VOCABULARY, tiny_config, tiny_model
 
 PER_EXPERT = r".*layers\.(\d+)\..*experts\."

@@ -24,7 +24,7 @@ from secateur.errors import SecateurError
 from secateur.model_folder.evaluation import on_text as evaluate_module
 from secateur.model_folder.evaluation.on_text import evaluate
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
-from secateur.model_folder.read import load as run_module
+from secateur.model_folder.read import load as load_module
 from secateur.model_folder.rewrite.apply import apply_to_model
 from tiny_models import VOCABULARY, random_tokens
 
@@ -141,7 +141,7 @@ def test_layers_with_different_counts_are_measured_too(made: Path, tmp_path: Pat
 
 def test_a_model_is_streamed_where_it_does_not_fit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluate([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is False
-    monkeypatch.setattr(run_module, "_free_memory", lambda: 1)
+    monkeypatch.setattr(load_module, "_free_memory", lambda: 1)
     monkeypatch.setattr(evaluate_module, "loaded_losses", lambda *_: pytest.fail("loaded"))
     assert evaluate([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is True
 

@@ -22,12 +22,12 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.files.work_folder import place_of_work, work_folder
 from secateur.model_folder import prune as module
+from secateur.model_folder.checks.claims import Check, verify_model
 from secateur.model_folder.choice import Choice
 from secateur.model_folder.prune import prune
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.undo import restore
-from secateur.model_folder.verify import Check, verify_model
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_folders import plan_of, saved
 from secateur import cli
-from secateur.model_folder.read import load as run_module
+from secateur.model_folder.checks import sample
+from secateur.model_folder.checks.claims import verify_model
+from secateur.model_folder.read import load as load_module
 from secateur.model_folder.rewrite.apply import apply_to_model
-from secateur.model_folder.verify import verify_model
 
 PLAN = plan_of((0, [1, 3, 6]), (2, [2, 5, 7]))
 
@@ -136,7 +137,7 @@ def test_what_was_not_looked_at_is_said(
     status, out, _ = run(capsys, monkeypatch, folders, "--tokens", "0")
     assert status == 0
     assert out.count("not checked: ") == 3
-    monkeypatch.setattr(run_module, "_free_memory", lambda: 1)
+    monkeypatch.setattr(load_module, "_free_memory", lambda: 1)
     assert passed(folders) == [True, True, None, None, None]
 
 
@@ -148,7 +149,7 @@ def test_the_sample_may_be_a_text(folders: Path, monkeypatch: pytest.MonkeyPatch
             seen.append((text, return_tensors))
             return {"input_ids": torch.arange(1, len(text.split()) + 1)[None]}
 
-    monkeypatch.setattr(run_module.AutoTokenizer, "from_pretrained", lambda folder, **_: Tokenizer())
+    monkeypatch.setattr(sample.AutoTokenizer, "from_pretrained", lambda folder, **_: Tokenizer())
     (folders / "text.txt").write_text("one two three four five")
     checks = verify_model(folders / "source", folders / "out", num_tokens=3, text=folders / "text.txt")
     assert seen == [("one two three four five", "pt")]

@@ -34,7 +34,7 @@ from secateur.model_folder.evaluation.accuracy import difference, scores, summar
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.measure.image_batches import draw
 from secateur.model_folder.measure.on_images import ImageObservation, loaded
-from secateur.model_folder.read import load as run_module
+from secateur.model_folder.read import load as load_module
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
@@ -357,7 +357,7 @@ def test_a_folder_without_pixels_is_refused_before_it_is_run(made: Path, tmp_pat
 def test_a_model_that_does_not_fit_in_memory_is_refused(
     made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(load_module, "_free_memory", lambda: 1000)
     for command in (("observe", "--out", tmp_path / "s"), ("eval",)):
         status, _, err = run(command[0], made / "source", "--data", made / "images", *command[1:])
         assert (status, "models of images are loaded whole; it needs" in err) == (2, True), err

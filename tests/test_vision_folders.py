@@ -12,12 +12,12 @@ from transformers import AutoModelForImageClassification
 from checkpoint_folders import contents
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.inspect import inspect_model
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
-from secateur.model_folder.verify import verify_model
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts

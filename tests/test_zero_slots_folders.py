@@ -19,16 +19,16 @@ from checkpoint_folders import contents, loaded, plan_of, same_bytes, saved, ten
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import logits_of
+from secateur.model_folder.checks.claims import verify_model
+from secateur.model_folder.checks.sample import logits_without_dropped
 from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.inspect import inspect_model
-from secateur.model_folder.read.load import logits_without_dropped
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
 from secateur.model_folder.source import of_folder
-from secateur.model_folder.verify import verify_model
 from secateur.plans import MIXED, LayerPlan, Plan
 from secateur.surgery.zero_slots import remove_into_zero_slots_
 from test_checkpoint_layout import llama4, qwen3_5, with_mtp

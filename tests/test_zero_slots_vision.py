@@ -10,9 +10,9 @@ from torch import Tensor
 
 from checkpoint_folders import contents
 from secateur.families import describe_moe, logits_of
+from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
-from secateur.model_folder.verify import verify_model
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.zero_slots import remove_into_zero_slots_

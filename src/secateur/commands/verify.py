@@ -31,8 +31,8 @@ def verify(
 
     Example: `secateur verify models/Qwen3-30B-A3B pruned --tokens 256`
     """
-    from secateur.model_folder.verify import as_json as result_of
-    from secateur.model_folder.verify import check_tokens, verify_model
+    from secateur.model_folder.checks.claims import as_json as result_of
+    from secateur.model_folder.checks.claims import check_tokens, verify_model
 
     check_tokens(tokens)
     with bytes_bar("comparing", show=not (quiet or as_json)) as on_bytes:

@@ -14,6 +14,7 @@ from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file
 from secateur.files.work_folder import Work, place_of_work, work_folder
+from secateur.model_folder.checks.claims import as_json, check_tokens, verify_model
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome, who_needs_data
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.tensor_files import STATS
@@ -21,7 +22,6 @@ from secateur.model_folder.rewrite.apply import apply_to_model, check_target_pai
 from secateur.model_folder.rewrite.report import VERIFIED
 from secateur.model_folder.rewrite.undo import RECORD, holds_undo
 from secateur.model_folder.source import Source, of_folder, of_observation
-from secateur.model_folder.verify import as_json, check_tokens, verify_model
 from secateur.observation import Observation
 from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 

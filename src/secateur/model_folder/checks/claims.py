@@ -50,7 +50,7 @@ def verify_model(
     Raises:
         SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
     """
-    from secateur.model_folder.read.load import applied_plan
+    from secateur.model_folder.checks.sample import applied_plan
 
     plan, mtp = applied_plan(pruned)
     before, after = read_model_folder(read_tensor_files(source)), read_model_folder(read_tensor_files(pruned))
@@ -100,36 +100,37 @@ def _run(
     import torch
 
     from secateur.families import logits_of
-    from secateur.model_folder.read import load
+    from secateur.model_folder.checks.sample import NEW_TOKENS, ROUNDING, generated, logits_without_dropped, sample_for
+    from secateur.model_folder.read.load import load, why_not_loaded
 
     loads = "it loads with no tensor missing, unexpected or newly initialised"
     equal = f"its logits are those of the source with {WITHOUT[plan.leaves_zero_slots]}"
     speaks = "it generates"
-    reason = "--tokens 0" if num_tokens == 0 else load.why_not_loaded(before)
+    reason = "--tokens 0" if num_tokens == 0 else why_not_loaded(before)
     if reason is not None:
         return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
-    sample = load.sample_for(before.folder.path, before, num_tokens, text, seed)
+    sample = sample_for(before.folder.path, before, num_tokens, text, seed)
     try:
-        expected = load.logits_without_dropped(before.folder.path, before, plan, sample)
+        expected = logits_without_dropped(before.folder.path, before, plan, sample)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise SecateurError(f"{before.folder.path}: the source itself cannot be run ({error})"[:500]) from error
     try:
-        model, problems = load.load(after.folder.path, after)
+        model, problems = load(after.folder.path, after)
         found = logits_of(model, sample)
-        said = load.generated(model, sample)
+        said = generated(model, sample)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
     ascending = all(layer_plan(plan, before.all_counts, layer).is_ascending for layer in before.counts)
     difference = float((found - expected).abs().max())
     same = torch.equal(found, expected)
-    close = difference <= load.ROUNDING * max(float(expected.abs().max()), 1.0)
+    close = difference <= ROUNDING * max(float(expected.abs().max()), 1.0)
     how = "bit for bit" if same else f"largest difference {difference:.3g}"
     seen = f"{len(sample)} images" if sample.is_floating_point() else f"{sample.shape[1]} tokens"
     speech = "it is no language model" if said is None else " ".join(map(str, said))
     return [
         Check(claim=loads, passed=not problems, detail=str(problems)[:500] if problems else type(model).__name__),
         Check(claim=equal, passed=same if ascending else close, detail=f"{seen}, {how}"),
-        Check(claim=speaks, passed=None if said is None else len(said) == load.NEW_TOKENS, detail=speech),
+        Check(claim=speaks, passed=None if said is None else len(said) == NEW_TOKENS, detail=speech),
     ]
 
 

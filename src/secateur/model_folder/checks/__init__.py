@@ -1,0 +1,1 @@
+"""Is the result what the plan makes of the source?"""
