@@ -40,9 +40,9 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import CONFIG, read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
+from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
+from secateur.models.vmoe.pixels import default_pixels
 from secateur.observation import Observation
-from secateur.vision import VMoEConfig, VMoEForImageClassification
-from secateur.vision.pixels import default_pixels
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "router-change-vision.png"
 EXPERTS = 8

@@ -11,7 +11,7 @@ import numpy as np
 from models_with_text import model_with_text
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import finetune
-from secateur.vision.pixels import FILE, default_pixels
+from secateur.models.vmoe.pixels import FILE, default_pixels
 from tiny_vision import tiny_vmoe
 
 CLASSES = 5

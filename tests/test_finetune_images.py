@@ -27,8 +27,8 @@ from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.models.vmoe.pixels import FILE, read_pixels
 from secateur.plans import LayerPlan, Plan
-from secateur.vision.pixels import FILE, read_pixels
 from small_finetunes import files_of, image_folder, image_options, run, write_images
 from small_runs import in_child
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 from secateur.data.images import FORMATS, Images, read_images
 from secateur.errors import SecateurError
-from secateur.vision.pixels import FILE, default_pixels, read_pixels
+from secateur.models.vmoe.pixels import FILE, default_pixels, read_pixels
 from tiny_vision import tiny_vmoe
 
 GREY = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)

@@ -39,10 +39,10 @@ from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.models.vmoe.pixels import FILE, default_pixels, read_pixels
 from secateur.observation import Observation
 from secateur.observe_activations import ActivationObserver
 from secateur.plans import Plan
-from secateur.vision.pixels import FILE, default_pixels, read_pixels
 from small_runs import in_child
 from tiny_vision import tiny_vmoe
 from zero_slot_models import zero_slot_plan

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from flax_files import CHUNKS_KEY, array, info, packed, params, random_arrays, slices, write
 from secateur.cli import app
 from secateur.errors import SecateurError
-from secateur.vision.flax_checkpoint import read_vmoe
-from secateur.vision.flax_files import read_arrays
+from secateur.models.vmoe.flax_checkpoint import read_vmoe
+from secateur.models.vmoe.flax_files import read_arrays
 
 ROUTER = "Encoder/encoderblock_1/Moe/Router/dense/kernel"
 

@@ -18,10 +18,10 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
+from secateur.models.vmoe import VMoEForImageClassification
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.verify import barred_experts
-from secateur.vision import VMoEForImageClassification
 from tiny_models import random_plan
 from tiny_vision import KINDS, every_kind, random_images, tiny_vmoe
 

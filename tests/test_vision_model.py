@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import probe_counts
+from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel
+from secateur.models.vmoe.losses import importance_loss, load_loss
 from secateur.observe import LoadCounter
 from secateur.observe_activations import LayerObserver
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.vision import VMoEConfig, VMoEForImageClassification, VMoEModel
-from secateur.vision.losses import importance_loss, load_loss
 from tiny_vision import COMMON, KINDS, every_kind, random_images, tiny_vmoe
 
 

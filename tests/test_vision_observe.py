@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.families import describe_moe, logits_of
+from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
+from secateur.models.vmoe.flops import flops_per_image
 from secateur.observe_activations import ActivationObserver
 from secateur.stats import SUMS, LayerStats, RouterStats
-from secateur.vision import VMoEConfig, VMoEForImageClassification
-from secateur.vision.flops import flops_per_image
 from tiny_vision import every_kind, random_images, tiny_vmoe
 
 TOKENS = 17  # of an image: 16 patches and the class token

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.vision.losses import importance_loss, load_loss
-from secateur.vision.routing import Pairs, Rules, capacity, route, seated
+from secateur.models.vmoe.losses import importance_loss, load_loss
+from secateur.models.vmoe.routing import Pairs, Rules, capacity, route, seated
 
 # Toy of the specification: probabilities (3 tokens, 3 experts) and the experts' outputs (expert, token, 2).
 TOY = torch.tensor([[6.0, 3, 1], [1, 5, 4], [7, 2, 1]]) / 10

@@ -13,10 +13,10 @@ from secateur.families import describe_moe, logits_of
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
+from secateur.models.vmoe.losses import importance_loss, load_loss
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.zero_slots import remove_into_zero_slots_
-from secateur.vision.losses import importance_loss, load_loss
 from test_vision_folders import loaded, saved
 from tiny_vision import KINDS, every_kind, random_images, tiny_vmoe
 from zero_slot_models import check_close, silenced_logits, zero_slot_plan

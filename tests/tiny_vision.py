@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.vision import VMoEConfig, VMoEForImageClassification
+from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
 
 COMMON: dict[str, Any] = {
     "image_size": 8,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from secateur import _register
+from secateur import auto_classes
 from secateur.errors import SecateurError
 from secateur.version import __version__ as __version__
 
@@ -50,7 +50,7 @@ _HOMES = {
     "remove_into_zero_slots_": "secateur.surgery.zero_slots",
 }
 
-_register.when_auto_classes_load()
+auto_classes.when_auto_classes_load()
 
 
 def __getattr__(name: str) -> Any:

@@ -37,8 +37,8 @@ def convert_vmoe(
     from secateur.errors import SecateurError
     from secateur.files.atomic import atomic_write, refused_by_the_disk
     from secateur.files.new_folder import written_beside
-    from secateur.vision.flax_checkpoint import read_vmoe
-    from secateur.vision.pixels import FILE, default_pixels
+    from secateur.models.vmoe.flax_checkpoint import read_vmoe
+    from secateur.models.vmoe.pixels import FILE, default_pixels
 
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise SecateurError(f"--out {out}: it is there already and not an empty folder")

@@ -18,7 +18,7 @@ from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
 from secateur.model_folder.read.modality import class_names
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.vision.pixels import Pixels, read_pixels
+from secateur.models.vmoe.pixels import Pixels, read_pixels
 
 # settings of text, and what they are when nobody gave them
 TEXT_ONLY = {"sequence_length": None, "text_key": "text", "split": "train", "router_aux_loss": None}

@@ -27,7 +27,7 @@ from secateur.model_folder.read.model_folder import LISTED, ModelFolder, read_mo
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.apply import PAGE, REPORT
 from secateur.model_folder.rewrite.report import VERIFIED
-from secateur.vision import VMoEForImageClassification
+from secateur.models.vmoe import VMoEForImageClassification
 
 HEAD = "classifier"
 LOGS = "runs"  # where transformers has TensorBoard write

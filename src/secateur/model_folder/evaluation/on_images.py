@@ -21,8 +21,8 @@ from secateur.model_folder.measure.on_images import check_fits_in_memory, loaded
 from secateur.model_folder.read.modality import class_names
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.vision.flops import flops_per_image
-from secateur.vision.modeling import VMoEForImageClassification
+from secateur.models.vmoe.flops import flops_per_image
+from secateur.models.vmoe.modeling import VMoEForImageClassification
 
 Progress = Callable[[int, int], None]
 

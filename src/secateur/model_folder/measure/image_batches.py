@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.data.images import Images, read_images
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.vision.pixels import Pixels, read_pixels
+from secateur.models.vmoe.pixels import Pixels, read_pixels
 
 BATCH = 64  # images, where nothing else is asked for
 MOST = 10_000  # that a model is observed on, where nothing else is asked for

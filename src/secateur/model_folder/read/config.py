@@ -26,7 +26,6 @@ from secateur.modeling_secateur import (
     with_expert_count,
 )
 from secateur.surgery.model_config import has_expert_count
-from secateur.vision import modeling as _vision  # noqa: F401  tells transformers' auto classes of our own
 
 # model type -> why no plan can be applied to its files
 REFUSED = {

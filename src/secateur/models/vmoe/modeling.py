@@ -21,9 +21,9 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP, ViTPatchE
 from transformers.utils.generic import can_return_tuple
 
 from secateur.errors import SecateurError
-from secateur.vision.configuration import VMoEConfig
-from secateur.vision.routing import wide
-from secateur.vision.sparse_mlp import VMoEExperts, VMoESparseMLP
+from secateur.models.vmoe.configuration import VMoEConfig
+from secateur.models.vmoe.routing import wide
+from secateur.models.vmoe.sparse_mlp import VMoEExperts, VMoESparseMLP
 
 
 @dataclass

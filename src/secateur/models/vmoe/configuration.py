@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -92,8 +91,6 @@ class VMoEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             self.moe_layers = list(range(1, self.num_hidden_layers, 2))
         check(self)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        # Whoever holds a config can then get its model from transformers' auto classes.
-        importlib.import_module("secateur.vision.modeling")
 
 
 def check(config: VMoEConfig) -> None:

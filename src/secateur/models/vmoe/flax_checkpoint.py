@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.vision.configuration import VMoEConfig
-from secateur.vision.flax_files import read_arrays
-from secateur.vision.modeling import VMoEForImageClassification
+from secateur.models.vmoe.configuration import VMoEConfig
+from secateur.models.vmoe.flax_files import read_arrays
+from secateur.models.vmoe.modeling import VMoEForImageClassification
 
 Change = Callable[[Tensor], Tensor]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from secateur.vision.configuration import VMoEConfig
-from secateur.vision.losses import importance_loss, load_loss
-from secateur.vision.routing import Rules, capacity, route, wide
+from secateur.models.vmoe.configuration import VMoEConfig
+from secateur.models.vmoe.losses import importance_loss, load_loss
+from secateur.models.vmoe.routing import Rules, capacity, route, wide
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)

@@ -1,0 +1,85 @@
+"""Tell transformers' auto classes our models, pruned ones and V-MoE, without importing transformers ourselves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+CONFIGS = "transformers.models.auto.configuration_auto"
+MODELS = "transformers.models.auto.modeling_auto"
+MODEL_TYPE = "secateur_moe"
+MODEL_MODULES = ("secateur.models.vmoe.modeling",)  # each registers its classes when it is imported
+
+
+def when_auto_classes_load() -> None:
+    """Register now what is loaded of transformers' auto classes, and the rest at the moment it is."""
+    waiting = {}
+    for name, register in {CONFIGS: _register_configs, MODELS: _register_models}.items():
+        if name in sys.modules:
+            register()
+        else:
+            waiting[name] = register
+    if waiting:
+        sys.meta_path.insert(0, _WaitForAuto(waiting))
+
+
+def _register_configs() -> None:
+    # transformers is half imported at this moment: its config base class is there, its model classes are not.
+    from transformers.configuration_utils import PreTrainedConfig
+
+    from secateur.models.vmoe.configuration import VMoEConfig
+
+    class PrunedMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+        """Entry for `AutoConfig`: gives the pruned config class of the family that config.json names."""
+
+        model_type = MODEL_TYPE
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            from secateur.modeling_secateur import read_pruned_config
+
+            return read_pruned_config(config_dict, **kwargs)
+
+    for config_class in (PrunedMoeConfig, VMoEConfig):
+        sys.modules[CONFIGS].AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def _register_models() -> None:
+    for name in MODEL_MODULES:
+        importlib.import_module(name)
+
+
+class _WaitForAuto(MetaPathFinder):
+    """Finds the modules it waits for as everybody else would, with a loader that registers afterwards."""
+
+    def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
+        self._waiting = waiting
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        register = self._waiting.pop(name, None)
+        if register is None:
+            return None
+        if not self._waiting:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader, register)
+        return spec
+
+
+class _ThenRegister(Loader):
+    def __init__(self, loader: Loader, register: Callable[[], None]) -> None:
+        self._loader, self._register = loader, register
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._register()
