@@ -40,7 +40,7 @@ from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.verify import barred_experts

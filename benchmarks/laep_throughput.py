@@ -29,7 +29,7 @@ from record import RESULTS, show, store
 from secateur import LAEP
 from secateur.data.prepare import load_prepared, prepare, save_prepared
 from secateur.families import describe_moe
-from secateur.observe import LoadCounter
+from secateur.observation.loads import LoadCounter
 from secateur.placement import balance, rank_loads
 from secateur.train.balance import attach_balance
 from secateur.train.distributed import launch

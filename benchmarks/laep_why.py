@@ -29,7 +29,7 @@ from record import store
 from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
 from secateur.families import MoEModel
-from secateur.observe import routed_index
+from secateur.observation.call import routed_index
 from secateur.train.laep import LAEP
 from secateur.train.models import make_model, model_config
 from secateur.train.options import PretrainOptions

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from record import show, store
 from secateur.families import describe_moe
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
 
 BATCH, LENGTH, VOCABULARY = 4, 256, 4096
 COMMON: dict[str, Any] = {

@@ -42,7 +42,7 @@ from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
 from secateur.models.vmoe.pixels import default_pixels
-from secateur.observation import Observation
+from secateur.observation.observation import Observation
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "router-change-vision.png"
 EXPERTS = 8

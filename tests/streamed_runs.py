@@ -16,7 +16,7 @@ from secateur.data.calibration import Calibration
 from secateur.families import describe_moe
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
 from secateur.stats import RouterStats
 from tiny_models import random_tokens
 

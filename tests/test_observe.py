@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.observe import LoadCounter
+from secateur.observation.loads import LoadCounter
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from tiny_models import NUM_EXPERTS, TOP_K, every_family, random_plan, random_tokens, tiny_model

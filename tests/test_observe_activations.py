@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from secateur import observe_activations
 from secateur.criteria import CRITERIA
 from secateur.criteria.score import score_layers
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.observe_activations import ActivationObserver, LayerObserver
+from secateur.observation.activations import ActivationObserver, LayerObserver
+from secateur.observation import activations
 from secateur.stats import SUMS, RouterStats
 from tiny_models import NUM_EXPERTS, TOP_K, every_family, random_tokens, tiny_model
 
@@ -335,7 +335,7 @@ def test_experts_with_a_norm_of_their_own_are_observed_behind_it(implementation:
 
 def test_rows_in_another_order_than_expected_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = describe_moe(vivid("mixtral"))
-    monkeypatch.setitem(observe_activations.ROWS, "grouped_mm", observe_activations.ROWS["batched_mm"])
+    monkeypatch.setitem(activations.ROWS, "grouped_mm", activations.ROWS["batched_mm"])
     ActivationObserver(moe)
     with pytest.raises(SecateurError, match=r"layers\.0\.mlp\.experts: the observed outputs do not add up.*grouped_mm"):
         logits(moe.model, random_tokens(2, 8))
@@ -344,7 +344,7 @@ def test_rows_in_another_order_than_expected_are_noticed(monkeypatch: pytest.Mon
 def test_an_experts_function_that_shows_nothing_is_run_slot_by_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = describe_moe(vivid("mixtral"))
     moe.model.set_experts_implementation("eager")
-    monkeypatch.setitem(observe_activations.ROWS, "eager", observe_activations.ROWS["grouped_mm"])
+    monkeypatch.setitem(activations.ROWS, "eager", activations.ROWS["grouped_mm"])
     observer = ActivationObserver(moe)
     with recorded_calls(moe) as calls:
         logits(moe.model, random_tokens(2, 8))

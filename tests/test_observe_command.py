@@ -24,7 +24,7 @@ from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.stream.resume import WorkFolder
 from secateur.model_folder.stream import states
-from secateur.observation import Observation
+from secateur.observation.observation import Observation
 from secateur.stats import SUMS
 from small_corpus import write_corpus
 from small_runs import in_child
@@ -128,8 +128,8 @@ KILLS = {
     "after a layer counts": Kill(FINISH, when="after"),
     "in the last layer": Kill("secateur.model_folder.stream.resume:WorkFolder.save_layer", nth=3),
     "after the last layer": Kill(FINISH, nth=3, when="after"),
-    "before the result": Kill("secateur.observation:Observation.save"),
-    "after the result": Kill("secateur.observation:Observation.save", when="after"),
+    "before the result": Kill("secateur.observation.observation:Observation.save"),
+    "after the result": Kill("secateur.observation.observation:Observation.save", when="after"),
     "while clearing up": Kill("pathlib:Path.unlink", when="after"),
 }
 

@@ -24,7 +24,7 @@ from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
-from secateur.observation import Observation
+from secateur.observation.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
 from test_checkpoint_layout import qwen3_5

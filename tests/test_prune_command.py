@@ -28,8 +28,8 @@ from secateur.model_folder.prune import prune
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.undo import restore
-from secateur.observation import Observation
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
+from secateur.observation.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
 from secateur.verify import barred_experts
@@ -116,8 +116,8 @@ def start(root: Path, *hooks: Callable[[], None], **options: Any) -> dict[str, A
 
 
 STAGES = {
-    "before the statistics are kept": Kill("secateur.observation:Observation.save"),
-    "after the statistics are kept": Kill("secateur.observation:Observation.save", when="after"),
+    "before the statistics are kept": Kill("secateur.observation.observation:Observation.save"),
+    "after the statistics are kept": Kill("secateur.observation.observation:Observation.save", when="after"),
     "before the plan": Kill("secateur.model_folder.prune:decide_plan"),
     "after the weights": Kill("secateur.model_folder.rewrite.apply:write_weights", when="after"),
     "before verifying": Kill("secateur.model_folder.prune:verify_model"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.sglang import read_recording, stats_of_recording
+from secateur.observation.sglang import read_recording, stats_of_recording
 
 COUNTS = {1: 4, 2: 4}  # experts of the layers of a model of three
 STEPS = torch.tensor(

@@ -40,8 +40,8 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.models.vmoe.pixels import FILE, default_pixels, read_pixels
-from secateur.observation import Observation
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
+from secateur.observation.observation import Observation
 from secateur.plans import Plan
 from small_runs import in_child
 from tiny_vision import tiny_vmoe
@@ -202,7 +202,7 @@ def test_a_pruning_that_was_killed_goes_on_after_the_pass(when: str, made: Path,
         shutil.copytree(made / "source", tmp_path / name / "source")
     words = ["--keep", "0.5", "--data", str(made / "images.npz"), "--quiet"]
     assert in_child(typed, tmp_path / "one", words) == 0
-    kill = Kill("secateur.observation:Observation.save", when=when)
+    kill = Kill("secateur.observation.observation:Observation.save", when=when)
     assert in_child(typed, tmp_path / "two", words, kill) == -9
     hooks = [Kill("secateur.model_folder.measure.on_images:ImageObservation.observe")] if when == "after" else []
     assert in_child(typed, tmp_path / "two", words, *hooks) == 0

@@ -18,8 +18,8 @@ from secateur.families import describe_moe
 from secateur.modeling_secateur import probe_counts
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel
 from secateur.models.vmoe.losses import importance_loss, load_loss
-from secateur.observe import LoadCounter
-from secateur.observe_activations import LayerObserver
+from secateur.observation.activations import LayerObserver
+from secateur.observation.loads import LoadCounter
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from tiny_vision import COMMON, KINDS, every_kind, random_images, tiny_vmoe

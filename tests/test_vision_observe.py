@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.families import describe_moe, logits_of
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
 from secateur.models.vmoe.flops import flops_per_image
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
 from secateur.stats import SUMS, LayerStats, RouterStats
 from tiny_vision import every_kind, random_images, tiny_vmoe
 

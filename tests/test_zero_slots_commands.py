@@ -23,7 +23,7 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
-from secateur.observation import Observation
+from secateur.observation.observation import Observation
 from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint

@@ -239,7 +239,7 @@ class RouterStats:
         """Write the statistics as safetensors: `layers.N.num_tokens` (1,), and (E,) for all else, `layers.N.FIELD`.
 
         Args:
-            about: JSON values that say what was counted; see `secateur.observation`.
+            about: JSON values that say what was counted; see `secateur.observation.observation`.
         """
         tensors: dict[str, Tensor] = {}
         for layer, stats in self.layers.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.expert_axis import ExpertTensor, row_index
 from secateur.families import MoEBlock, MoEModel, plain_class
 from secateur.modeling_secateur import layer_of
-from secateur.observe import INDEX_NAMES, routed_index
+from secateur.observation.call import INDEX_NAMES, routed_index
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, router_tensors
 

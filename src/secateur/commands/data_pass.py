@@ -12,7 +12,7 @@ from secateur.commands.data_options import DataOptions
 
 if TYPE_CHECKING:
     from secateur.model_folder.read.model_folder import ModelFolder
-    from secateur.observation import Observation
+    from secateur.observation.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True)

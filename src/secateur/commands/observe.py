@@ -28,7 +28,7 @@ from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
     from secateur.model_folder.read.model_folder import ModelFolder
-    from secateur.observation import Observation
+    from secateur.observation.observation import Observation
 
 
 def observe(
@@ -96,8 +96,8 @@ def observe(
 
 def _recorded(found: ModelFolder, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
     from secateur.model_folder.read.facts import model_facts
-    from secateur.observation import Observation
-    from secateur.sglang import read_recording, stats_of_recording
+    from secateur.observation.observation import Observation
+    from secateur.observation.sglang import read_recording, stats_of_recording
 
     recorded, about = read_recording(path)
     model = found.model

@@ -22,7 +22,7 @@ from secateur.model_folder.rewrite.apply import apply_to_model, check_target_pai
 from secateur.model_folder.rewrite.report import VERIFIED
 from secateur.model_folder.rewrite.undo import RECORD, holds_undo
 from secateur.model_folder.source import Source, of_folder, of_observation
-from secateur.observation import Observation
+from secateur.observation.observation import Observation
 from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)

@@ -13,7 +13,7 @@ from secateur.model_folder.measure.adapter import holds_adapter
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
-from secateur.observation import Observation
+from secateur.observation.observation import Observation
 from secateur.stats import RouterStats
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.families import MoEModel
-from secateur.observe import LoadCounter
+from secateur.observation.loads import LoadCounter
 from secateur.stats import RouterStats
 from secateur.train.distributed.job import Job
 from secateur.train.phases import PhaseConstants, StablePhaseDetector

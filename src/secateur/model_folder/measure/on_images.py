@@ -21,8 +21,8 @@ from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.load import load as load_model
 from secateur.model_folder.read.load import why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.observation import Observation
-from secateur.observe_activations import ActivationObserver
+from secateur.observation.activations import ActivationObserver
+from secateur.observation.observation import Observation
 
 Progress = Callable[[int, int], None]
 

@@ -22,8 +22,8 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.resume import WorkFolder
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import DiskStates, MemoryStates
-from secateur.observation import Observation
-from secateur.observe_activations import LayerObserver
+from secateur.observation.activations import LayerObserver
+from secateur.observation.observation import Observation
 from secateur.stats import LayerStats, RouterStats
 
 Activations = Literal["auto", "memory", "disk"]

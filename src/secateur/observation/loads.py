@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
+from secateur.observation.call import routed_index, tokens_and_mask
 from secateur.stats import LayerStats, RouterStats
-
-INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts")
 
 
 class LoadCounter:
@@ -113,48 +112,3 @@ class LoadCounter:
             self._counts[layer].scatter_add_(0, index.reshape(-1).to(torch.int64), keep.reshape(-1).to(torch.int64))
 
         return count
-
-
-def tokens_and_mask(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """A (B, S) tensor of the tokens that a model is called with, and the mask of that shape, 0 for padding, if any.
-
-    Args:
-        signature: of the model's forward.
-
-    Raises:
-        SecateurError: a mask of another shape or kind, or a model that is called with images.
-    """
-    given = signature.bind_partial(*args, **kwargs).arguments
-    given = {**given.pop("kwargs", {}), **given}
-    mask, tokens = given.get("attention_mask"), given.get("input_ids")
-    if tokens is None and "inputs_embeds" not in given:
-        raise SecateurError(
-            f"expected a call with input_ids or inputs_embeds, found {sorted(given)}; the experts of a model of images "
-            "are observed in evaluation, with observe_activations.ActivationObserver"
-        )
-    tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
-    if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
-        return tokens, mask
-    found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise SecateurError(
-        f"attention_mask: expected shape {tuple(tokens.shape)} like the tokens (padding cannot be told "
-        f"otherwise), found {found}"
-    )
-
-
-def routed_index(block: MoEBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The (T, K) expert ids that an `experts` module is called with.
-
-    Raises:
-        SecateurError: the call does not have the common form (hidden, index, weights).
-    """
-    index = args[1] if len(args) > 1 else next((kwargs[name] for name in INDEX_NAMES if name in kwargs), None)
-    if not isinstance(index, Tensor) or index.ndim != 2 or index.is_floating_point():
-        found = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise SecateurError(
-            f"{block.name}.experts: expected to be called with (hidden, expert ids (tokens, top-k), weights), found "
-            f"{found} as the ids"
-        )
-    return index

@@ -26,10 +26,9 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
-from secateur.observe import routed_index, tokens_and_mask
+from secateur.observation.call import routed_gates, routed_index, slot_by_slot, tokens_and_mask
 from secateur.stats import LayerStats, RouterStats
 
-WEIGHT_NAMES = ("top_k_weights", "routing_weights")
 ADDED = ("weight_sum", "norm_sum", "norm_square_sum", "weighted_norm_sum")
 TOLERANCE = 0.02  # above what sums in bfloat16 lose, far below what gates on wrong outputs change
 
@@ -150,14 +149,14 @@ class LayerObserver:
     def _observed(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._running:
             return self._forward(*args, **kwargs)
-        index, gates = routed_index(self._block, args, kwargs), _gates(self._block, args, kwargs)
+        index, gates = routed_index(self._block, args, kwargs), routed_gates(self._block, args, kwargs)
         rows = ROWS.get(_implementation(self._experts))
         shown: list[Tensor] = []  # (S, D) outputs before the gates
         with _outputs_shown(self._experts, shown) if rows is not None else nullcontext():
             result = self._forward(*args, **kwargs)
         with torch.no_grad():
             if rows is None or not shown:
-                rows, shown = _as_routed, [_slot_by_slot(self._forward, args, kwargs, index, gates)]
+                rows, shown = _as_routed, [slot_by_slot(self._forward, args, kwargs, index, gates)]
             self._record(shown[0], rows(index), index, gates, result)
         return result
 
@@ -262,16 +261,6 @@ def _implementation(experts: Any) -> str | None:
     return name
 
 
-def _gates(block: MoEBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The (T, K) numbers that an `experts` module is told to multiply the outputs with."""
-    gates = args[2] if len(args) > 2 else next((kwargs[name] for name in WEIGHT_NAMES if name in kwargs), None)
-    index = routed_index(block, args, kwargs)
-    if not isinstance(gates, Tensor) or gates.shape != index.shape or not gates.is_floating_point():
-        found = f"{gates.dtype} {tuple(gates.shape)}" if isinstance(gates, Tensor) else type(gates).__name__
-        raise SecateurError(f"{block.name}.experts: expected gates of shape {tuple(index.shape)}, found {found}")
-    return gates
-
-
 @contextmanager
 def _outputs_shown(experts: Any, shown: list[Tensor]) -> Iterator[None]:
     """While it lasts, the experts function of transformers appends its (S, D) outputs before the gates to `shown`."""
@@ -290,14 +279,3 @@ def _outputs_shown(experts: Any, shown: list[Tensor]) -> Iterator[None]:
     finally:
         del vars(experts)["post_expert_norm"]
         vars(experts)["has_post_expert_norm"] = had_norm
-
-
-def _slot_by_slot(
-    forward: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor, gates: Tensor
-) -> Tensor:
-    """(S, D) outputs before the gates, in the order token * K + k."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    slots = hidden.reshape(len(index), -1).repeat_interleave(index.shape[1], dim=0)
-    # Some families give their result the type of the gates, which may be narrower than that of the outputs.
-    ones = torch.ones_like(gates, dtype=torch.promote_types(gates.dtype, hidden.dtype))
-    return forward(slots, index.reshape(-1, 1), ones.reshape(-1, 1)).reshape(slots.shape)

@@ -1,0 +1,1 @@
+"""What did the experts of a live model do?"""
