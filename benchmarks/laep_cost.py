@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from record import show, store
 from secateur import LAEP
 from secateur.families import describe_moe
-from secateur.train.presets import COMMON, PRESETS
+from secateur.pretraining.presets import COMMON, PRESETS
 
 BATCH, LENGTH, VOCABULARY = 8, 256, 2048
 

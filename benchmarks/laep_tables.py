@@ -26,7 +26,7 @@ from typing import Any
 
 from laep_grid import SCALES, Setting, grid
 from record import show, store
-from secateur.train.run_folder import RunFolder
+from secateur.pretraining.run_folder import RunFolder
 
 STEP_TIMES = "step_times.json"  # what laep_timing.py leaves in WORK/SCALE
 DOMAINS = ("manuals", "dictionary", "speeches")

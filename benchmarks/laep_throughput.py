@@ -31,12 +31,12 @@ from secateur.data.prepare import load_prepared, prepare, save_prepared
 from secateur.families import describe_moe
 from secateur.observation.loads import LoadCounter
 from secateur.placement import balance, rank_loads
+from secateur.pretraining.models import load_model
 from secateur.train.balance import attach_balance
 from secateur.train.distributed import launch
 from secateur.train.distributed.load import ParallelSizes, parallel_sizes
 from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.save import save_for_ranks, save_sharded
-from secateur.train.models import load_model
 
 # name -> (sequences a step over all ranks, tokens a sequence, fields of a Qwen3-MoE config)
 MODEL = {

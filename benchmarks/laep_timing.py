@@ -28,10 +28,10 @@ from laep_grid import SCALES, Scale, Setting, grid
 from laep_tables import STEP_TIMES
 from secateur.families import describe_moe
 from secateur.plans import LayerPlan, Plan
+from secateur.pretraining.models import make_model, model_config
+from secateur.pretraining.options import PretrainOptions
 from secateur.surgery.module import prune_model_
 from secateur.train.balance import attach_balance
-from secateur.train.models import make_model, model_config
-from secateur.train.options import PretrainOptions
 
 TURNS, STEPS = 15, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,9 +30,9 @@ from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
 from secateur.families import MoEModel
 from secateur.observation.call import routed_index
+from secateur.pretraining.models import make_model, model_config
+from secateur.pretraining.options import PretrainOptions
 from secateur.train.laep import LAEP
-from secateur.train.models import make_model, model_config
-from secateur.train.options import PretrainOptions
 from secateur.train.phases import spearman
 
 DOMAINS = ("code", "manuals", "dictionary", "speeches")

@@ -85,7 +85,7 @@ class Runs:
 
 
 def keep_checkpoints() -> None:
-    from secateur.train import pretrain as program
+    from secateur.pretraining import run as program
 
     rmtree = program.shutil.rmtree
 

@@ -37,7 +37,7 @@ class Ended:
 def job(num_ranks: int, target: Callable[..., Any], *values: Any, folder: Path) -> Ended:
     """Run `target(*values)` on every rank; `folder` takes what they say."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.train.pretrain"])
+    context.set_forkserver_preload(["secateur.pretraining.run"])
     port = _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     said = folder / f"said-{port}"
@@ -90,7 +90,7 @@ def _rank(environment: dict[str, str], said: Path, target: Callable[..., Any], v
 def command(words: list[str], *hooks: Callable[[], None]) -> None:
     """`secateur WORDS` with a light report, after the hooks."""
     from secateur import cli
-    from secateur.train import pretrain as program
+    from secateur.pretraining import run as program
 
     program.write_report = light_report
     for hook in hooks:

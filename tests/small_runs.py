@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.run import pretrain
 from secateur.reporting.numbers import report_json
 from secateur.reporting.run_data import read_run
-from secateur.train.options import PretrainOptions
-from secateur.train.pretrain import pretrain
 from small_corpus import write_corpus
 
 Json = dict[str, Any]
@@ -165,7 +165,7 @@ def in_child(target: Callable[..., None], *values: Any, stderr: Path | None = No
     Children are forked from a process that has imported everything and done nothing, so they start at once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.train.pretrain"])
+    context.set_forkserver_preload(["secateur.pretraining.run"])
     process = context.Process(target=_call, args=(target, values, stderr))
     process.start()
     process.join(120)

@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from secateur import cli
 from secateur.data.tokenizer import train_tokenizer
-from secateur.train import pretrain as program
-from secateur.train import run_folder
+from secateur.pretraining import run as program
+from secateur.pretraining import run_folder
 from small_corpus import write_corpus, write_jsonl
 from small_runs import QWEN3_MOE, TINY, corpus_in, data_in, run_in
 
@@ -147,7 +147,7 @@ def test_a_bad_option_is_named_before_data_is_read(
 def test_a_goal_that_can_just_be_reached_is_not_refused(corpus: Path) -> None:
     """The other side of the floor: the share that the error names is taken."""
     from secateur.errors import SecateurError
-    from secateur.train.preflight import check_before_data
+    from secateur.pretraining.preflight import check_before_data
 
     def check(share: float) -> None:
         changes = {"vocab_size": 300, "overrides": QWEN3_MOE, "data": data_in(corpus)}

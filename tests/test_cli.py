@@ -24,8 +24,8 @@ from typer.main import get_command
 import secateur
 from secateur import cli
 from secateur.commands.pretrain import NOT_SETTINGS, _field
-from secateur.train import pretrain as program
-from secateur.train.options import PretrainOptions, option
+from secateur.pretraining import run as program
+from secateur.pretraining.options import PretrainOptions, option
 from small_runs import arguments, corpus_in, in_child, light_report, options, run_in, strict
 
 SETTINGS = {field.name: field for field in dataclasses.fields(PretrainOptions)}
@@ -286,7 +286,7 @@ def run_command(out: Path, words: list[str]) -> None:
 
 
 def interrupted(out: Path, words: list[str]) -> None:
-    from secateur.train.run_log import RunLog
+    from secateur.pretraining.run_log import RunLog
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     steps = RunLog.on_step_end

@@ -46,7 +46,7 @@ MICRO_BATCHES, ROWS, LENGTH = 2, 2, 8  # a step; rows of one rank
 def on_two_ranks(target: Callable[..., None], folder: Path, *values: Any) -> None:
     """Run `target(rank, folder, *values)` on two ranks of one process group; their errors become one of the test's."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.train.pretrain"])
+    context.set_forkserver_preload(["secateur.pretraining.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

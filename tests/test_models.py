@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
-from secateur.train.options import PretrainOptions
-from secateur.train.presets import PRESETS
+from secateur.pretraining.models import given_tokenizer, load_model, make_model, model_config, model_facts
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.presets import PRESETS
 from small_runs import TINY
 
 CONFIG: dict[str, Any] = {"model_type": "qwen3_moe", "vocab_size": 300, **TINY["qwen3_moe"]}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.train.options import PretrainOptions, option, parse_pruning
+from secateur.pretraining.options import PretrainOptions, option, parse_pruning
 
 
 def test_the_defaults_are_a_run_of_the_first_preset_that_prunes_once_at_the_stable_phase() -> None:

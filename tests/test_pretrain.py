@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.plans import Plan
-from secateur.train import pretrain as program
+from secateur.pretraining import run as program
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.preflight import plan_of_run
+from secateur.pretraining.run import pretrain
 from secateur.train.events import PruneEvent
-from secateur.train.options import PretrainOptions
-from secateur.train.preflight import plan_of_run
-from secateur.train.pretrain import pretrain
 from small_corpus import write_jsonl
 from small_runs import (
     LOOSE,

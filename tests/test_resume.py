@@ -20,11 +20,11 @@ import pytest
 from faults import Kill, LimitFileSize
 from secateur import cli
 from secateur.errors import SecateurError
+from secateur.pretraining import run as program
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.presets import PRESETS
+from secateur.pretraining.run import pretrain, resume
 from secateur.train import checkpoints
-from secateur.train import pretrain as program
-from secateur.train.options import PretrainOptions
-from secateur.train.presets import PRESETS
-from secateur.train.pretrain import pretrain, resume
 from small_runs import (
     LOOSE,
     SMALL,
@@ -114,12 +114,12 @@ def one_file_of_the_folder(remove: Callable[..., None], folder: Any, *args: Any,
     next(path for path in Path(folder).iterdir() if path.is_file()).unlink()
 
 
-STEP_END = "secateur.train.run_log:RunLog.on_step_end"
+STEP_END = "secateur.pretraining.run_log:RunLog.on_step_end"
 # moment -> (the run, how it is killed there). Checkpoints at 10, 20, 30, 40; pruning at 23.
 MOMENTS: dict[str, tuple[str, Kill]] = {
     "while the data is packed": ("plain", Kill("secateur.data.prepare:pack", 2)),
     "while the data is written": ("plain", Kill("secateur.data.prepare:atomic_write", 3)),
-    "before the first step": ("plain", Kill("secateur.train.pretrain:make_model")),
+    "before the first step": ("plain", Kill("secateur.pretraining.run:make_model")),
     "before the first checkpoint": ("plain", Kill(STEP_END, 7)),
     "before the pruning": ("plain", Kill(STEP_END, 22)),
     "in the middle of the pruning, optimizer done and model not": (
@@ -129,34 +129,34 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
     "in the middle of the pruning, model done": ("plain", Kill("secateur.surgery.module:set_counts_", when="after")),
     "after the pruning, before it is recorded": (
         "plain",
-        Kill("secateur.train.run_folder:RunFolder.write_events", 2),
+        Kill("secateur.pretraining.run_folder:RunFolder.write_events", 2),
     ),
     "after the pruning was recorded": ("plain", Kill(STEP_END, 24)),
     "after the first checkpoint of the pruned model": ("plain", Kill(STEP_END, 33)),
-    "with half a line in the log": ("plain", Kill("secateur.train.run_log:append_line", 9, how=half_of_the_line)),
+    "with half a line in the log": ("plain", Kill("secateur.pretraining.run_log:append_line", 9, how=half_of_the_line)),
     "between two domains of a validation": ("plain", Kill("transformers:Trainer.evaluation_loop", 2)),
     "with half a model in a checkpoint": (
         "plain",
         Kill("transformers.modeling_utils:safe_save_file", 3, how=half_of_the_file),
     ),
     "with half of the files of a checkpoint": ("plain", Kill("transformers:Trainer._save_scaler", 3)),
-    "between a checkpoint and its seal": ("plain", Kill("secateur.train.run_log:seal", 3)),
+    "between a checkpoint and its seal": ("plain", Kill("secateur.pretraining.run_log:seal", 3)),
     "while a checkpoint is sealed": ("plain", Kill("secateur.train.checkpoints:atomic_write", 3)),
     "while an old checkpoint is deleted": (
         "plain",
         Kill("transformers.trainer_utils:shutil.rmtree", 3, how=one_file_of_the_folder),
     ),
-    "after the last checkpoint": ("plain", Kill("secateur.train.run_log:seal", 4, "after")),
-    "while the model is saved": ("plain", Kill("secateur.train.pretrain:os.rename")),
-    "between the model and the summary": ("plain", Kill("secateur.train.pretrain:run_summary")),
-    "before the report": ("plain", Kill("secateur.train.pretrain:write_report")),
+    "after the last checkpoint": ("plain", Kill("secateur.pretraining.run_log:seal", 4, "after")),
+    "while the model is saved": ("plain", Kill("secateur.pretraining.run:os.rename")),
+    "between the model and the summary": ("plain", Kill("secateur.pretraining.run:run_summary")),
+    "before the report": ("plain", Kill("secateur.pretraining.run:write_report")),
     "in the control run": ("control", Kill(STEP_END, 40 + 27)),
-    "while the control model is saved": ("control", Kill("secateur.train.pretrain:os.rename", 2)),
+    "while the control model is saved": ("control", Kill("secateur.pretraining.run:os.rename", 2)),
     "within a window that the detector will count": ("detector", Kill(STEP_END, 11)),
     "after the detector pruned": ("detector", Kill(STEP_END, 21)),
     "between two prunings": ("all", Kill(STEP_END, 24)),
     "after two prunings": ("all", Kill(STEP_END, 38)),
-    "after a last validation that no interval asked for": ("odd steps", Kill("secateur.train.pretrain:run_summary")),
+    "after a last validation that no interval asked for": ("odd steps", Kill("secateur.pretraining.run:run_summary")),
 }
 QUICK = ("in the middle of the pruning, optimizer done and model not",)
 
@@ -384,10 +384,10 @@ def test_a_full_disk_names_the_checkpoint_and_the_last_whole_one_and_loses_nothi
 @pytest.mark.parametrize(
     ("target", "nth", "size", "named"),
     [
-        ("secateur.train.pretrain:_save_model", 1, 1000, r"model could not be written: .*Make room"),
-        ("secateur.train.run_log:append_line", 5, 500, r"(metrics|loads)\.jsonl"),
-        ("secateur.train.run_folder:RunFolder.write_events", 2, 1000, "File too large"),
-        ("secateur.train.pretrain:write_json", 2, 1000, "File too large"),
+        ("secateur.pretraining.run:_save_model", 1, 1000, r"model could not be written: .*Make room"),
+        ("secateur.pretraining.run_log:append_line", 5, 500, r"(metrics|loads)\.jsonl"),
+        ("secateur.pretraining.run_folder:RunFolder.write_events", 2, 1000, "File too large"),
+        ("secateur.pretraining.run:write_json", 2, 1000, "File too large"),
     ],
 )
 def test_a_disk_that_is_full_elsewhere_is_named_too_and_loses_nothing(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.train.run_folder import RunFolder, append_line, write_json
+from secateur.pretraining.run_folder import RunFolder, append_line, write_json
 from small_runs import in_child, lines
 
 

@@ -20,8 +20,8 @@ import secateur  # noqa: F401 - registers the model type
 from secateur.families import describe_moe, logits_of
 from secateur.modeling_secateur import counts_in, pruned_config_class, pruned_model_class
 from secateur.plans import LayerPlan, Plan
+from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.surgery.module import prune_model_
-from secateur.train.presets import COMMON, PRESETS
 from tiny_models import FAMILIES, VOCABULARY, random_plan, random_tokens, tiny_model
 
 WITH_LOSS = [name for name, family in FAMILIES.items() if family.balance_loss]

@@ -16,8 +16,8 @@ import pytest
 
 from faults import AnotherPlan, Kill, LimitFileSize, OnRank
 from job_runs import STEP_END, Runs, keep_checkpoints
+from secateur.pretraining.run_folder import RunFolder
 from secateur.train import checkpoints
-from secateur.train.run_folder import RunFolder
 from small_jobs import Ended
 from small_runs import assert_same_run
 
@@ -59,7 +59,7 @@ KILLED: dict[str, tuple[int, Kill, str | None]] = {
         "checkpoint-6",
     ),
     "after the pruning": (1, Kill(STEP_END, 9), "checkpoint-12"),
-    "while the model is gathered": (1, Kill("secateur.train.pretrain:save_whole"), "checkpoint-30"),
+    "while the model is gathered": (1, Kill("secateur.pretraining.run:save_whole"), "checkpoint-30"),
 }
 
 

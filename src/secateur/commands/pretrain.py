@@ -115,18 +115,18 @@ def pretrain(
     if dry_run and resume:
         raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
 
+    from secateur.pretraining.options import DEVICES, PretrainOptions
     from secateur.train.distributed.launch import is_main, leave
-    from secateur.train.options import DEVICES, PretrainOptions
 
     if dry_run:
-        from secateur.train.preflight import plan_of_run
+        from secateur.pretraining.preflight import plan_of_run
 
         plan = plan_of_run(PretrainOptions(**given))
         if is_main():
             _print_plan(plan, json_output)
         return
 
-    from secateur.train import pretrain as run
+    from secateur.pretraining import run as run
 
     try:
         if resume:
@@ -158,8 +158,8 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _check_same(out: Path, given: dict[str, Any]) -> None:
-    from secateur.train.options import DEVICES, PretrainOptions, option
-    from secateur.train.run_folder import RunFolder
+    from secateur.pretraining.options import DEVICES, PretrainOptions, option
+    from secateur.pretraining.run_folder import RunFolder
 
     saved = PretrainOptions.from_json(RunFolder(out).read_run()["config"])
     for name, value in given.items():

@@ -17,9 +17,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.finetuning.task import Task
+from secateur.pretraining.run_log import check_finite
 from secateur.train.checkpoints import seal
 from secateur.train.distributed.trainer import ResumableTrainer
-from secateur.train.run_log import check_finite
 
 WEIGHTS, SPENT = "weights.safetensors", "spent.json"
 Progress = Callable[[int, int, str], None]

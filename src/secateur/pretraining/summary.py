@@ -8,9 +8,9 @@ from typing import Any
 
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
-from secateur.train.arguments import tokens_per_step
-from secateur.train.options import PretrainOptions
-from secateur.train.run_folder import RunFolder
+from secateur.pretraining.arguments import tokens_per_step
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.run_folder import RunFolder
 
 
 def run_summary(options: PretrainOptions, folder: RunFolder, parameters: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import SecateurError
+from secateur.pretraining.run_folder import RunFolder, append_line
 from secateur.train.callback import LAEPCallback
 from secateur.train.checkpoints import seal
 from secateur.train.progress import RunProgress
-from secateur.train.run_folder import RunFolder, append_line
 
 
 class RunLog(TrainerCallback):

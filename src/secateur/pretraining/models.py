@@ -15,10 +15,10 @@ from secateur.data.tokenizer import check_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import MODEL_TYPE, read_pruned_config
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.train.distributed.fsdp import align_
 from secateur.train.distributed.load import ParallelSizes, check_sharded, check_split
-from secateur.train.options import PretrainOptions
-from secateur.train.presets import COMMON, PRESETS
 
 
 def given_tokenizer(options: PretrainOptions) -> PreTrainedTokenizerBase | None:

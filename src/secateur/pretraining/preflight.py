@@ -17,15 +17,15 @@ from secateur.decide.by_load import target_params
 from secateur.decide.limits import LayerLimits
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
+from secateur.pretraining.arguments import tokens_per_step, training_arguments
+from secateur.pretraining.models import empty_model, given_tokenizer, model_config, model_facts
+from secateur.pretraining.options import PretrainOptions
 from secateur.surgery.module import check_model
 from secateur.surgery.optimizer import optimizer_state_bytes
-from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import attach_balance
 from secateur.train.callback import LAEPCallback
 from secateur.train.distributed.launch import world_size
 from secateur.train.distributed.load import ParallelSizes, check_split, fewest_processes, parallel_sizes
-from secateur.train.models import empty_model, given_tokenizer, model_config, model_facts
-from secateur.train.options import PretrainOptions
 from secateur.train.progress import only_our_messages
 from secateur.train.schedule import Pruning
 

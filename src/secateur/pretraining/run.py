@@ -28,9 +28,15 @@ from secateur.data.prepare import PreparedData, load_prepared, prepare, save_pre
 from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.pretraining.arguments import tokens_per_step, training_arguments
+from secateur.pretraining.models import given_tokenizer, load_model, make_model, model_config, model_facts
+from secateur.pretraining.options import DEVICES, PretrainOptions
+from secateur.pretraining.preflight import check_batch, check_before_data, check_data
+from secateur.pretraining.run_folder import RunFolder, write_json
+from secateur.pretraining.run_log import RunLog
+from secateur.pretraining.summary import run_summary
 from secateur.reporting.write import write_report
 from secateur.train import checkpoints
-from secateur.train.arguments import tokens_per_step, training_arguments
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.callback import LAEPCallback
 from secateur.train.distributed import launch
@@ -38,13 +44,7 @@ from secateur.train.distributed.load import ParallelSizes, parallel_sizes
 from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.save import save_for_ranks, save_whole
 from secateur.train.distributed.trainer import ResumableTrainer
-from secateur.train.models import given_tokenizer, load_model, make_model, model_config, model_facts
-from secateur.train.options import DEVICES, PretrainOptions
-from secateur.train.preflight import check_batch, check_before_data, check_data
 from secateur.train.progress import RunProgress, StageProgress, only_our_messages
-from secateur.train.run_folder import RunFolder, write_json
-from secateur.train.run_log import RunLog
-from secateur.train.summary import run_summary
 
 
 def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dict[str, Any]:
