@@ -43,7 +43,7 @@ from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation.activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 
 CALIBRATED, OTHER = ("code", "manuals"), ("dictionary", "speeches")
 PARTS = {"training": 8, "calibration": 1, "held-out": 1}  # shares of the documents, in tenths

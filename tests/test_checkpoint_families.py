@@ -14,7 +14,7 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 from tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_plan, random_tokens
 
 # One of each kind: an expert's own tensors, router groups, all experts on axis 0 with biases, a bias on axis 1.

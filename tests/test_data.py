@@ -22,7 +22,7 @@ from secateur.data.corpus import Document, embedded_specs, read_documents
 from secateur.data.packing import BlockDataset, PackedTokens, pack
 from secateur.data.prepare import load_prepared, save_prepared
 from secateur.data.split import Corpus, build_corpus
-from secateur.data.tokenizer import check_fits, load_tokenizer, train_tokenizer
+from secateur.data.tokenizer import check_vocabulary_fits, load_tokenizer, train_tokenizer
 from secateur.errors import SecateurError
 
 WORDS = ("the", "pruned", "expert", "of", "a", "layer", "that", "no", "token", "reached", "goes", "rows", "stay")
@@ -415,13 +415,13 @@ def test_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
 
 
 def test_tokenizer_must_fit_the_model(byte_tokenizer: PreTrainedTokenizerBase) -> None:
-    check_fits(byte_tokenizer, 257)
+    check_vocabulary_fits(byte_tokenizer, 257)
     with pytest.raises(SecateurError, match="found 257 tokens, expected at most the model's vocab_size of 256"):
-        check_fits(byte_tokenizer, 256)
+        check_vocabulary_fits(byte_tokenizer, 256)
     endless = train_tokenizer(["a"], vocab_size=257)
     endless.eos_token = None
     with pytest.raises(SecateurError, match="found eos_token_id None, expected an end-of-text token"):
-        check_fits(endless, 1000)
+        check_vocabulary_fits(endless, 1000)
     with pytest.raises(SecateurError, match="eos_token_id None"):
         pack(endless, documents(2), sequence_length=4)
 

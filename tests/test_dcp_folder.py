@@ -20,8 +20,8 @@ from dcp_checkpoints import PLAN, save, save_shards, tensors_of, trained, traini
 from secateur.errors import SecateurError
 from secateur.plans import Plan
 from secateur.surgery import dcp_checkpoint
+from secateur.surgery.config_json import with_counts
 from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from secateur.surgery.model_config import with_counts
 from tiny_models import tiny_config
 
 

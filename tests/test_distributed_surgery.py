@@ -41,12 +41,12 @@ from distributed_runs import (
 from secateur.families import describe_moe, logits_of
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
+from secateur.surgery.oracle import barred_experts
 from secateur.train.distributed import fsdp as fsdp_module
 from secateur.train.distributed import surgery as surgery_module
 from secateur.train.distributed.fsdp import align_, check_fsdp, check_only_fsdp, reshard_
 from secateur.train.distributed.surgery import check_expert_parallel, prune_sharded_model_
 from secateur.train.laep import LAEP
-from secateur.verify import barred_experts
 from tiny_models import random_tokens, tiny_model
 
 TWO = Scenarios(__name__, 2)

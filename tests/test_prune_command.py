@@ -32,7 +32,7 @@ from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import SUMS, LayerStats, RouterStats
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 from small_runs import in_child
 from tiny_models import FAMILIES, random_tokens
 

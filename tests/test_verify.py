@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe, logits_of
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 from tiny_models import FAMILIES, every_family, random_plan, random_tokens, tiny_model
 
 ROUNDING = 1e-5

@@ -21,7 +21,7 @@ from secateur.model_folder.rewrite.undo import restore
 from secateur.models.vmoe import VMoEForImageClassification
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 from tiny_models import random_plan
 from tiny_vision import KINDS, every_kind, random_images, tiny_vmoe
 

@@ -15,7 +15,7 @@ from secateur import SecateurError, remove_into_zero_slots_
 from secateur.families import describe_moe, logits_of
 from secateur.plans import MIXED, REROUTE, LayerPlan, Plan
 from secateur.surgery.module import prune_model_
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 from tiny_models import VOCABULARY, random_tokens, tiny_config, tiny_model
 from zero_slot_models import TURNED, check_close, silenced_logits, zero_slot_plan
 

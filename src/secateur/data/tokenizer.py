@@ -86,7 +86,7 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> int:
     return eos_id
 
 
-def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def check_vocabulary_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Check that every id of the tokenizer is a row of the model's embedding.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.tokenizer import check_fits, load_tokenizer, separator
+from secateur.data.tokenizer import check_vocabulary_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import MODEL_TYPE, read_pruned_config
@@ -53,7 +53,7 @@ def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | 
         config = _preset(options.preset, options.overrides, tokenizer, options.vocab_size)
     num_rows = config.get_text_config().vocab_size
     if tokenizer is not None:
-        check_fits(tokenizer, num_rows)
+        check_vocabulary_fits(tokenizer, num_rows)
     elif options.vocab_size > num_rows:
         raise SecateurError(
             f"--vocab-size is {options.vocab_size}, expected at most the model's vocab_size of {num_rows}; "

@@ -14,6 +14,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.plans import JSON, Plan
+from secateur.surgery.config_json import MODULE, has_expert_count, with_counts
 from secateur.surgery.dcp_changes import survey
 from secateur.surgery.dcp_metadata import is_dcp_folder, read_dcp
 from secateur.surgery.dcp_names import Naming, find_naming
@@ -23,7 +24,6 @@ from secateur.surgery.dcp_stored import Stored
 from secateur.surgery.dcp_verify import verify_written
 from secateur.surgery.dcp_write import write_dcp, write_shards
 from secateur.surgery.fits import check_reroutes
-from secateur.surgery.model_config import MODULE, has_expert_count, with_counts
 
 PLAN, REPORT, CONFIG, CODE = "plan.json", "report.json", "config.json", f"{MODULE}.py"
 

@@ -11,10 +11,8 @@ from secateur.plans import JSON, Plan
 from secateur.surgery.dcp_changes import Survey
 from secateur.surgery.dcp_pieces import bytes_after
 from secateur.surgery.dcp_stored import Stored
+from secateur.surgery.report import FORMAT, VERSION
 from secateur.version import __version__
-
-FORMAT = "secateur-apply-report"
-VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)

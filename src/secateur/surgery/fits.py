@@ -8,7 +8,7 @@ from secateur.errors import SecateurError
 from secateur.plans import MIXED, REROUTE, LayerPlan, Plan
 
 
-def check_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_groups: int) -> None:
+def check_plan_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_groups: int) -> None:
     """Compare a plan with the model it is for.
 
     Args:

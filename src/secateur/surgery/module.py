@@ -20,8 +20,8 @@ from secateur.modeling_secateur import (
     replace_tensor_,
 )
 from secateur.plans import Plan
-from secateur.surgery.fits import check_fits, check_reroutes
-from secateur.surgery.model_config import moe_config
+from secateur.surgery.config_json import moe_config
+from secateur.surgery.fits import check_plan_fits, check_reroutes
 from secateur.surgery.optimizer import Replacement, replace_parameters_
 
 
@@ -65,7 +65,7 @@ def check_plan(moe: MoEModel, plan: Plan) -> None:
     check_reroutes(plan)
     if moe.kept:
         raise SecateurError("the model has zero slots, and rows of its routers cannot be cut; leave zero slots again")
-    check_fits(plan, moe.counts, min_experts=moe.min_experts, num_groups=moe.num_groups)
+    check_plan_fits(plan, moe.counts, min_experts=moe.min_experts, num_groups=moe.num_groups)
 
 
 def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> MoEModel:

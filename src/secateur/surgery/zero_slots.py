@@ -16,8 +16,8 @@ from secateur.expert_axis import gather, is_sharded
 from secateur.families import describe_moe
 from secateur.modeling_secateur import replace_tensor_, set_attributes_, skip_removed_
 from secateur.plans import REROUTE, LayerPlan, Plan
-from secateur.surgery.fits import check_fits
-from secateur.surgery.model_config import moe_config
+from secateur.surgery.config_json import moe_config
+from secateur.surgery.fits import check_plan_fits
 from secateur.surgery.module import become_pruned_, locate, router_tensors
 
 
@@ -35,7 +35,7 @@ def remove_into_zero_slots_(model: nn.Module, plan: Plan) -> None:
     if plan.removed == REROUTE:
         raise SecateurError(f"plan: its removed experts are {REROUTE!r}; prune_model_ does that")
     moe = describe_moe(model, zero_slots=True)
-    check_fits(plan, moe.counts, min_experts=1, num_groups=1)
+    check_plan_fits(plan, moe.counts, min_experts=1, num_groups=1)
     kept = kept_after(moe.slots, moe.kept, plan.layers)
     if not kept:
         return

@@ -32,6 +32,7 @@ from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import check_model, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
+from secateur.surgery.oracle import barred_experts
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
 from secateur.train.events import REARRANGE, Memory, PruneEvent, layer_events
@@ -39,7 +40,6 @@ from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning, as_prunings, check_count
 from secateur.train.watch import LoadWatch
-from secateur.verify import barred_experts
 
 STATE_VERSION = 2
 

@@ -16,7 +16,7 @@ from secateur.model_folder.read.load import text_model
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import layer_of
 from secateur.plans import LayerPlan, Plan, layer_plan
-from secateur.verify import barred_experts
+from secateur.surgery.oracle import barred_experts
 
 RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the router chose
 

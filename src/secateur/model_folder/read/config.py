@@ -25,7 +25,7 @@ from secateur.modeling_secateur import (
     probe_counts,
     with_expert_count,
 )
-from secateur.surgery.model_config import has_expert_count
+from secateur.surgery.config_json import has_expert_count
 
 # model type -> why no plan can be applied to its files
 REFUSED = {

@@ -24,8 +24,8 @@ from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan, layer_plan
-from secateur.surgery.fits import check_fits
-from secateur.surgery.model_config import MODULE
+from secateur.surgery.config_json import MODULE
+from secateur.surgery.fits import check_plan_fits
 
 PLAN, REPORT, PAGE, CARD, CODE = "plan.json", "report.json", "report.html", "README.md", f"{MODULE}.py"
 MTP_CHOICES = ("whole", "drop")
@@ -143,7 +143,7 @@ def _check_plan(found: ModelFolder, plan: Plan, expert_parallel: int, mtp: str |
     model = found.model
     _check_model(found, plan)
     check_removal(found, plan, expert_parallel=expert_parallel)
-    check_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
+    check_plan_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
     for layer in found.counts:
         count = layer_plan(plan, found.all_counts, layer).experts_after
         if count % expert_parallel:

@@ -13,7 +13,7 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.modeling_secateur import MODEL_TYPE
 from secateur.plans import Plan, layer_plan
-from secateur.surgery.model_config import with_counts, with_zero_slots
+from secateur.surgery.config_json import with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")

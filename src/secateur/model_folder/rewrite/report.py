@@ -13,7 +13,7 @@ from secateur.model_folder.rewrite.pieces import NewTensor, router_is_untouched
 from secateur.model_folder.rewrite.recipe import recipe
 from secateur.plans import JSON, REROUTE, Plan, layer_plan
 from secateur.reporting.html import document, section, table
-from secateur.surgery.dcp_report import FORMAT, VERSION
+from secateur.surgery.report import FORMAT, VERSION
 from secateur.version import __version__
 
 FORMAT_OF_FOLDER = "Hugging Face safetensors"

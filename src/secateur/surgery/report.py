@@ -1,0 +1,6 @@
+"""TODO."""
+
+from __future__ import annotations
+
+FORMAT = "secateur-apply-report"
+VERSION = 1
