@@ -41,10 +41,10 @@ from secateur.model_folder.read.model_folder import ModelFolder, read_model_fold
 from secateur.model_folder.read.tensor_files import FINETUNED, read_tensor_files
 from secateur.model_folder.rewrite.apply import CARD
 from secateur.train import checkpoints
-from secateur.train.arguments import trainer_arguments
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.distributed.launch import world_size
 from secateur.train.progress import only_our_messages
+from secateur.train.trainer_arguments import trainer_arguments
 
 WHAT = "finetuning"  # name of the work folder
 TASKS: dict[Modality, Callable[[ModelFolder, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from secateur.pretraining.options import PretrainOptions
-from secateur.train.arguments import trainer_arguments
+from secateur.train.trainer_arguments import trainer_arguments
 
 
 def training_arguments(options: PretrainOptions, folder: Path, *, data_ranks: int = 1) -> TrainingArguments:
