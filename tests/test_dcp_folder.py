@@ -19,9 +19,9 @@ import secateur
 from dcp_checkpoints import PLAN, save, save_shards, tensors_of, trained, training_state
 from secateur.errors import SecateurError
 from secateur.plans import Plan
-from secateur.surgery import dcp_checkpoint
 from secateur.surgery.config_json import with_counts
-from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
+from secateur.training_checkpoint import apply
+from secateur.training_checkpoint.apply import apply_to_checkpoint
 from tiny_models import tiny_config
 
 
@@ -221,7 +221,7 @@ def test_an_error_of_the_disk_leaves_nothing(source: Path, tmp_path: Path, monke
 def test_a_bit_that_the_disk_changes_is_found_before_the_folder_gets_its_name(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    real = dcp_checkpoint.verify_written
+    real = apply.verify_written
 
     def flip(stored: Any, written: Any, changes: Any) -> None:
         places = written.blobs | {name: tensor.chunks[0].place for name, tensor in written.tensors.items()}
@@ -231,7 +231,7 @@ def test_a_bit_that_the_disk_changes_is_found_before_the_folder_gets_its_name(
         place.path.write_bytes(data)
         real(stored, written, changes)
 
-    monkeypatch.setattr(dcp_checkpoint, "verify_written", flip)
+    monkeypatch.setattr(apply, "verify_written", flip)
     refused(source, tmp_path / "out", f"verify: .*{ending} differs from the source")
 
 

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from dcp_checkpoints import PLAN, save, tensors_of
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from secateur.surgery.dcp_metadata import read_dcp
-from secateur.surgery.dcp_pickle import ALLOWED, Stub, read_stubs
-from secateur.surgery.dcp_stored import Chunk, StoredBytes, whole_tensor
+from secateur.training_checkpoint.apply import apply_to_checkpoint
+from secateur.training_checkpoint.metadata import read_dcp
+from secateur.training_checkpoint.stored import Chunk, StoredBytes, whole_tensor
+from secateur.training_checkpoint.stubs import ALLOWED, Stub, read_stubs
 
 TENSORS = {"w": torch.arange(12.0).reshape(4, 3), "scalar": torch.tensor(3), "bf16": torch.ones(5).bfloat16()}
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.plans import LayerPlan, Plan
-from secateur.surgery.dcp_changes import LIKE_PARAMETER_KEYS, survey
-from secateur.surgery.dcp_names import NAMINGS, TORCHTITAN, TRANSFORMERS, find_naming, understand
-from secateur.surgery.dcp_names_file import read_naming
-from secateur.surgery.dcp_stored import Stored, StoredBytes, StoredTensor
 from secateur.surgery.optimizer import OPTIMIZER_RULES
+from secateur.training_checkpoint.changes import LIKE_PARAMETER_KEYS, survey
+from secateur.training_checkpoint.names import NAMINGS, TORCHTITAN, TRANSFORMERS, find_naming, understand
+from secateur.training_checkpoint.names_file import read_naming
+from secateur.training_checkpoint.stored import StoredBytes, StoredCheckpoint, StoredTensor
 from tiny_models import FAMILIES, NUM_EXPERTS, every_family, tiny_config
 
 E = NUM_EXPERTS
@@ -35,10 +35,10 @@ MODEL = {
 PLAN = Plan(layers={0: LayerPlan(experts_before=E, order=(1, 0, 5))}, criterion="test")
 
 
-def stored(shapes: dict[str, tuple[int, ...]], blobs: Iterable[str] = ()) -> Stored:
+def stored(shapes: dict[str, tuple[int, ...]], blobs: Iterable[str] = ()) -> StoredCheckpoint:
     """A description without files."""
     tensors = {n: StoredTensor(name=n, dtype=torch.float32, shape=s, chunks=()) for n, s in shapes.items()}
-    return Stored(
+    return StoredCheckpoint(
         tensors=tensors, blobs={n: StoredBytes(path=Path("x"), start=0, length=1) for n in blobs}, files=frozenset()
     )
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_rows import read_rows
-from secateur.surgery.dcp_stored import Chunk, StoredBytes, StoredTensor
+from secateur.training_checkpoint.rows import read_rows
+from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredTensor
 
 VALUES = torch.arange(7 * 5 * 2, dtype=torch.float32).reshape(7, 5, 2)
 GRID = ((0, 3, 7), (0, 4, 5))  # cuts of axes 0 and 1

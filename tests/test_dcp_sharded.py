@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dcp_checkpoints import PLAN, tensors_of
-from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from secateur.surgery.dcp_metadata import read_dcp
-from secateur.surgery.dcp_shards import read_shards
 from secateur.train.distributed.launch import join, leave
+from secateur.training_checkpoint.apply import apply_to_checkpoint
+from secateur.training_checkpoint.metadata import read_dcp
+from secateur.training_checkpoint.shards import read_shards
 from small_jobs import Ended, job
 
 RANKS = 2

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dcp_checkpoints import NUM_EXPERTS, load, save, tensors_of
 from secateur.errors import SecateurError
 from secateur.plans import LayerPlan, Plan
-from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from secateur.surgery.dcp_metadata import read_dcp
-from secateur.surgery.dcp_rows import read_bytes
+from secateur.training_checkpoint.apply import apply_to_checkpoint
+from secateur.training_checkpoint.metadata import read_dcp
+from secateur.training_checkpoint.rows import read_bytes
 
 WIDTH, INNER = 6, 5
 PLAN = Plan(

@@ -27,10 +27,10 @@ from dcp_checkpoints import (
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.plans import LayerPlan, Plan
-from secateur.surgery import dcp_write
-from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
-from secateur.surgery.dcp_metadata import read_dcp
 from secateur.surgery.module import prune_model_
+from secateur.training_checkpoint import write
+from secateur.training_checkpoint.apply import apply_to_checkpoint
+from secateur.training_checkpoint.metadata import read_dcp
 
 BOTH = pytest.mark.parametrize("plan", [PLAN, PERMUTATION], ids=["pruning", "placement"])
 
@@ -64,7 +64,7 @@ def test_pieces_of_a_few_bytes_give_the_same_checkpoint_as_whole_tensors(
 ) -> None:
     save(training_state(*trained()), tmp_path / "source")
     apply_to_checkpoint(tmp_path / "source", PLAN, tmp_path / "whole")
-    monkeypatch.setattr(dcp_write, "FILE_BYTES", 5000)
+    monkeypatch.setattr(write, "FILE_BYTES", 5000)
     apply_to_checkpoint(tmp_path / "source", PLAN, tmp_path / "pieces")
     # from many chunks to one
     monkeypatch.undo()
@@ -146,7 +146,7 @@ def config_in(folder: Path) -> Any:
 def test_shards_in_small_pieces_load_as_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = trained()
     save_shards(model, tmp_path / "source")
-    monkeypatch.setattr(dcp_write, "FILE_BYTES", 5000)
+    monkeypatch.setattr(write, "FILE_BYTES", 5000)
     apply_to_checkpoint(tmp_path / "source", PLAN, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("shard-*.safetensors"))) > 20
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -166,7 +166,7 @@ OTHER_AXES = {
 def test_experts_on_axis_1_and_several_rows_an_expert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
 ) -> None:
-    monkeypatch.setattr(dcp_write, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(write, "FILE_BYTES", file_bytes)
     order = [6, 1, 3]
     plan = Plan(layers={0: LayerPlan(experts_before=8, order=tuple(order))}, criterion="test")
     apply_to_checkpoint(save(OTHER_AXES, tmp_path / "source"), plan, tmp_path / "out")
@@ -179,13 +179,13 @@ def test_experts_on_axis_1_and_several_rows_an_expert(
 def test_experts_out_of_order_on_axis_1_are_found_by_the_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = dcp_write.new_rows
+    real = write.new_rows
 
     def swapped(tensor: Any, change: Any, piece: Any) -> torch.Tensor:
         rows = real(tensor, change, piece)
         return rows.flip(1) if tensor.name.endswith("correction_bias") else rows
 
-    monkeypatch.setattr(dcp_write, "new_rows", swapped)
+    monkeypatch.setattr(write, "new_rows", swapped)
     plan = Plan(layers={0: LayerPlan(experts_before=8, order=(6, 1, 3))}, criterion="test")
     save(OTHER_AXES, tmp_path / "source")
     with pytest.raises(SecateurError, match=r"verify: .*correction_bias differs from the source"):

@@ -26,7 +26,7 @@ from secateur.model_folder.source import of_folder, of_observation
 from secateur.observation.observation import Observation
 from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats
-from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
+from secateur.training_checkpoint.apply import apply_to_checkpoint
 from test_checkpoint_layout import llama4, qwen3_5
 from zero_slot_models import zero_slot_plan
 

@@ -17,7 +17,7 @@ from secateur.files.bytes_in_words import in_words
 
 if TYPE_CHECKING:
     from secateur.plans import Plan
-    from secateur.surgery.dcp_names import Naming
+    from secateur.training_checkpoint.names import Naming
 
 
 def apply(
@@ -110,7 +110,7 @@ def _meaning(plan: Plan, removed: str | None) -> Plan:
 def _writer(source: Path) -> Callable[..., dict[str, Any]]:
     """What applies a plan to this kind of folder; another kind of folder is another row."""
     from secateur.model_folder.read.tensor_files import holds_model
-    from secateur.surgery.dcp_checkpoint import holds_training_checkpoint
+    from secateur.training_checkpoint.apply import holds_training_checkpoint
 
     writers = ((holds_training_checkpoint, _apply_to_checkpoint), (holds_model, _apply_to_model))
     for holds, write in writers:
@@ -126,7 +126,7 @@ def _writer(source: Path) -> Callable[..., dict[str, Any]]:
 def _apply_to_checkpoint(
     source: Path, plan: Plan, out: Path, *, names: str, undo: Path | None, mtp: str | None, **options: Any
 ) -> dict[str, Any]:
-    from secateur.surgery.dcp_checkpoint import apply_to_checkpoint
+    from secateur.training_checkpoint.apply import apply_to_checkpoint
 
     if undo is not None or mtp is not None:
         raise SecateurError(f"--undo and --mtp: for a model, but {source} is a training checkpoint")
@@ -153,8 +153,8 @@ def _restore(pruned: Path, undo: Path, out: Path, *, show: bool, as_json: bool, 
 
 
 def _naming(names: str) -> Naming | None:
-    from secateur.surgery.dcp_names import NAMINGS
-    from secateur.surgery.dcp_names_file import read_naming
+    from secateur.training_checkpoint.names import NAMINGS
+    from secateur.training_checkpoint.names_file import read_naming
 
     if names == "auto":
         return None

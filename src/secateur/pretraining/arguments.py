@@ -1,4 +1,4 @@
-"""TODO."""
+"""The options of a run as transformers' TrainingArguments."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_metadata import read_dcp
-from secateur.surgery.dcp_rows import read_bytes
+from secateur.training_checkpoint.metadata import read_dcp
+from secateur.training_checkpoint.rows import read_bytes
 
 
 def check_no_code(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from secateur.errors import SecateurError
 from secateur.files.safetensors_header import read_header, whole_numbers
-from secateur.surgery.dcp_stored import Chunk, Stored, StoredBytes, file_inside, whole_tensor
+from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredCheckpoint, file_inside, whole_tensor
 
 FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -37,7 +37,7 @@ def is_shards_folder(folder: Path) -> bool:
     return any(FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
-def read_shards(folder: Path) -> Stored:
+def read_shards(folder: Path) -> StoredCheckpoint:
     """What the shard files of a folder hold.
 
     Raises:
@@ -65,7 +65,7 @@ def read_shards(folder: Path) -> Stored:
         tensors[tensor] = whole_tensor(tensor, dtypes[tensor].pop(), shape, filled)
     if not tensors:
         raise SecateurError(f"{folder}: its shard files hold no tensor")
-    return Stored(tensors=tensors, files=frozenset(names))
+    return StoredCheckpoint(tensors=tensors, files=frozenset(names))
 
 
 def _check_ranks(folder: Path, names: list[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_stored import Chunk, StoredBytes, StoredTensor
+from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredTensor
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of an entry in a zip file (APPNOTE 4.3.7)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from secateur.expert_axis import gather, row_index
-from secateur.surgery.dcp_changes import Change
-from secateur.surgery.dcp_rows import read_rows
-from secateur.surgery.dcp_stored import Stored, StoredTensor
+from secateur.training_checkpoint.changes import Change
+from secateur.training_checkpoint.rows import read_rows
+from secateur.training_checkpoint.stored import StoredCheckpoint, StoredTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def new_shape(tensor: StoredTensor, changes: Mapping[str, Change]) -> tuple[int,
     return change.new_shape(tensor) if change else tensor.shape
 
 
-def bytes_after(stored: Stored, changes: Mapping[str, Change]) -> int:
+def bytes_after(stored: StoredCheckpoint, changes: Mapping[str, Change]) -> int:
     """Bytes of all entries after the changes."""
     tensors = stored.tensors.values()
     less = sum(t.num_bytes - math.prod(new_shape(t, changes)) * t.dtype.itemsize for t in tensors)

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from secateur.files.atomic import refused_by_the_disk
-from secateur.surgery.dcp_changes import Change
-from secateur.surgery.dcp_pieces import Piece, files, new_rows, new_shape, pieces
-from secateur.surgery.dcp_rows import read_bytes
-from secateur.surgery.dcp_stored import Stored
+from secateur.training_checkpoint.changes import Change
+from secateur.training_checkpoint.pieces import Piece, files, new_rows, new_shape, pieces
+from secateur.training_checkpoint.rows import read_bytes
+from secateur.training_checkpoint.stored import StoredCheckpoint
 
 FILE_BYTES = 256 * 2**20  # of a file, unless one row of a tensor is larger
 
@@ -50,7 +50,10 @@ class _Writer(FileSystemWriter):
 
 
 def write_dcp(
-    stored: Stored, changes: Mapping[str, Change], folder: Path, on_bytes: Callable[[int], None] = lambda _: None
+    stored: StoredCheckpoint,
+    changes: Mapping[str, Change],
+    folder: Path,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
     """A torch.distributed.checkpoint folder of the changed tensors and of all other entries as they are.
 
@@ -105,7 +108,10 @@ def write_dcp(
 
 
 def write_shards(
-    stored: Stored, changes: Mapping[str, Change], folder: Path, on_bytes: Callable[[int], None] = lambda _: None
+    stored: StoredCheckpoint,
+    changes: Mapping[str, Change],
+    folder: Path,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
     """The same as files of transformers' distributed save, one for each rank that there might have been.
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, check_axis
 from secateur.plans import LayerPlan, Plan
-from secateur.surgery.dcp_names import Entry, Naming, Section, understand
-from secateur.surgery.dcp_stored import Stored, StoredTensor
 from secateur.surgery.optimizer import OPTIMIZER_RULES, StateRule
+from secateur.training_checkpoint.names import Entry, Naming, Section, understand
+from secateur.training_checkpoint.stored import StoredCheckpoint, StoredTensor
 
 # The state of these optimizers follows the experts, but their update does not: it mixes the rows of a matrix.
 MIXING_SETTINGS = {"ns_steps": "Muon"}
@@ -42,7 +42,7 @@ class Survey:
     changes: Mapping[str, Change]
 
 
-def survey(stored: Stored, naming: Naming, plan: Plan) -> Survey:
+def survey(stored: StoredCheckpoint, naming: Naming, plan: Plan) -> Survey:
     """Find every tensor that the plan changes.
 
     Raises:
@@ -120,7 +120,7 @@ def _parts(entries: Mapping[str, Entry]) -> _Parts:
     return parts
 
 
-def _counts(stored: Stored, naming: Naming, entries: Mapping[str, Entry]) -> dict[int, int]:
+def _counts(stored: StoredCheckpoint, naming: Naming, entries: Mapping[str, Entry]) -> dict[int, int]:
     """Layer -> experts, on which all its tensors that can tell must agree."""
     found: dict[int, dict[int, str]] = {}
     for name, entry in entries.items():
@@ -158,7 +158,7 @@ def _check_plan(plan: Plan, counts: Mapping[int, int], entries: Mapping[str, Ent
                 raise SecateurError(f"layer {layer}: the model has no {role} tensor, expected one at least")
 
 
-def _check_setting(name: str, entry: Entry, stored: Stored) -> None:
+def _check_setting(name: str, entry: Entry, stored: StoredCheckpoint) -> None:
     if entry.key in MIXING_SETTINGS:
         raise SecateurError(
             f"{name}: the parameter is updated by {MIXING_SETTINGS[entry.key]}, which mixes all rows of a matrix; "
@@ -168,13 +168,13 @@ def _check_setting(name: str, entry: Entry, stored: Stored) -> None:
         raise SecateurError(f"{name}: a setting of shape {stored.tensors[name].shape}, expected a number")
 
 
-def _axis_of_parameter(name: str, entry: Entry, stored: Stored) -> int:
+def _axis_of_parameter(name: str, entry: Entry, stored: StoredCheckpoint) -> int:
     if name in stored.blobs:
         raise SecateurError(f"{name}: stored as opaque bytes, expected a tensor with an expert axis")
     return entry.axis.dim
 
 
-def _axis_of_state(name: str, entry: Entry, rule: StateRule, stored: Stored, parts: _Parts) -> int | None:
+def _axis_of_state(name: str, entry: Entry, rule: StateRule, stored: StoredCheckpoint, parts: _Parts) -> int | None:
     """The expert axis of an optimizer state; None where it has none."""
     if rule.layout is None:
         if name in stored.tensors and stored.tensors[name].shape:
@@ -206,7 +206,7 @@ def _state_rule(name: str, entry: Entry, keys: set[str]) -> StateRule:
     return rules[0]
 
 
-def _parameter_shape(name: str, entry: Entry, stored: Stored, parts: _Parts) -> tuple[int, ...]:
+def _parameter_shape(name: str, entry: Entry, stored: StoredCheckpoint, parts: _Parts) -> tuple[int, ...]:
     """From the model where it is in the same checkpoint, else from a state that has the parameter's shape."""
     places: list[tuple[Section, str]] = [("model", ""), *(("optimizer", key) for key in sorted(LIKE_PARAMETER_KEYS))]
     for section, key in places:

@@ -1,6 +1,6 @@
 """What the entries of a training checkpoint are called, by engine: which have an expert axis, and where.
 
-To support another engine, give its names in a file (`dcp_names_file`) or add a row to NAMINGS.
+To support another engine, give its names in a file (`names_file`) or add a row to NAMINGS.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredCheckpoint:
     """A folder's tensors and opaque entries, by their full names.
 
     paths: entry name -> its path in the nested state dict that was saved; None where the format keeps none.

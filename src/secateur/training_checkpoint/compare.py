@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_changes import Change
-from secateur.surgery.dcp_pieces import new_shape, pieces
-from secateur.surgery.dcp_rows import read_bytes, read_rows
-from secateur.surgery.dcp_stored import Stored, StoredTensor
+from secateur.training_checkpoint.changes import Change
+from secateur.training_checkpoint.pieces import new_shape, pieces
+from secateur.training_checkpoint.rows import read_bytes, read_rows
+from secateur.training_checkpoint.stored import StoredCheckpoint, StoredTensor
 
 BLOCK_BYTES = 64 * 2**20
 
 
-def verify_written(source: Stored, written: Stored, changes: Mapping[str, Change]) -> None:
+def verify_written(source: StoredCheckpoint, written: StoredCheckpoint, changes: Mapping[str, Change]) -> None:
     """Check that `written` has every entry of `source`, changed as `changes` say and else the same, byte for byte.
 
     Raises:

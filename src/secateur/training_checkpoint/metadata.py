@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_pickle import Stub, read_stubs
-from secateur.surgery.dcp_stored import Chunk, Stored, StoredBytes, StoredTensor, bytes_of, file_inside, whole_tensor
+from secateur.training_checkpoint.stored import (
+    Chunk,
+    StoredBytes,
+    StoredCheckpoint,
+    StoredTensor,
+    bytes_of,
+    file_inside,
+    whole_tensor,
+)
+from secateur.training_checkpoint.stubs import Stub, read_stubs
 
 FILE = ".metadata"
 
@@ -19,7 +27,7 @@ def is_dcp_folder(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def read_dcp(folder: Path) -> Stored:
+def read_dcp(folder: Path) -> StoredCheckpoint:
     """What a torch.distributed.checkpoint folder holds.
 
     Raises:
@@ -45,7 +53,7 @@ def read_dcp(folder: Path) -> Stored:
     # `places` is emptied by use: what is left is in a file but in no entry, and would be lost unseen.
     if places:
         raise SecateurError(f"{path}: it has data for {sorted({name for name, _ in places})[:3]}, which is no entry")
-    return Stored(tensors=tensors, blobs=blobs, paths=paths, files=frozenset({*files, FILE}))
+    return StoredCheckpoint(tensors=tensors, blobs=blobs, paths=paths, files=frozenset({*files, FILE}))
 
 
 _Places = dict[tuple[str, tuple[int, ...] | None], list[StoredBytes]]

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur.plans import JSON, Plan
-from secateur.surgery.dcp_changes import Survey
-from secateur.surgery.dcp_pieces import bytes_after
-from secateur.surgery.dcp_stored import Stored
 from secateur.surgery.report import FORMAT, VERSION
+from secateur.training_checkpoint.changes import Survey
+from secateur.training_checkpoint.pieces import bytes_after
+from secateur.training_checkpoint.stored import StoredCheckpoint
 from secateur.version import __version__
 
 
@@ -21,7 +21,7 @@ class Part:
 
     folder: PurePosixPath
     format: str
-    stored: Stored
+    stored: StoredCheckpoint
     survey: Survey
 
     @property

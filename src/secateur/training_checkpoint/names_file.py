@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.surgery.dcp_names import Axis, Naming, pattern_of
+from secateur.training_checkpoint.names import Axis, Naming, pattern_of
 
 FORMAT = "secateur-names"
 VERSION = 1

@@ -15,15 +15,15 @@ from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.plans import JSON, Plan
 from secateur.surgery.config_json import MODULE, has_expert_count, with_counts
-from secateur.surgery.dcp_changes import survey
-from secateur.surgery.dcp_metadata import is_dcp_folder, read_dcp
-from secateur.surgery.dcp_names import Naming, find_naming
-from secateur.surgery.dcp_report import Part, describe
-from secateur.surgery.dcp_shards import is_shards_folder, read_shards
-from secateur.surgery.dcp_stored import Stored
-from secateur.surgery.dcp_verify import verify_written
-from secateur.surgery.dcp_write import write_dcp, write_shards
 from secateur.surgery.fits import check_reroutes
+from secateur.training_checkpoint.changes import survey
+from secateur.training_checkpoint.compare import verify_written
+from secateur.training_checkpoint.metadata import is_dcp_folder, read_dcp
+from secateur.training_checkpoint.names import Naming, find_naming
+from secateur.training_checkpoint.report import Part, describe
+from secateur.training_checkpoint.shards import is_shards_folder, read_shards
+from secateur.training_checkpoint.stored import StoredCheckpoint
+from secateur.training_checkpoint.write import write_dcp, write_shards
 
 PLAN, REPORT, CONFIG, CODE = "plan.json", "report.json", "config.json", f"{MODULE}.py"
 
@@ -44,7 +44,7 @@ class Format:
     """A format of training checkpoints: how to know, read and write a folder of it."""
 
     found: Callable[[Path], bool]
-    read: Callable[[Path], Stored]
+    read: Callable[[Path], StoredCheckpoint]
     write: Callable[..., None]
 
 
