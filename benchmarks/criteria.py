@@ -39,7 +39,6 @@ from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losse
 from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation.activations import ActivationObserver
 from secateur.plans import Plan
 from secateur.stats import RouterStats
@@ -97,9 +96,9 @@ def results_of(
         observed(moe, blocks(tokenizer, parts["calibration"], CALIBRATED, arguments.samples, seed))
         for seed in range(arguments.seeds)
     ]
-    found = read_model_folder(read_tensor_files(folder))
-    weights = {needs: weight_stats(found, needs) for needs in ("expert weights", "router weights")}
-    limits = model_facts(found).limits()
+    source = read_model_folder(folder)
+    weights = {needs: weight_stats(source, needs) for needs in ("expert weights", "router weights")}
+    limits = model_facts(source).limits()
     results: list[dict[str, Any]] = []
     for share in SHARES:
         for name, criterion in CRITERIA.items():
@@ -125,7 +124,7 @@ def results_of(
             )
     return {
         "pretrain": command,
-        "model": model_facts(found).to_json(),
+        "model": model_facts(source).to_json(),
         "loads": {str(layer): loads for layer, loads in stats[0].loads().items()},
         "unpruned_loss": losses(model, held_out),
         "results": results,

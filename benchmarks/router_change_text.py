@@ -37,7 +37,6 @@ from secateur.finetuning.run import finetune
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.stats import RouterStats
 
@@ -165,9 +164,9 @@ def runs_of(
 def inputs_of(tuned: Path, base: Path, texts: dict[str, dict[str, Path]]) -> dict[str, Any]:
     """What the criteria look at: routers before and after, and statistics on text of the new domain."""
     return {
-        "router change": router_changes(tuned, read_model_folder(read_tensor_files(base))),
+        "router change": router_changes(tuned, read_model_folder(base)),
         "stats": seen_by(tuned, texts),
-        "limits": model_facts(read_model_folder(read_tensor_files(tuned))).limits(),
+        "limits": model_facts(read_model_folder(tuned)).limits(),
     }
 
 
@@ -187,7 +186,7 @@ def loads_of(base: Path, tuned: Path, texts: dict[str, dict[str, Path]]) -> dict
 def followed(base: Path, tuned: Path, loads: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, float]]:
     """{what: {layer: rank correlation of router_norm_change with it, over experts}}."""
     found: dict[str, dict[str, float]] = {"load": {}, "growth of the load": {}}
-    for layer, change in router_changes(tuned, read_model_folder(read_tensor_files(base))).items():
+    for layer, change in router_changes(tuned, read_model_folder(base)).items():
         score = router_norm_change(change).tolist()
         before, after = loads[str(layer)]["before"], loads[str(layer)]["after"]
         growth = [now - then for now, then in zip(after, before, strict=True)]

@@ -37,7 +37,7 @@ from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.measure.image_batches import batches_for, draw
 from secateur.model_folder.measure.on_images import ImageObservation, loaded
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import CONFIG, read_tensor_files
+from secateur.model_folder.read.tensor_files import CONFIG
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
@@ -193,9 +193,7 @@ class Results:
         if not out.is_dir():
             choice = Choice(criterion=criterion, keep=Keep(count=keep), seed=seed, removed=removed)
             if choice.needs_data:
-                source = of_observation(
-                    self.observed(task, seed), read_model_folder(read_tensor_files(model)), str(model)
-                )
+                source = of_observation(self.observed(task, seed), read_model_folder(model), str(model))
             else:
                 source = of_folder(model, self.base(task, seed) if criterion == "router_norm_change" else None)
             apply_to_model(model, decide_plan(source, choice), out)
@@ -206,9 +204,7 @@ class Results:
         model = self.finetuned(task, seed)
         path = model.parent / "observed.safetensors"
         if not path.exists():
-            ImageObservation(
-                read_model_folder(read_tensor_files(model)), draw([str(self.train(task))], None, seed), path
-            ).observe()
+            ImageObservation(read_model_folder(model), draw([str(self.train(task))], None, seed), path).observe()
         return Observation.load(path)
 
     def tuned_again(self, task: Task, seed: int, criterion: str, keep: int) -> Path:
@@ -274,8 +270,8 @@ def timed(results: Results, task: Task) -> dict[str, float]:
         for keep in KEEPS:
             folders |= {f"{keep} {one}": results.pruned(task, 0, "router_norm_change", keep, one) for one in REMOVED}
         images = read_images(results.test(task)).draw(TIMED, seed=0)
-        batches = list(batches_for(read_model_folder(read_tensor_files(folders[f"{EXPERTS} whole"])), images, None))
-        models = {name: loaded(read_model_folder(read_tensor_files(folder)), "cpu") for name, folder in folders.items()}
+        batches = list(batches_for(read_model_folder(folders[f"{EXPERTS} whole"]), images, None))
+        models = {name: loaded(read_model_folder(folder), "cpu") for name, folder in folders.items()}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         with torch.no_grad():
             for _ in range(ROUNDS + 1):

@@ -15,7 +15,6 @@ from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
 from secateur.families import describe_moe
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation.activations import ActivationObserver
 from secateur.stats import RouterStats
 from tiny_models import random_tokens
@@ -25,7 +24,7 @@ RAGGED = (12, 7, 9, 12, 5)
 
 
 def found_in(folder: Path) -> ModelFolder:
-    return read_model_folder(read_tensor_files(folder))
+    return read_model_folder(folder)
 
 
 def vivid(name: str, folder: Path, **options: Any) -> PreTrainedModel:

@@ -17,10 +17,10 @@ import torch
 from checkpoint_folders import INDEX, contents, gathered, plan_of, same_bytes, saved, tensors_of, write
 from secateur.errors import SecateurError
 from secateur.model_folder.read.tensor_files import read_tensor_files
+from secateur.model_folder.rewrite import apply as apply_module
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.pieces import NewTensor
-from secateur.model_folder.rewrite import apply as apply_module
 from secateur.model_folder.rewrite.writer import Writer, into_shards
 from secateur.plans import Plan
 

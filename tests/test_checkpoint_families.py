@@ -11,7 +11,6 @@ from checkpoint_folders import contents, loaded, saved
 from secateur.families import describe_moe, logits_of
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
 from secateur.surgery.oracle import barred_experts
@@ -27,16 +26,16 @@ quick_packings = pytest.mark.parametrize(
 @every_family
 def test_the_experts_of_a_folder_are_those_of_the_live_model(name: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(name, tmp_path / "source"))
-    found = read_model_folder(read_tensor_files(tmp_path / "source"))
-    assert found.counts == moe.counts
-    assert (found.model.top_k, found.model.num_groups, found.model.min_experts) == (
+    folder = read_model_folder(tmp_path / "source")
+    assert folder.counts == moe.counts
+    assert (folder.config.top_k, folder.config.num_groups, folder.config.min_experts) == (
         moe.top_k,
         moe.num_groups,
         moe.min_experts,
     )
     size = {"expert": 0, "router": 0}
-    for tensor, place in found.located.items():
-        size[place.role] += found.folder.tensors[tensor].length
+    for tensor, place in folder.located.items():
+        size[place.role] += folder.files.tensors[tensor].length
     live = {"expert": 0, "router": 0}
     for block in moe.blocks.values():
         for spec in block.tensors:

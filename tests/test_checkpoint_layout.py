@@ -18,7 +18,6 @@ from secateur.errors import SecateurError
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.config import REFUSED, read_config
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from tiny_models import NUM_EXPERTS, TOP_K, VOCABULARY, tiny_config, tiny_model
 
@@ -66,7 +65,7 @@ def on_disk(name: str) -> dict[str, Tensor]:
 
 
 def found(folder: Path) -> ModelFolder:
-    return read_model_folder(read_tensor_files(folder))
+    return read_model_folder(folder)
 
 
 def refused(folder: Path, message: str) -> None:
@@ -162,7 +161,7 @@ def qwen3_5(folder: Path) -> Path:
 
 def test_experts_in_a_nested_text_model_are_pruned_with_one_count_only(tmp_path: Path) -> None:
     source = qwen3_5(tmp_path / "source")
-    assert found(source).model.is_nested
+    assert found(source).config.is_nested
     plan = plan_of(*((layer, [0, 3, 5]) for layer in range(3)))
     apply_to_model(source, plan, tmp_path / "out")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))

@@ -19,7 +19,6 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from tiny_models import every_family, tiny_model
 
 RANK, ALPHA = 2, 6
@@ -48,7 +47,7 @@ def finetuned(name: str, seed: int = 7) -> PreTrainedModel:
 
 
 def found(folder: Path) -> ModelFolder:
-    return read_model_folder(read_tensor_files(folder))
+    return read_model_folder(folder)
 
 
 def same(left: RouterChange, right: RouterChange) -> bool:

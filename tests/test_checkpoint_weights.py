@@ -19,7 +19,6 @@ from secateur.families import describe_moe
 from secateur.model_folder.measure import weights as module
 from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from tiny_models import FAMILIES
 
 # Experts of their own, transposed and interleaved, rows that share an axis, other names on the disk, a dense layer
@@ -30,7 +29,7 @@ NEEDS = ("expert weights", "router weights")
 
 
 def found_in(folder: Path) -> ModelFolder:
-    return read_model_folder(read_tensor_files(folder))
+    return read_model_folder(folder)
 
 
 def live_stats(model: PreTrainedModel) -> dict[int, WeightStats]:

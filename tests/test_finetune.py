@@ -33,7 +33,6 @@ from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains
 from secateur.model_folder.evaluation.on_text import evaluate
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.plans import LayerPlan, Plan
 from secateur.train import checkpoints
@@ -170,8 +169,8 @@ def test_a_model_in_sixteen_bits_is_trained_in_float32_and_written_in_sixteen(ro
 def test_layers_of_different_sizes_go_in_and_come_out(root: Path, tmp_path: Path) -> None:
     apply_to_model_without_plan(root, tmp_path / "source")
     run(tmp_path, tmp_path / "out", text_options(root, eval_data=text_options(root).data))
-    found = read_model_folder(read_tensor_files(tmp_path / "out"))
-    assert found.counts == {0: 3, 1: 8, 2: 5}
+    folder = read_model_folder(tmp_path / "out")
+    assert folder.counts == {0: 3, 1: 8, 2: 5}
     for name in ("plan.json", "modeling_secateur.py", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -624,7 +623,7 @@ def test_a_new_start_after_restart_is_a_run_of_its_own(root: Path, tmp_path: Pat
 
 def test_a_model_is_loaded_into_memory_of_its_own(root: Path) -> None:
     """Tensors that lie anywhere in a mapped file round matrix products otherwise."""
-    loaded = load(read_model_folder(read_tensor_files(root / "source")))
+    loaded = load(read_model_folder(root / "source"))
     assert all(one.data_ptr() % 64 == 0 for one in loaded.model.parameters())
 
 

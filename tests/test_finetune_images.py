@@ -89,7 +89,7 @@ def test_labels_mean_to_the_model_what_the_folders_say(
     for name in folders:
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "image.png")
-    images, found = read_images(tmp_path / "data"), read_model_folder(read_tensor_files(tmp_path / "model"))
+    images, found = read_images(tmp_path / "data"), read_model_folder(tmp_path / "model")
     with nullcontext() if message is None else pytest.raises(SecateurError, match=message):
         check_classes(images, found, new_head=False)
     check_classes(images, found, new_head=True)
@@ -112,7 +112,7 @@ def test_a_new_head_is_for_the_classes_of_the_data(root: Path, tmp_path: Path) -
     assert model.config.id2label == {0: "bird", 1: "cat", 2: "dog"}
     assert model.config.label2id == {"bird": 0, "cat": 1, "dog": 2}
     assert model.classifier.weight.shape == (3, 32)
-    assert read_model_folder(read_tensor_files(tmp_path / "out")).counts == {0: 8, 2: 8}
+    assert read_model_folder(tmp_path / "out").counts == {0: 8, 2: 8}
     before, after = (load_file(path / "model.safetensors") for path in (root / "source", tmp_path / "out"))
     assert before.keys() == after.keys()
     # classes have names now, and those of other data are not taken for them
@@ -176,7 +176,7 @@ def test_layers_of_different_sizes_go_in_and_come_out(root: Path, tmp_path: Path
     plan = Plan(layers={0: LayerPlan(experts_before=8, order=(1, 4, 5))}, criterion="random")
     apply_to_model(root / "source", plan, tmp_path / "source")
     run(tmp_path, tmp_path / "out", image_options(root, new_head=True))
-    assert read_model_folder(read_tensor_files(tmp_path / "out")).counts == {0: 3, 2: 8}
+    assert read_model_folder(tmp_path / "out").counts == {0: 3, 2: 8}
     assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "out")).__name__.startswith("Pruned")
 
 

@@ -16,8 +16,8 @@ from secateur.criteria import CRITERIA
 from secateur.criteria.score import score_layers
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.observation.activations import ActivationObserver, LayerObserver
 from secateur.observation import activations
+from secateur.observation.activations import ActivationObserver, LayerObserver
 from secateur.stats import SUMS, RouterStats
 from tiny_models import NUM_EXPERTS, TOP_K, every_family, random_tokens, tiny_model
 

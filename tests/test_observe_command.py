@@ -22,8 +22,8 @@ from secateur.criteria import CRITERIA
 from secateur.data.calibration import calibrate
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.stream.resume import WorkFolder
 from secateur.model_folder.stream import states
+from secateur.model_folder.stream.resume import WorkFolder
 from secateur.observation.observation import Observation
 from secateur.stats import SUMS
 from small_corpus import write_corpus
@@ -237,7 +237,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, run: Run)
     status, out, _ = run("--dry-run", "--json", *DISK)
     said = json.loads(out)
     assert status == 0
-    sizes = {name: one.length for name, one in found_in(folder / "model").folder.tensors.items()}
+    sizes = {name: one.length for name, one in found_in(folder / "model").files.tensors.items()}
     outside = sum(size for name, size in sizes.items() if ".layers." not in name and "lm_head" not in name)
     layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
     assert said["bytes_to_read"] == outside + 3 * layer

@@ -22,7 +22,6 @@ from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
@@ -225,7 +224,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     saved("qwen3_moe", root / "model")
     finetuned("qwen3_moe").save_pretrained(root / "base")
-    known = model_facts(read_model_folder(read_tensor_files(root / "model")))
+    known = model_facts(read_model_folder(root / "model"))
     layers = {number: layer([number + 1, *range(5, 12)]) for number in known.num_experts}
     Observation(stats=RouterStats(layers=layers), model=known).save(root / "stats.safetensors")
     Observation(stats=RouterStats(layers=layers)).save(root / "bare.safetensors")

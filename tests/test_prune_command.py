@@ -41,29 +41,29 @@ DATA = {"sources": ["made up"], "tokens": 64}
 HALF = Choice(criterion="reap", keep=Keep(share=0.5))
 
 
-def observe(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """Of the loaded model on random tokens, as good as any other."""
-    return DATA, lambda: write_stats(found, stats)
+    return DATA, lambda: write_stats(folder, stats)
 
 
-def write_stats(found: ModelFolder, stats: Path) -> None:
-    live = loaded(found.folder.path).eval()
+def write_stats(folder: ModelFolder, stats: Path) -> None:
+    live = loaded(folder.files.path).eval()
     observer = ActivationObserver(describe_moe(live))
     with torch.no_grad():
         live(random_tokens(4, 16), use_cache=False)
-    Observation(stats=observer.read(), model=model_facts(found), data=DATA).save(stats)
+    Observation(stats=observer.read(), model=model_facts(folder), data=DATA).save(stats)
 
 
-def made_up(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+def made_up(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """The same on every start, which a run of a model is not on every number of threads."""
     count = torch.arange(3, 11)
     sums = {name: count.double() for name in SUMS}
-    layers = {layer: LayerStats(num_tokens=26, token_count=count.roll(layer), **sums) for layer in found.counts}
-    observation = Observation(stats=RouterStats(layers=layers), model=model_facts(found), data=DATA)
+    layers = {layer: LayerStats(num_tokens=26, token_count=count.roll(layer), **sums) for layer in folder.counts}
+    observation = Observation(stats=RouterStats(layers=layers), model=model_facts(folder), data=DATA)
     return DATA, lambda: observation.save(stats)
 
 
-def not_again(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+def not_again(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     return DATA, lambda: pytest.fail("observed again")
 
 

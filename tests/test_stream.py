@@ -53,7 +53,7 @@ def test_one_layer_at_a_time_is_in_memory_and_each_is_read_once(
     saved("mixtral", tmp_path / "model")
     streamed = StreamedModel(found_in(tmp_path / "model"))
     sizes = streamed.part_bytes()
-    files = sum(one.length for one in found_in(tmp_path / "model").folder.tensors.values())
+    files = sum(one.length for one in found_in(tmp_path / "model").files.tensors.values())
     assert sum(sizes.values()) == files
     read: list[int] = []
     original = LazyTensor.__getitem__

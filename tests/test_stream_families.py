@@ -123,7 +123,7 @@ def test_a_text_model_inside_another_is_streamed_without_the_rest(tmp_path: Path
     whole, _ = load(tmp_path / "model", found)
     expected = whole_run(whole.eval(), data.batches(2), text=whole.model.language_model)
     assert_same(streamed_run(tmp_path / "model", data, tmp_path), expected)
-    assert sum(StreamedModel(found).part_bytes().values()) < found.folder.num_bytes
+    assert sum(StreamedModel(found).part_bytes().values()) < found.files.num_bytes
 
 
 def test_llama4_is_refused_with_the_reason_but_can_be_streamed(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_what_a_model_reads_is_told_by_its_type_also_when_it_was_pruned(made: Pa
     assert read_tensor_files(tmp_path / "out").config["model_type"] == "secateur_moe"
     saved("qwen3_moe", tmp_path / "text")
     folders = {made / "source": "images", tmp_path / "out": "images", tmp_path / "text": "text"}
-    assert {folder: modality_of(read_model_folder(read_tensor_files(folder))) for folder in folders} == folders
+    assert {folder: modality_of(read_model_folder(folder)) for folder in folders} == folders
     observed = ("observe", tmp_path / "out", "--data", made / "images.npz", "--out", tmp_path / "s", "--quiet")
     assert run(*observed)[0] == 0
     assert [len(loads) for loads in Observation.load(tmp_path / "s").stats.loads().values()] == [4, 6]
@@ -136,7 +136,7 @@ def test_observe_records_the_model_and_its_images(made: Path, tmp_path: Path, ru
 
 
 def test_the_size_of_the_batch_changes_no_count_where_images_are_routed_in_groups(made: Path, tmp_path: Path) -> None:
-    found, drawn = read_model_folder(read_tensor_files(made / "source")), draw([str(made / "images.npz")], None, 0)
+    found, drawn = read_model_folder(made / "source"), draw([str(made / "images.npz")], None, 0)
     runs = [ImageObservation(found, drawn, tmp_path / "s", batch_size=size) for size in (2, 4, 30)]
     assert [len(run.batches) for run in runs] == [15, 8, 1]
     loads = [run.observe().stats.loads() for run in runs]
@@ -150,10 +150,7 @@ def test_without_a_size_a_batch_is_made_of_whole_groups(
 ) -> None:
     model_folder(tmp_path / "m", group_images=group_images)
     drawn = draw([str(made / "images.npz")], None, 0)
-    assert (
-        ImageObservation(read_model_folder(read_tensor_files(tmp_path / "m")), drawn, tmp_path / "s").batches.size
-        == size
-    )
+    assert ImageObservation(read_model_folder(tmp_path / "m"), drawn, tmp_path / "s").batches.size == size
 
 
 @pytest.mark.slow
@@ -301,7 +298,7 @@ def test_eval_measures_models_side_by_side(made: Path, tmp_path: Path, run: Run)
 def test_what_zero_slots_would_have_computed_is_not_counted(made: Path, tmp_path: Path) -> None:
     apply_to_model(made / "source", zero_slot_plan((0, 2)), tmp_path / "out")
     (found,) = evaluate_images([tmp_path / "out"], read_images(made / "images.npz"), batch_size=30)
-    model = loaded(read_model_folder(read_tensor_files(tmp_path / "out")), "cpu")
+    model = loaded(read_model_folder(tmp_path / "out"), "cpu")
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:

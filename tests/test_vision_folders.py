@@ -15,7 +15,6 @@ from secateur.families import describe_moe, logits_of
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.inspect import inspect_model
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
 from secateur.models.vmoe import VMoEForImageClassification
@@ -50,17 +49,17 @@ def loaded(folder: Path) -> Any:
 @every_kind
 def test_the_experts_of_a_folder_are_those_of_the_live_model(kind: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(kind, tmp_path / "source"))
-    found = read_model_folder(read_tensor_files(tmp_path / "source"))
-    assert found.counts == moe.counts == {0: 8, 2: 8}
-    assert (found.model.top_k, found.model.num_groups, found.model.min_experts) == (
+    folder = read_model_folder(tmp_path / "source")
+    assert folder.counts == moe.counts == {0: 8, 2: 8}
+    assert (folder.config.top_k, folder.config.num_groups, folder.config.min_experts) == (
         moe.top_k,
         moe.num_groups,
         moe.min_experts,
     )
     assert (moe.num_groups, moe.min_experts) == ((2, 4) if kind == "ensemble" else (1, 2))
-    located = {place.role: 0 for place in found.located.values()}
-    for name, place in found.located.items():
-        located[place.role] += found.folder.tensors[name].length
+    located = {place.role: 0 for place in folder.located.values()}
+    for name, place in folder.located.items():
+        located[place.role] += folder.files.tensors[name].length
     block = moe.blocks[0].block
     assert located["expert"] == 2 * sum(one.nbytes for one in block.experts.parameters())
     assert located["router"] == 2 * block.router.weight.nbytes

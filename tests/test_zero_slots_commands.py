@@ -20,7 +20,6 @@ from secateur.model_folder.choice import Choice, check_choice, decide_plan, outc
 from secateur.model_folder.prune import prune
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
 from secateur.observation.observation import Observation
@@ -164,7 +163,7 @@ def test_apply_may_say_what_the_plan_leaves_open_and_not_the_contrary(
     assert run(capsys, monkeypatch, *words, "--removed", "zero")[0] == 2
     assert not (tmp_path / "out").exists()
     assert run(capsys, monkeypatch, *words, "--removed", "zero-slot", "--undo", tmp_path / "undo")[0] == 0
-    assert read_model_folder(read_tensor_files(tmp_path / "out")).model.kept == {0: (0, 3, 5)}
+    assert read_model_folder(tmp_path / "out").config.kept == {0: (0, 3, 5)}
     assert Plan.load(tmp_path / "out" / "plan.json").removed == ZERO_SLOT
 
     back = ["apply", tmp_path / "out", tmp_path / "undo", "--out", tmp_path / "again"]
@@ -200,9 +199,9 @@ def test_bytes_that_stay_with_the_routers_are_not_counted_as_gone(tmp_path: Path
 
 def test_bytes_are_only_promised_where_the_folder_tells_those_of_routers(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path / "source")
-    found = read_model_folder(read_tensor_files(tmp_path / "source"))
+    folder = read_model_folder(tmp_path / "source")
     stats = RouterStats.from_loads({layer: list(range(8)) for layer in range(3)}, 14)
-    alone = of_observation(Observation(stats=stats, model=model_facts(found)), None, "stats")
+    alone = of_observation(Observation(stats=stats, model=model_facts(folder)), None, "stats")
     asked = [
         Choice(criterion="frequency", keep=Keep(num_bytes=100_000), removed=ZERO_SLOT),
         Choice(criterion="laep", rule=Rule(target_params=0.9), removed=ZERO_SLOT),
@@ -210,7 +209,7 @@ def test_bytes_are_only_promised_where_the_folder_tells_those_of_routers(tmp_pat
     for choice in asked:
         with pytest.raises(SecateurError, match="name the folder of the model with --model"):
             decide_plan(alone, choice)
-        assert decide_plan(of_observation(Observation(stats=stats), found, "stats"), choice).leaves_zero_slots
+        assert decide_plan(of_observation(Observation(stats=stats), folder, "stats"), choice).leaves_zero_slots
     few = decide_plan(alone, Choice(criterion="frequency", keep=Keep(count=1), removed=ZERO_SLOT))
     assert few.layers[0].order == (7,)
 

@@ -25,7 +25,6 @@ from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.inspect import inspect_model
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
 from secateur.model_folder.source import of_folder
@@ -167,7 +166,7 @@ def test_a_second_plan_is_about_the_experts_that_are_left(tmp_path: Path) -> Non
     apply_to_model(tmp_path / "first", later, tmp_path / "second", undo=tmp_path / "two")
     checks = verify_model(tmp_path / "first", tmp_path / "second", num_tokens=12)
     assert [check.passed for check in checks] == [True] * 5, checks
-    assert read_model_folder(read_tensor_files(tmp_path / "second")).model.kept == {0: (3, 5), 2: (5, 0, 3)}
+    assert read_model_folder(tmp_path / "second").config.kept == {0: (3, 5), 2: (5, 0, 3)}
     restore(tmp_path / "second", tmp_path / "two", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "first")
 
@@ -230,7 +229,7 @@ def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
         config["moe_config"]["kept_experts"]["0"] = kept
         path.write_text(json.dumps(config))
         with pytest.raises(SecateurError, match=message):
-            read_model_folder(read_tensor_files(tmp_path / "out"))
+            read_model_folder(tmp_path / "out")
 
 
 @pytest.mark.parametrize("mtp", [None, "whole", "drop"])
@@ -287,7 +286,7 @@ def test_a_plan_for_other_zero_slots_is_refused(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path / "source")
     for name, order in (("one", (5, 0, 3)), ("two", (1, 2, 4))):
         apply_to_model(tmp_path / "source", zero_slot_plan((0,), (order,)), tmp_path / name)
-    one, two = (model_facts(read_model_folder(read_tensor_files(tmp_path / name))) for name in ("one", "two"))
+    one, two = (model_facts(read_model_folder(tmp_path / name)) for name in ("one", "two"))
     assert one.num_experts == two.num_experts
     assert one.digest != two.digest
 
@@ -340,7 +339,7 @@ def test_a_process_without_secateur_loads_the_folder_with_remote_code_and_saves_
     tokens = random_tokens(2, 12)
     for name in autos:
         source, out = tmp_path / "sources" / name, tmp_path / "models" / name
-        found = read_model_folder(read_tensor_files(source))
+        found = read_model_folder(source)
         plan = zero_slot_plan(found.counts)
         apply_to_model(source, plan, out)
         logits = logits_without_dropped(source, found, plan, tokens)

@@ -97,7 +97,10 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         """True when every expert stays where it is."""
-        return all(one.order == tuple(range(one.experts_before)) for one in self.layers.values())
+        return all(
+            layer_observer.order == tuple(range(layer_observer.experts_before))
+            for layer_observer in self.layers.values()
+        )
 
     @property
     def leaves_zero_slots(self) -> bool:

@@ -177,8 +177,8 @@ class RouterStats:
     def emptied(self) -> RouterStats:
         """Statistics of the same layers, experts and sums in which nothing was counted."""
         zeros = {
-            layer: {name: [0] * one.num_experts for name in ("token_count", *one.sums)}
-            for layer, one in self.layers.items()
+            layer: {name: [0] * layer_observer.num_experts for name in ("token_count", *layer_observer.sums)}
+            for layer, layer_observer in self.layers.items()
         }
         return RouterStats(
             layers={layer: _layer(f"layer {layer}", {"num_tokens": 0, **entry}) for layer, entry in zeros.items()}

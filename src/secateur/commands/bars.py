@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from secateur.files.progress import OnProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
-
-OnProgress = Callable[[int, int], None]  # called with (done, in all)
 
 
 @contextlib.contextmanager

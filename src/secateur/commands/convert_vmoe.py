@@ -57,7 +57,7 @@ def convert_vmoe(
     if not quiet:
         config = model.config
         print(
-            f"{out}: {sum(one.numel() for one in model.parameters()) / 1e6:.1f} M parameters, "
+            f"{out}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters, "
             f"{config.num_experts} experts in {len(config.moe_layers)} of {config.num_hidden_layers} blocks"
             + (f", {config.ensemble_size} members" if config.ensemble_size > 1 else "")
         )

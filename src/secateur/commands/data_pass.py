@@ -25,7 +25,7 @@ class Pass:
 
 
 def prepare(
-    found: ModelFolder, asked: DataOptions, out: Path, *, device: str, show: bool, restart: bool = False
+    folder: ModelFolder, asked: DataOptions, out: Path, *, device: str, show: bool, restart: bool = False
 ) -> Pass:
     """The pass that writes the statistics file `out`.
 
@@ -37,15 +37,15 @@ def prepare(
     """
     from secateur.model_folder.read.modality import modality_of
 
-    return KINDS[modality_of(found)](found, asked, out, device, show, restart)
+    return KINDS[modality_of(folder)](folder, asked, out, device, show, restart)
 
 
-def _over_text(found: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_text(folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
     from secateur.model_folder.measure.on_text import TextObservation
 
-    drawn = asked.text(found.folder.path)
+    drawn = asked.text(folder.files.path)
     run = TextObservation(
-        found,
+        folder,
         drawn,
         out,
         batch_size=asked.text_batch_size,
@@ -61,7 +61,7 @@ def _over_text(found: ModelFolder, asked: DataOptions, out: Path, device: str, s
     about = {
         "layers": costs.num_layers,
         "moe_layers": costs.moe_layers,
-        "mtp_layers_not_run": list(found.mtp_counts),
+        "mtp_layers_not_run": list(folder.mtp_counts),
         "data": data,
         "bytes_to_read": costs.read_bytes,
         "activation_bytes": costs.hidden_bytes,
@@ -72,17 +72,17 @@ def _over_text(found: ModelFolder, asked: DataOptions, out: Path, device: str, s
     return Pass(data=data | {"batch_size": asked.text_batch_size}, about=about, take=take)
 
 
-def _over_images(found: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_images(folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
     from secateur.model_folder.measure.image_batches import MOST
     from secateur.model_folder.measure.on_images import ImageObservation
 
-    run = ImageObservation(found, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
+    run = ImageObservation(folder, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
 
     def take() -> Observation:
         with batches_bar("observing", show=show) as on_step:
             return run.observe(on_step=on_step)
 
-    about = {"layers": found.model.num_layers, "moe_layers": list(found.counts), "data": run.data}
+    about = {"layers": folder.config.num_layers, "moe_layers": list(folder.counts), "data": run.data}
     return Pass(data=run.data, about=about, take=take)
 
 

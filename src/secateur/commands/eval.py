@@ -24,12 +24,11 @@ from secateur.commands.data_options import (
     device_named,
 )
 from secateur.errors import SecateurError
+from secateur.files.progress import OnProgress
 
 if TYPE_CHECKING:
     from secateur.data.calibration import Calibration
     from secateur.model_folder.read.modality import Modality
-
-Progress = Callable[[int, int], None]
 
 
 def eval(
@@ -107,11 +106,9 @@ def eval(
 def _kind(models: Sequence[Path], *, with_data: bool) -> Modality:
     from secateur.model_folder.read.modality import modality_in_config, modality_of
     from secateur.model_folder.read.model_folder import read_model_folder
-    from secateur.model_folder.read.tensor_files import read_tensor_files
 
     kinds = {
-        model: modality_of(read_model_folder(read_tensor_files(model))) if with_data else modality_in_config(model)
-        for model in models
+        model: modality_of(read_model_folder(model)) if with_data else modality_in_config(model) for model in models
     }
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{model}: {kind}" for model, kind in kinds.items())
@@ -154,12 +151,12 @@ def _on_images(
 
 @contextlib.contextmanager
 def _bar_of_each(
-    make: Callable[[Path], contextlib.AbstractContextManager[Progress]],
-) -> Iterator[Callable[[Path], Progress]]:
+    make: Callable[[Path], contextlib.AbstractContextManager[OnProgress]],
+) -> Iterator[Callable[[Path], OnProgress]]:
     """Gives what makes a bar for a model, one at a time."""
     with contextlib.ExitStack() as bars:
 
-        def bar(model: Path) -> Progress:
+        def bar(model: Path) -> OnProgress:
             bars.close()
             return bars.enter_context(make(model))
 

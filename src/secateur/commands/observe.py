@@ -64,14 +64,13 @@ def observe(
     Example: `secateur observe models/Qwen3-30B-A3B --data code=src --data chats.jsonl --out stats.safetensors`
     """
     from secateur.model_folder.read.model_folder import read_model_folder
-    from secateur.model_folder.read.tensor_files import read_tensor_files
 
     check_new_file(out, force, *(source for source in (model, sglang) if source is not None))
     if sglang is not None and data:
         raise SecateurError("--sglang and --data: a recording needs no text")
-    found = read_model_folder(read_tensor_files(model))
+    folder = read_model_folder(model)
     if sglang is not None:
-        result = _recorded(found, sglang, out, dry_run)
+        result = _recorded(folder, sglang, out, dry_run)
     else:
         asked = DataOptions(
             data=data,
@@ -85,7 +84,7 @@ def observe(
             activations=activations,
         )
         show = not (quiet or as_json or dry_run)
-        ready = prepare(found, asked, out, device=device_named(device), show=show, restart=restart)
+        ready = prepare(folder, asked, out, device=device_named(device), show=show, restart=restart)
         result = ready.about | ({} if dry_run else _seen(ready.take()))
     result = {"format": "secateur-observe", "version": 1, "model": str(model), "out": str(out), **result}
     if as_json:
@@ -94,18 +93,18 @@ def observe(
         print(_summary(result, dry_run))
 
 
-def _recorded(found: ModelFolder, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
+def _recorded(folder: ModelFolder, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
     from secateur.model_folder.read.facts import model_facts
     from secateur.observation.observation import Observation
     from secateur.observation.sglang import read_recording, stats_of_recording
 
     recorded, about = read_recording(path)
-    model = found.model
-    stats = stats_of_recording(recorded, found.counts, num_layers=model.num_layers, top_k=model.top_k)
-    observation = Observation(stats=stats, model=model_facts(found), data={**about, "file": path.name})
+    model = folder.config
+    stats = stats_of_recording(recorded, folder.counts, num_layers=model.num_layers, top_k=model.top_k)
+    observation = Observation(stats=stats, model=model_facts(folder), data={**about, "file": path.name})
     if not dry_run:
         observation.save(out)
-    return {"layers": model.num_layers, "moe_layers": list(found.counts), "data": about, **_seen(observation)}
+    return {"layers": model.num_layers, "moe_layers": list(folder.counts), "data": about, **_seen(observation)}
 
 
 def _seen(observation: Observation) -> dict[str, Any]:

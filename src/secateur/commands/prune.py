@@ -121,8 +121,8 @@ def prune(
         activations=activations,
     )
 
-    def observe(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
-        ready = prepare(found, asked, stats, device=device_named(device), show=show)
+    def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
+        ready = prepare(folder, asked, stats, device=device_named(device), show=show)
         return ready.data, ready.take
 
     with _bars(show=show) as on_progress:

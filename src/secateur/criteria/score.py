@@ -51,9 +51,19 @@ def score_layers(
     criterion = find_criterion(name)
     where = f"criterion {name!r}"
     if stats is not None:
-        _check_layers(where, "statistics", num_experts, {layer: one.num_experts for layer, one in stats.layers.items()})
+        _check_layers(
+            where,
+            "statistics",
+            num_experts,
+            {layer: layer_stats.num_experts for layer, layer_stats in stats.layers.items()},
+        )
     if weights is not None:
-        _check_layers(where, "weights", num_experts, {layer: one.num_experts for layer, one in weights.items()})
+        _check_layers(
+            where,
+            "weights",
+            num_experts,
+            {layer: layer_weights.num_experts for layer, layer_weights in weights.items()},
+        )
     if criterion.needs == "nothing":
         scores = {layer: criterion.function(count, seed=seed, layer=layer) for layer, count in num_experts.items()}
     elif isinstance(criterion.needs, tuple):
@@ -71,12 +81,18 @@ def score_layers(
 
 def never_routed(stats: RouterStats) -> dict[int, tuple[int, ...]]:
     """{layer: ids of the experts that no token reached}, for layers that have any."""
-    return _where({layer: one.token_count == 0 for layer, one in stats.layers.items()})
+    return _where({layer: layer_stats.token_count == 0 for layer, layer_stats in stats.layers.items()})
 
 
 def zero_weights(weights: Weights) -> dict[int, tuple[int, ...]]:
     """{layer: ids of the experts whose weights are all 0}, for layers that have any."""
-    return _where({layer: one.square_sum == 0 for layer, one in weights.items() if isinstance(one, WeightStats)})
+    return _where(
+        {
+            layer: layer_weights.square_sum == 0
+            for layer, layer_weights in weights.items()
+            if isinstance(layer_weights, WeightStats)
+        }
+    )
 
 
 def _where(flags: Mapping[int, Tensor]) -> dict[int, tuple[int, ...]]:

@@ -24,7 +24,7 @@ def super_experts(stats: RouterStats) -> dict[int, tuple[int, ...]]:
     """
     if "max_activation" not in stats.sums:
         raise SecateurError("super-experts are found by max_activation, which the statistics do not have")
-    largest = {layer: one.sums["max_activation"] for layer, one in stats.layers.items()}
+    largest = {layer: layer_stats.sums["max_activation"] for layer, layer_stats in stats.layers.items()}
     everywhere = torch.cat(list(largest.values()))
     threshold = max(float(everywhere.quantile(QUANTILE)), float(everywhere.max()) * SHARE_OF_LARGEST)
     early = list(largest)[: int(SHARE_OF_LAYERS * len(largest))]

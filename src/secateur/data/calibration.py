@@ -50,14 +50,14 @@ class Calibration:
     @property
     def num_tokens(self) -> int:
         """Without padding."""
-        return sum(len(one) for one in self.sequences)
+        return sum(len(sequence) for sequence in self.sequences)
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of the lengths and the tokens, as little-endian int32."""
         content = hashlib.sha256()
-        for one in self.sequences:
-            content.update(len(one).to_bytes(4, "little") + one.numpy().astype("<i4", copy=False).tobytes())
+        for sequence in self.sequences:
+            content.update(len(sequence).to_bytes(4, "little") + sequence.numpy().astype("<i4", copy=False).tobytes())
         return content.hexdigest()
 
     def batches(self, batch_size: int) -> list[Batch]:
@@ -78,13 +78,15 @@ class Calibration:
         }
 
     def _padded(self, group: Sequence[Tensor]) -> Tensor:
-        rows = [one.to(torch.int64) for one in group]
+        rows = [sequence.to(torch.int64) for sequence in group]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _mask(self, group: Sequence[Tensor]) -> Tensor | None:
         if self.packed:
             return None
-        return torch.nn.utils.rnn.pad_sequence([torch.ones(len(one), dtype=torch.int64) for one in group], True)
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.ones(len(sequence), dtype=torch.int64) for sequence in group], True
+        )
 
 
 def calibrate(
@@ -119,7 +121,7 @@ def calibrate(
         sequences[domain] = list(cut)
     shares = fair_shares({domain: len(found) for domain, found in sequences.items()}, samples)
     if sum(shares.values()) < samples:
-        found = ", ".join(f"{domain} {len(one)}" for domain, one in sequences.items())
+        found = ", ".join(f"{domain} {len(sequence)}" for domain, sequence in sequences.items())
         what = f"blocks of {sequence_length} tokens" if pack else "documents"
         raise SecateurError(f"data: found {sum(map(len, sequences.values()))} {what} ({found}), expected {samples}")
     chosen = {domain: _drawn(found, shares[domain], f"{seed} {domain}") for domain, found in sequences.items()}

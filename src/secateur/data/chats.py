@@ -98,7 +98,7 @@ def _messages(line: bytes, source: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise SecateurError(f"{source}: not a valid JSON line ({error})") from error
     messages = row.get(MESSAGES) if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages or not all(_is_message(one) for one in messages):
+    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise SecateurError(
             f"{source}: found {messages!r:.80}, expected a list of messages under {MESSAGES!r}, each with role and "
             "content"

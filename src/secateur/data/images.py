@@ -128,13 +128,15 @@ def read_images(path: Path) -> Images:
 
 
 def _of_folder(path: Path) -> Images:
-    folders = sorted((one for one in path.iterdir() if one.is_dir() and one.name[0] != "."), key=lambda one: one.name)
+    folders = sorted(
+        (entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."), key=lambda one: one.name
+    )
     if not folders:
         raise SecateurError(f"{path}: no folders in it, expected one for every class")
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        here = sorted(one for one in folder.iterdir() if one.name[0] != ".")
+        here = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
         if not here:
             raise SecateurError(f"{folder}: no image in it, expected those of a class")
         files += here

@@ -31,7 +31,7 @@ PRECISION = 2**40  # the steps in which a share of a layer's scores is counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Cut:
     """What an allocation decides on; limits already leave room for the protected experts."""
 
     keep: Keep
@@ -43,7 +43,7 @@ class Task:
 
     @property
     def num_experts(self) -> dict[int, int]:
-        return {layer: one.num_experts for layer, one in self.limits.items()}
+        return {layer: layer_limits.num_experts for layer, layer_limits in self.limits.items()}
 
     @property
     def size_of_expert(self) -> Mapping[int, int]:
@@ -60,7 +60,9 @@ class Task:
             goes = math.floor((1 - exact(self.keep.share)) * total)
         else:
             goes = total - sum(self.keep.wanted(self.num_experts).values())
-        step = math.gcd(*(math.lcm(one.multiple_of, one.num_groups) for one in self.limits.values()))
+        step = math.gcd(
+            *(math.lcm(layer_limits.multiple_of, layer_limits.num_groups) for layer_limits in self.limits.values())
+        )
         return goes // step * step
 
     def saved(self, counts: Mapping[int, int]) -> int:
@@ -68,7 +70,7 @@ class Task:
 
     def rounded(self, wanted: Mapping[int, int]) -> dict[int, int]:
         """The next admissible counts, upwards, or the largest."""
-        levels = {layer: one.counts() for layer, one in self.limits.items()}
+        levels = {layer: layer_limits.counts() for layer, layer_limits in self.limits.items()}
         return {
             layer: next((count for count in levels[layer] if count >= wanted[layer]), levels[layer][-1])
             for layer in levels
@@ -123,8 +125,8 @@ def plan_by_criterion(
         protect = stats is not None and "max_activation" in stats.sums
     protected = _protected(stats) if protect else {}
     room = {layer: _with_room(limits[layer], protected.get(layer, ())) for layer in num_experts}
-    task = Task(keep=keep, limits=room, scores=scores, protected=protected, stats=stats, sizes=sizes)
-    counts = ALLOCATIONS[allocation](task)
+    cut = Cut(keep=keep, limits=room, scores=scores, protected=protected, stats=stats, sizes=sizes)
+    counts = ALLOCATIONS[allocation](cut)
     layers, rescued = {}, {}
     for layer, count in counts.items():
         values, safe = scores[layer].tolist(), protected.get(layer, ())
@@ -143,83 +145,87 @@ def plan_by_criterion(
     return Plan(layers=layers, criterion=criterion, details=details, stats_digest=digest)
 
 
-def _uniform(task: Task) -> dict[int, int]:
+def _uniform(cut: Cut) -> dict[int, int]:
     """One share for all layers, and so one number where they have the same number of experts."""
-    keep, levels = task.keep, {layer: one.counts() for layer, one in task.limits.items()}
+    keep, levels = cut.keep, {layer: layer_limits.counts() for layer, layer_limits in cut.limits.items()}
     if keep.num_bytes is not None:
-        need = task.need
-        shares = {Fraction(count, task.num_experts[layer]) for layer, counts in levels.items() for count in counts}
+        need = cut.need
+        shares = {Fraction(count, cut.num_experts[layer]) for layer, counts in levels.items() for count in counts}
         for share in sorted(shares, reverse=True):
-            counts = task.rounded({layer: math.ceil(share * experts) for layer, experts in task.num_experts.items()})
-            if task.saved(counts) >= need:
+            counts = cut.rounded({layer: math.ceil(share * experts) for layer, experts in cut.num_experts.items()})
+            if cut.saved(counts) >= need:
                 return counts
-        raise _unreachable(task)
-    wanted = keep.wanted(task.num_experts)
-    counts = task.rounded(wanted)
+        raise _unreachable(cut)
+    wanted = keep.wanted(cut.num_experts)
+    counts = cut.rounded(wanted)
     for layer, count in wanted.items():
-        if count < task.limits[layer].min_experts or (keep.share is None and count not in levels[layer]):
+        if count < cut.limits[layer].min_experts or (keep.share is None and count not in levels[layer]):
             raise SecateurError(
-                f"keep: {count} of {task.num_experts[layer]} experts in layer {layer}, expected one of "
-                f"{levels[layer]} ({task.limits[layer].describe()}"
-                f"{_super_experts(task.protected.get(layer, ()))})"
+                f"keep: {count} of {cut.num_experts[layer]} experts in layer {layer}, expected one of "
+                f"{levels[layer]} ({cut.limits[layer].describe()}"
+                f"{_super_experts(cut.protected.get(layer, ()))})"
             )
     return counts
 
 
-def _global(task: Task) -> dict[int, int]:
+def _global(cut: Cut) -> dict[int, int]:
     """The counts that drop the smallest sum of scores, each layer's scores counted as shares of their sum."""
-    costs = {layer: _shares(f"layer {layer}", values.tolist()) for layer, values in task.scores.items()}
-    levels = _levels(task, costs, {layer: values.tolist() for layer, values in task.scores.items()})
+    costs = {layer: _shares(f"layer {layer}", values.tolist()) for layer, values in cut.scores.items()}
+    levels = _levels(cut, costs, {layer: values.tolist() for layer, values in cut.scores.items()})
     pairs = [[(saving, cost) for _, saving, cost in options] for options in levels.values()]
-    chosen = cheapest_saving(pairs, task.need)
+    chosen = cheapest_saving(pairs, cut.need)
     if chosen is None:
-        raise _unreachable(task)
+        raise _unreachable(cut)
     return {layer: levels[layer][index][0] for layer, index in zip(levels, chosen, strict=True)}
 
 
-def _laep(task: Task) -> dict[int, int]:
+def _laep(cut: Cut) -> dict[int, int]:
     """LAEP's cumulative threshold (arXiv 2601.14327), the smallest one that is enough.
 
     Each layer may drop its least used experts while together they carry less than a share of its load; that share is
     raised, the same for all layers, until enough is saved. Where a step of the share is more than enough, the lower
     layers keep more.
     """
-    if task.stats is None:
+    if cut.stats is None:
         raise SecateurError("allocation 'laep' needs token_count: statistics of the model on data, found none")
-    loads = task.stats.loads()
+    loads = cut.stats.loads()
     for layer, values in loads.items():
         check_loads(values, f"layer {layer}")
-    levels = _levels(task, {layer: _shares(f"layer {layer}", values) for layer, values in loads.items()}, loads)
+    levels = _levels(cut, {layer: _shares(f"layer {layer}", values) for layer, values in loads.items()}, loads)
     counts = {layer: options[0][0] for layer, options in levels.items()}
-    need = task.need
+    need = cut.need
     steps = [(cost, -layer, -count) for layer, options in levels.items() for count, _, cost in options[1:]]
     for _, layer, count in sorted(steps):
-        if task.saved(counts) >= need:
+        if cut.saved(counts) >= need:
             break
         counts[-layer] = -count
-    if task.saved(counts) < need:
-        raise _unreachable(task)
+    if cut.saved(counts) < need:
+        raise _unreachable(cut)
     return counts
 
 
-ALLOCATIONS: dict[str, Callable[[Task], dict[int, int]]] = {"uniform": _uniform, "global": _global, "laep": _laep}
+ALLOCATIONS: dict[str, Callable[[Cut], dict[int, int]]] = {"uniform": _uniform, "global": _global, "laep": _laep}
 
 
 def _levels(
-    task: Task, costs: Mapping[int, Sequence[int]], ranking: Mapping[int, Sequence[float]]
+    cut: Cut, costs: Mapping[int, Sequence[int]], ranking: Mapping[int, Sequence[float]]
 ) -> dict[int, list[tuple[int, int, int]]]:
     """{layer: [(count, saving, summed cost of what is dropped)]}, keeping most first."""
-    if task.keep.layers is not None:
+    if cut.keep.layers is not None:
         raise SecateurError("keep: a number for each layer leaves nothing to allocate; use allocation 'uniform'")
     levels = {}
-    for layer, one in task.limits.items():
-        groups = _removal_by_group(ranking[layer], one.num_groups, task.protected.get(layer, ()))
+    for layer, layer_limits in cut.limits.items():
+        groups = _removal_by_group(ranking[layer], layer_limits.num_groups, cut.protected.get(layer, ()))
         rounds = [sum(costs[layer][expert] for expert in ids) for ids in zip(*groups, strict=True)]
         dropped = [0, *itertools.accumulate(rounds)]
-        size = task.size_of_expert[layer]
+        size = cut.size_of_expert[layer]
         levels[layer] = [
-            (count, (one.num_experts - count) * size, dropped[(one.num_experts - count) // one.num_groups])
-            for count in reversed(one.counts())
+            (
+                count,
+                (layer_limits.num_experts - count) * size,
+                dropped[(layer_limits.num_experts - count) // layer_limits.num_groups],
+            )
+            for count in reversed(layer_limits.counts())
         ]
     return levels
 
@@ -260,20 +266,23 @@ def _with_room(limits: LayerLimits, protected: Sequence[int]) -> LayerLimits:
     return replace(limits, min_experts=floor)
 
 
-def _unreachable(task: Task) -> SecateurError:
-    unit = "bytes" if task.keep.num_bytes is not None else "experts"
-    most = task.saved({layer: one.counts()[0] for layer, one in task.limits.items()})
-    floors = {layer: one.counts()[0] for layer, one in task.limits.items()}
-    named = {layer: _super_experts(ids) for layer, ids in task.protected.items()}
+def _unreachable(cut: Cut) -> SecateurError:
+    unit = "bytes" if cut.keep.num_bytes is not None else "experts"
+    most = cut.saved({layer: layer_limits.counts()[0] for layer, layer_limits in cut.limits.items()})
+    floors = {layer: layer_limits.counts()[0] for layer, layer_limits in cut.limits.items()}
+    named = {layer: _super_experts(ids) for layer, ids in cut.protected.items()}
     return SecateurError(
-        f"keep: {task.need} {unit} must go, but at most {most} can: the layers keep at least {floors} experts"
+        f"keep: {cut.need} {unit} must go, but at most {most} can: the layers keep at least {floors} experts"
         f"{''.join(f'; layer {layer}{text}' for layer, text in named.items())}"
     )
 
 
 def _has_experts(weights: Weights) -> bool:
     """Whether more than routers was read."""
-    return any(isinstance(one, WeightStats) and bool(one.num_weights.any()) for one in weights.values())
+    return any(
+        isinstance(layer_weights, WeightStats) and bool(layer_weights.num_weights.any())
+        for layer_weights in weights.values()
+    )
 
 
 def _super_experts(protected: Sequence[int]) -> str:

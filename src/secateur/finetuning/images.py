@@ -27,7 +27,7 @@ EVAL_SEED = 0  # of the order of images that are measured: that of `eval` where 
 UNNAMED = re.compile(r"LABEL_\d+")
 
 
-def image_task(found: ModelFolder, options: FinetuneOptions) -> Task:
+def image_task(folder: ModelFolder, options: FinetuneOptions) -> Task:
     """The images that `options` name, as the model's preprocessor_config.json wants them.
 
     Raises:
@@ -36,16 +36,16 @@ def image_task(found: ModelFolder, options: FinetuneOptions) -> Task:
     for name, default in TEXT_ONLY.items():
         if getattr(options, name) != default:
             raise SecateurError(
-                f"--{name.replace('_', '-')}: a {found.model.model_type!r} model reads images; leave it out"
+                f"--{name.replace('_', '-')}: a {folder.config.model_type!r} model reads images; leave it out"
             )
     train = _read("--data", options.data)
     evaluation = _read("--eval-data", options.eval_data) if options.eval_data else None
-    check_classes(train, found, new_head=options.new_head)
+    check_classes(train, folder, new_head=options.new_head)
     if evaluation is not None:
         if None not in (train.classes, evaluation.classes) and train.classes != evaluation.classes:
             raise SecateurError(f"--eval-data: classes {evaluation.classes}, expected those of --data, {train.classes}")
-        evaluation.check_labels(train.num_classes if options.new_head else len(class_names(found)))
-    pixels = read_pixels(found.folder.path)
+        evaluation.check_labels(train.num_classes if options.new_head else len(class_names(folder)))
+    pixels = read_pixels(folder.files.path)
     items = ImageItems(train, augment_seed=options.seed if options.augment else None)
     return Task(
         unit="images",
@@ -55,7 +55,7 @@ def image_task(found: ModelFolder, options: FinetuneOptions) -> Task:
         about={"train": _about(train), "eval": {} if evaluation is None else _about(evaluation)},
         collate=lambda rows: collate(pixels, rows),
         set_epoch=items.set_epoch,
-        together=found.model.config.group_images or 1,
+        together=folder.config.config.group_images or 1,
         images=train,
     )
 
@@ -102,7 +102,7 @@ def collate(pixels: Pixels, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tens
     }
 
 
-def check_classes(images: Images, found: ModelFolder, *, new_head: bool) -> None:
+def check_classes(images: Images, folder: ModelFolder, *, new_head: bool) -> None:
     """Refuse images whose classes are not those that the model knows, unless it gets a new head for them.
 
     Raises:
@@ -110,11 +110,11 @@ def check_classes(images: Images, found: ModelFolder, *, new_head: bool) -> None
     """
     if new_head:
         return
-    names, remedy = class_names(found), "--new-head gives it a new classifier for these"
+    names, remedy = class_names(folder), "--new-head gives it a new classifier for these"
     if images.classes is not None and len(images.classes) != len(names):  # an .npz may have no example of the highest
         raise SecateurError(f"{images.name}: {images.num_classes} classes, the model knows {len(names)}; {remedy}")
     try:
-        images.check_classes(names, found.folder.path)
+        images.check_classes(names, folder.files.path)
     except SecateurError as error:
         raise SecateurError(f"{error}; {remedy}") from error
     known = [name for name in names if not UNNAMED.fullmatch(name)]

@@ -23,7 +23,7 @@ from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
 from secateur.model_folder.read.load import load as load_model
 from secateur.model_folder.read.modality import modality_of
-from secateur.model_folder.read.model_folder import LISTED, ModelFolder, read_model_folder
+from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.apply import PAGE, REPORT
 from secateur.model_folder.rewrite.report import VERIFIED
@@ -45,36 +45,36 @@ class Loaded:
 
     @property
     def num_parameters(self) -> int:
-        return sum(one.numel() for one in self.model.parameters())
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def num_trained(self) -> int:
-        return sum(one.numel() for one in self.model.parameters() if one.requires_grad)
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
-def check_trainable(found: ModelFolder) -> None:
+def check_trainable(folder: ModelFolder) -> None:
     """Refuse what cannot be trained whole.
 
     Raises:
         SecateurError: a quantised model, one with layers that predict further tokens, or one without a head.
     """
-    model_class = found.model.model_class
-    images = modality_of(found) == "images"
+    model_class = folder.config.model_class
+    images = modality_of(folder) == "images"
     if not (issubclass(model_class, VMoEForImageClassification) if images else model_class.can_generate()):
         raise SecateurError(
-            f"{found.folder.path}: a {model_class.__name__} has no {'classifier' if images else 'language model head'} "
+            f"{folder.files.path}: a {model_class.__name__} has no {'classifier' if images else 'language model head'} "
             "to train it by"
         )
-    if any(key in found.folder.config for key in ("quantization_config", "compression_config")):
-        raise SecateurError(f"{found.folder.path}: it is quantised; fine-tune the model that it was made from")
-    if found.mtp:
+    if any(key in folder.files.config for key in ("quantization_config", "compression_config")):
+        raise SecateurError(f"{folder.files.path}: it is quantised; fine-tune the model that it was made from")
+    if folder.mtp:
         raise SecateurError(
-            f"{found.folder.path}: its layers that predict further tokens (MTP) are not trained and would be lost; "
+            f"{folder.files.path}: its layers that predict further tokens (MTP) are not trained and would be lost; "
             "take them out first (`secateur apply ... --mtp drop`)"
         )
 
 
-def load(found: ModelFolder, *, freeze: Sequence[str] = (), new_classes: Images | None = None) -> Loaded:
+def load(folder: ModelFolder, *, freeze: Sequence[str] = (), new_classes: Images | None = None) -> Loaded:
     """The model of a folder, ready to be trained.
 
     Args:
@@ -86,10 +86,10 @@ def load(found: ModelFolder, *, freeze: Sequence[str] = (), new_classes: Images 
             or nothing left to train.
     """
     # in float32 whatever config.json says, so that no tensor is rounded
-    model, problems = load_model(found.folder.path, found, torch.float32)
+    model, problems = load_model(folder.files.path, folder, torch.float32)
     if problems:
-        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
-    _check_comes_back(model, found)
+        raise SecateurError(f"{folder.files.path}: transformers does not load it whole: {problems}"[:500])
+    _check_comes_back(model, folder)
     model.config.use_cache = False
     head = None if new_classes is None else _replace_head_(model, new_classes)
     for pattern in freeze:
@@ -105,7 +105,7 @@ def load(found: ModelFolder, *, freeze: Sequence[str] = (), new_classes: Images 
     return loaded
 
 
-def write(loaded: Loaded, found: ModelFolder, folder: Path) -> None:
+def write(loaded: Loaded, model_folder: ModelFolder, folder: Path) -> None:
     """Write the model into a new folder: tensors in the files they were in and in the dtypes they had, and other files.
 
     config.json is the source's own, with other classes where there is a new head. The model is moved to the CPU.
@@ -113,7 +113,7 @@ def write(loaded: Loaded, found: ModelFolder, folder: Path) -> None:
     Raises:
         SecateurError: what was written is not the same model but for its numbers. OSError: the disk refused.
     """
-    source = found.folder
+    source = model_folder.files
     loaded.model.zero_grad()
     loaded.model.cpu()
     tensors = _as_stored(loaded.model)
@@ -127,22 +127,22 @@ def write(loaded: Loaded, found: ModelFolder, folder: Path) -> None:
             save_file(mine, folder / file, metadata={"format": "pt"} | dict(header.metadata))
         with (folder / file).open("rb") as written:
             os.fsync(written.fileno())
-    for relative in kept_files(found):
+    for relative in kept_files(model_folder):
         copy_file(source.path / relative, folder / relative)
     names = [CONFIG, INDEX] if source.index is not None else [CONFIG]
     if loaded.head is None:
         for name in names:
             copy_file(source.path / name, folder / name)
     else:
-        atomic_write(folder / CONFIG, json.dumps(_with_classes(found, loaded.head), indent=2) + "\n")
+        atomic_write(folder / CONFIG, json.dumps(_with_classes(model_folder, loaded.head), indent=2) + "\n")
         if source.index is not None:
             atomic_write(folder / INDEX, json.dumps(_resized(source.index, folder, source.headers), indent=2) + "\n")
-    _check_written(read_tensor_files(folder), found, new_head=loaded.head is not None)
+    _check_written(read_tensor_files(folder), model_folder, new_head=loaded.head is not None)
 
 
-def kept_files(found: ModelFolder) -> list[PurePosixPath]:
+def kept_files(folder: ModelFolder) -> list[PurePosixPath]:
     """What is carried along beside weights and config.json."""
-    return [relative for relative in found.folder.others if str(relative) not in STALE and relative.parts[0] != LOGS]
+    return [relative for relative in folder.files.others if str(relative) not in STALE and relative.parts[0] != LOGS]
 
 
 def _as_stored(model: PreTrainedModel, device: str | None = None) -> dict[str, torch.Tensor]:
@@ -154,14 +154,14 @@ def _as_stored(model: PreTrainedModel, device: str | None = None) -> dict[str, t
     return stored
 
 
-def _check_comes_back(model: PreTrainedModel, found: ModelFolder) -> None:
+def _check_comes_back(model: PreTrainedModel, folder: ModelFolder) -> None:
     """Refuse a folder of which something would be lost: transformers passes over some tensors without a word."""
     tensors = _as_stored(model, "meta")
-    source = found.folder
+    source = folder.files
     if lost := [name for name in source.tensors if name not in tensors]:
         raise SecateurError(
-            f"{source.path}: {found.model.model_class.__name__} does not load {len(lost)} of its tensors, which would "
-            f"be lost: {', '.join(lost[:LISTED])}"
+            f"{source.path}: {folder.config.model_class.__name__} does not load {len(lost)} of its tensors, which "
+            f"would be lost: {', '.join(lost[:LISTED])}"
         )
     for name, stored in source.tensors.items():
         if tuple(tensors[name].shape) != stored.shape:
@@ -183,17 +183,17 @@ def _resized(index: Mapping[str, Any], folder: Path, files: Iterable[str]) -> di
     return {**index, "metadata": {"total_size": total}}
 
 
-def _check_written(written: TensorFiles, found: ModelFolder, *, new_head: bool) -> None:
+def _check_written(written: TensorFiles, source: ModelFolder, *, new_head: bool) -> None:
     def kinds(folder: TensorFiles) -> set[tuple[str, str, tuple[int, ...]]]:
         return {
-            (name, one.dtype, () if new_head and name.startswith(f"{HEAD}.") else one.shape)
-            for name, one in folder.tensors.items()
+            (name, tensor.dtype, () if new_head and name.startswith(f"{HEAD}.") else tensor.shape)
+            for name, tensor in folder.tensors.items()
         }
 
-    if differ := sorted(kinds(written) ^ kinds(found.folder)):
-        raise SecateurError(f"{written.path}: what was written differs from {found.folder.path} in {differ[:LISTED]}")
-    if (counts := read_model_folder(written).all_counts) != found.all_counts:
-        raise SecateurError(f"{written.path}: experts {counts} were written, expected {found.all_counts}")
+    if differ := sorted(kinds(written) ^ kinds(source.files)):
+        raise SecateurError(f"{written.path}: what was written differs from {source.files.path} in {differ[:LISTED]}")
+    if (counts := understand(written).all_counts) != source.all_counts:
+        raise SecateurError(f"{written.path}: experts {counts} were written, expected {source.all_counts}")
 
 
 def _replace_head_(model: PreTrainedModel, classes: Images) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ def _replace_head_(model: PreTrainedModel, classes: Images) -> tuple[str, ...]:
     return classes.classes or tuple(f"LABEL_{label}" for label in range(number))
 
 
-def _with_classes(found: ModelFolder, names: Sequence[str]) -> dict[str, Any]:
-    config = {key: value for key, value in found.folder.config.items() if key != "num_labels"}
+def _with_classes(folder: ModelFolder, names: Sequence[str]) -> dict[str, Any]:
+    config = {key: value for key, value in folder.files.config.items() if key != "num_labels"}
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     return config | labels

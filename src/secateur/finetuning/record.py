@@ -17,20 +17,20 @@ from secateur.version import __version__
 FORMAT, VERSION = "secateur-finetune", 1
 
 
-def known(found: ModelFolder, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+def known(folder: ModelFolder, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """What is known before the first step, as JSON."""
     steps = options.num_steps(task.num_items)
     return {
         "format": FORMAT,
         "version": VERSION,
         "secateur": __version__,
-        "name": found.folder.path.resolve().name,
-        "source": str(found.folder.path),
-        "model_type": found.model.model_type,
-        "experts": {str(layer): count for layer, count in found.counts.items()},
+        "name": folder.files.path.resolve().name,
+        "source": str(folder.files.path),
+        "model_type": folder.config.model_type,
+        "experts": {str(layer): count for layer, count in folder.counts.items()},
         "parameters": loaded.num_parameters,
         "trained_parameters": loaded.num_trained,
-        "router_aux_loss": _router_loss(found, options),
+        "router_aux_loss": _router_loss(folder, options),
         "steps": steps,
         "warmup_steps": options.warmup_steps(steps),
         "epochs": steps / options.steps_per_epoch(task.num_items),
@@ -41,11 +41,11 @@ def known(found: ModelFolder, loaded: Loaded, task: Task, options: FinetuneOptio
     }
 
 
-def _router_loss(found: ModelFolder, options: FinetuneOptions) -> dict[str, Any] | None:
+def _router_loss(folder: ModelFolder, options: FinetuneOptions) -> dict[str, Any] | None:
     """The weights of the losses that balance the experts, and who said so; None where there is none."""
     if options.router_aux_loss is not None:
         return {"from": "option", "router_aux_loss": options.router_aux_loss} if options.router_aux_loss else None
-    config = found.model.text
+    config = folder.config.text
     names = ["importance_loss_coef", "load_loss_coef"]
     if getattr(config, "output_router_logits", False):
         names += ["router_aux_loss_coef", "router_z_loss_coef"]

@@ -31,14 +31,14 @@ from secateur.finetuning.trainer import (
     FinetuneLog,
     FinetuneTrainer,
     Progress,
-    Spent,
+    TrainingTime,
     accuracy,
     best_class,
     check_logger,
 )
 from secateur.model_folder.read.modality import Modality, modality_of
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import FINETUNED, read_tensor_files
+from secateur.model_folder.read.tensor_files import FINETUNED
 from secateur.model_folder.rewrite.apply import CARD
 from secateur.train import checkpoints
 from secateur.train.balance import BalanceCallback, attach_balance
@@ -86,27 +86,27 @@ def finetune(
     killed_last = resume and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
     if not killed_last:
         check_target(model, out)
-    found = read_model_folder(read_tensor_files(model))
-    check_trainable(found)
+    folder = read_model_folder(model)
+    check_trainable(folder)
     with only_our_messages():
-        task = TASKS[modality_of(found)](found, options)
-        asked = _asked(found, task, options)
+        task = TASKS[modality_of(folder)](folder, options)
+        asked = _asked(folder, task, options)
         if killed_last:
             return _finished(out, asked, dry_run=dry_run)
-        loaded = _load(found, task, options)
+        loaded = _load(folder, task, options)
         if dry_run:
-            return known(found, loaded, task, options)
+            return known(folder, loaded, task, options)
         if resume and not place_of_work(out, WHAT).is_dir():
             raise SecateurError(f"--resume: nothing was left of a fine-tuning into {out}")
         with work_folder(out, restart=restart, what=WHAT) as work:
             check_target(model, out)  # another process may have been at it until now
             with _kept_for_resume(work):
                 run, checkpoint = _begin(work, asked, resume=resume)
-                record = known(found, loaded, task, options) | _train(
-                    loaded, found, task, options, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
+                record = known(folder, loaded, task, options) | _train(
+                    loaded, folder, task, options, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
                 )
                 with written_beside(out) as beside:
-                    _write_all(loaded, found, work, record, beside)
+                    _write_all(loaded, folder, work, record, beside)
                 work.remove()
     return record
 
@@ -131,9 +131,9 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
     return record
 
 
-def _asked(found: ModelFolder, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+def _asked(folder: ModelFolder, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
-    plain = {"model": found.folder.state, "data": dict(task.about), "options": options.to_json()}
+    plain = {"model": folder.files.state, "data": dict(task.about), "options": options.to_json()}
     asked: dict[str, Any] = json.loads(json.dumps(plain))
     return asked
 
@@ -181,8 +181,8 @@ def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
             raise SecateurError(f"--resume: the {what} is not the one that the run was started with")
 
 
-def _write_all(loaded: Loaded, found: ModelFolder, work: Work, record: Mapping[str, Any], folder: Path) -> None:
-    write(loaded, found, folder)
+def _write_all(loaded: Loaded, source: ModelFolder, work: Work, record: Mapping[str, Any], folder: Path) -> None:
+    write(loaded, source, folder)
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     atomic_write(card, with_section(text, record))
@@ -191,14 +191,14 @@ def _write_all(loaded: Loaded, found: ModelFolder, work: Work, record: Mapping[s
     atomic_write(folder / FINETUNED, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _load(found: ModelFolder, task: Task, options: FinetuneOptions) -> Loaded:
-    loaded = load(found, freeze=options.freeze, new_classes=task.images if options.new_head else None)
-    with _balanced(loaded, found, options):  # what it refuses shows before the training
+def _load(folder: ModelFolder, task: Task, options: FinetuneOptions) -> Loaded:
+    loaded = load(folder, freeze=options.freeze, new_classes=task.images if options.new_head else None)
+    with _balanced(loaded, folder, options):  # what it refuses shows before the training
         return loaded
 
 
 @contextlib.contextmanager
-def _balanced(loaded: Loaded, found: ModelFolder, options: FinetuneOptions) -> Iterator[list[BalanceCallback]]:
+def _balanced(loaded: Loaded, folder: ModelFolder, options: FinetuneOptions) -> Iterator[list[BalanceCallback]]:
     """The balance loss of --router-aux-loss on a model, in place of that of its config."""
     if options.router_aux_loss is None:
         yield []
@@ -212,7 +212,7 @@ def _balanced(loaded: Loaded, found: ModelFolder, options: FinetuneOptions) -> I
         "mixtral",
         blocks=describe_moe(loaded.model).blocks,
         coefficient=options.router_aux_loss,
-        model_type=found.model.text.model_type,
+        model_type=folder.config.text.model_type,
     )
     try:
         yield [BalanceCallback(handle)]
@@ -222,7 +222,7 @@ def _balanced(loaded: Loaded, found: ModelFolder, options: FinetuneOptions) -> I
 
 def _train(
     loaded: Loaded,
-    found: ModelFolder,
+    source: ModelFolder,
     task: Task,
     options: FinetuneOptions,
     folder: Path,
@@ -233,7 +233,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train the model in place; returns what finetune.json says of it."""
     steps = options.num_steps(task.num_items)
-    spent = Spent()
+    spent = TrainingTime()
     log = FinetuneLog(
         task,
         run=run,
@@ -242,7 +242,7 @@ def _train(
         on_progress=on_progress,
     )
     sgd = (torch.optim.SGD, {"lr": options.learning_rate, "momentum": MOMENTUM})
-    with _balanced(loaded, found, options) as balance:
+    with _balanced(loaded, source, options) as balance:
         trainer = FinetuneTrainer(
             spent=spent,
             model=loaded.model,
@@ -263,7 +263,7 @@ def _train(
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
-    sizes = {name: size(one) for name, one in task.evaluation.items()}
+    sizes = {name: size(dataset) for name, dataset in task.evaluation.items()}
     speed = spent.items * task.per_item / spent.seconds if spent.seconds else None
     return {
         "losses": losses(history),

@@ -24,7 +24,7 @@ LENGTH = 512
 IMAGES_ONLY = ("new_head", "augment")
 
 
-def text_task(found: ModelFolder, options: FinetuneOptions) -> Task:
+def text_task(folder: ModelFolder, options: FinetuneOptions) -> Task:
     """The blocks that `options` name, by the model's own tokenizer.
 
     Raises:
@@ -34,32 +34,32 @@ def text_task(found: ModelFolder, options: FinetuneOptions) -> Task:
     for name in IMAGES_ONLY:
         if getattr(options, name):
             raise SecateurError(
-                f"--{name.replace('_', '-')}: a {found.model.model_type!r} model reads text; leave it out"
+                f"--{name.replace('_', '-')}: a {folder.config.model_type!r} model reads text; leave it out"
             )
-    if options.router_aux_loss and found.model.kept:
+    if options.router_aux_loss and folder.config.kept:
         raise SecateurError(
-            f"--router-aux-loss: {found.folder.path} has zero slots in layers {sorted(found.model.kept)}, and a loss "
+            f"--router-aux-loss: {folder.files.path} has zero slots in layers {sorted(folder.config.kept)}, and a loss "
             "that balances experts would count the empty ones; leave it out, or give 0 for none"
         )
-    config = found.model.text
+    config = folder.config.text
     longest = getattr(config, "max_position_embeddings", None)
     length = options.sequence_length or min(LENGTH, longest or LENGTH)
     if longest is not None and length > longest:
         raise SecateurError(f"--sequence-length {length}: the model takes sequences of up to {longest} tokens")
-    tokenizer = load_tokenizer(found.folder.path)
+    tokenizer = load_tokenizer(folder.files.path)
     train = pack_domains(tokenizer, options.data, length, options)
     evaluation = pack_domains(tokenizer, options.eval_data, length, options) if options.eval_data else {}
-    for one in (*train.values(), *evaluation.values()):
-        if (largest := int(one.blocks.max())) >= int(config.vocab_size):
+    for dataset in (*train.values(), *evaluation.values()):
+        if (largest := int(dataset.blocks.max())) >= int(config.vocab_size):
             raise SecateurError(
-                f"{found.folder.path}: its tokenizer makes a token of id {largest}, but its vocabulary is "
+                f"{folder.files.path}: its tokenizer makes a token of id {largest}, but its vocabulary is "
                 f"{config.vocab_size}"
             )
     return Task(
         unit="tokens",
         per_item=length,
-        train=ConcatDataset([BlockDataset(one) for one in train.values()]),
-        evaluation={domain: BlockDataset(one) for domain, one in evaluation.items()},
+        train=ConcatDataset([BlockDataset(dataset) for dataset in train.values()]),
+        evaluation={domain: BlockDataset(dataset) for domain, dataset in evaluation.items()},
         about={"sequence_length": length, "train": _about(train), "eval": _about(evaluation)},
     )
 
@@ -104,11 +104,11 @@ def _pack(
 def _about(domains: Mapping[str, PackedTokens]) -> dict[str, Any]:
     return {
         domain: {
-            "documents": one.num_documents,
-            "sequences": len(one.blocks),
-            "tokens": one.num_tokens,
-            "tokens_left_over": one.num_dropped,
-            "digest": one.digest(),
+            "documents": domain_name.num_documents,
+            "sequences": len(domain_name.blocks),
+            "tokens": domain_name.num_tokens,
+            "tokens_left_over": domain_name.num_dropped,
+            "digest": domain_name.digest(),
         }
-        for domain, one in domains.items()
+        for domain, domain_name in domains.items()
     }

@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass
-class Spent:
+class TrainingTime:
     """What the steps of a run took, those before it was resumed too.
 
     items: sequences or images trained on. seconds: from the begin of a step, when its data is there, to its end.
@@ -39,7 +39,7 @@ class Spent:
 class FinetuneTrainer(ResumableTrainer):
     """Checkpoints hold the weights as they are in memory: a model folder would store some experts one by one."""
 
-    def __init__(self, *, spent: Spent, **arguments: Any) -> None:
+    def __init__(self, *, spent: TrainingTime, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._spent = spent
 
@@ -78,7 +78,9 @@ class FinetuneTrainer(ResumableTrainer):
 class FinetuneLog(TrainerCallback):
     """Stops at a loss that is no number, seals checkpoints, counts training seconds, and tells of progress."""
 
-    def __init__(self, task: Task, *, run: str, steps_per_epoch: int, spent: Spent, on_progress: Progress) -> None:
+    def __init__(
+        self, task: Task, *, run: str, steps_per_epoch: int, spent: TrainingTime, on_progress: Progress
+    ) -> None:
         self._task, self._run, self._steps_per_epoch, self._on_progress = task, run, steps_per_epoch, on_progress
         self._started, self._spent = 0.0, spent
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule, decide
 from secateur.errors import SecateurError
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.read.facts import facts_for_zero_slots
@@ -79,9 +80,7 @@ class Choice:
         return by_criterion or self.allocation == LAEP or bool(self.protect)
 
 
-def decide_plan(
-    source: Source, choice: Choice, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
-) -> Plan:
+def decide_plan(source: Source, choice: Choice, *, on_bytes: OnProgress = silent) -> Plan:
     """The plan that `choice` makes of `source`.
 
     Args:
@@ -166,7 +165,10 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
     never: Mapping[int, list[int]] = {}
     if source.stats is not None:
         loads = source.stats.loads()
-        never = {layer: [expert for expert, load in enumerate(one) if not load] for layer, one in loads.items()}
+        never = {
+            layer: [expert for expert, load in enumerate(layer_loads) if not load]
+            for layer, layer_loads in loads.items()
+        }
     return {
         "criterion": plan.criterion,
         "removed": plan.removed or REROUTE,
@@ -211,7 +213,7 @@ def _for_removal(source: Source, choice: Choice) -> Source:
     return dataclasses.replace(source, facts=facts_for_zero_slots(source.facts, found))
 
 
-def _weights(source: Source, choice: Choice, on_bytes: Callable[[int, int], None]) -> Any:
+def _weights(source: Source, choice: Choice, on_bytes: OnProgress) -> Any:
     needs = find_criterion(choice.criterion).needs
     if isinstance(needs, tuple) or needs == "nothing":
         return None
@@ -244,7 +246,7 @@ def _origin(source: Source, plan: Plan) -> dict[str, JSON]:
     if source.stats is None:
         return more | {"rerouted_share": None}
     loads = source.stats.loads()
-    rerouted = sum(loads[layer][expert] for layer, one in plan.layers.items() for expert in one.dropped)
+    rerouted = sum(loads[layer][expert] for layer, layer_plan in plan.layers.items() for expert in layer_plan.dropped)
     return more | {"data": dict(source.data), "rerouted_share": rerouted / sum(map(sum, loads.values()))}
 
 
@@ -257,16 +259,16 @@ def _check_allocation(source: Source, choice: Choice) -> None:
 
 
 def _check_multiple(choice: Choice, plan: Plan) -> None:
-    for layer, one in plan.layers.items():
-        if one.experts_after % choice.multiple_of:
+    for layer, layer_plan in plan.layers.items():
+        if layer_plan.experts_after % choice.multiple_of:
             raise SecateurError(
-                f"layer {layer} would keep {one.experts_after} of {one.experts_before} experts, expected a multiple of "
-                f"{choice.multiple_of} (--ep)"
+                f"layer {layer} would keep {layer_plan.experts_after} of {layer_plan.experts_before} experts, "
+                f"expected a multiple of {choice.multiple_of} (--ep)"
             )
 
 
 def _check_one_count(source: Source, plan: Plan) -> None:
-    counts = {layer: one.experts_after for layer, one in plan.layers.items()}
+    counts = {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()}
     if source.facts.has_one_count and len(set(counts.values())) > 1:
         raise SecateurError(
             f"keep: layers would have {counts} experts, but those of a {source.facts.model_type!r} are in the text "

@@ -155,7 +155,7 @@ def _foreseen(
         return {"outcome": known, "report": None}
     assert source.found is not None
     plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
-    report = apply_to_model(source.found.folder.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
+    report = apply_to_model(source.found.files.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
                             dry_run=True)  # fmt: skip
     return {"outcome": outcome(source, plan), "report": report}
 
@@ -185,17 +185,18 @@ def _finished(out: Path, source: Source) -> dict[str, Any]:
     }
 
 
-def _without_one_expert(found: ModelFolder, choice: Choice) -> Plan:
+def _without_one_expert(folder: ModelFolder, choice: Choice) -> Plan:
     """Stands in for a plan whose counts data will decide: the least that can be removed, if anything can.
 
     Zero slots need a class of their own, so it has to remove something to show whether the model can have them. Cut
     rows need none, and which counts a router takes is the plan's own affair.
     """
-    kept = found.counts
+    kept = folder.counts
     if choice.removed == ZERO_SLOT:
         kept = {layer: max(1, count - 1) for layer, count in kept.items()}
     layers = {
-        layer: LayerPlan(experts_before=count, order=tuple(range(kept[layer]))) for layer, count in found.counts.items()
+        layer: LayerPlan(experts_before=count, order=tuple(range(kept[layer])))
+        for layer, count in folder.counts.items()
     }
     return Plan(layers=layers, criterion=choice.criterion, removed=choice.removed)
 
@@ -229,8 +230,8 @@ def _asked(
     """All that decides the result, as it comes back from a file."""
     assert source.found is not None
     plain = {
-        "model": source.found.folder.state,
-        "pretrained": None if source.pretrained is None else source.pretrained.folder.state,
+        "model": source.found.files.state,
+        "pretrained": None if source.pretrained is None else source.pretrained.files.state,
         "data": data,
         "choice": dataclasses.asdict(choice),
         "undo": None if undo is None else str(undo.resolve()),

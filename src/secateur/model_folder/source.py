@@ -12,7 +12,6 @@ from secateur.errors import SecateurError
 from secateur.model_folder.measure.adapter import holds_adapter
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.observation.observation import Observation
 from secateur.stats import RouterStats
 
@@ -52,9 +51,7 @@ def read_source(path: Path, model: Path | None = None, pretrained: Path | None =
         raise SecateurError(f"--pretrained {pretrained}: for the folder of a fine-tuned model, but {path} is none")
     if not path.exists():
         raise SecateurError(f"{path}: not there, expected a statistics file or the folder of a model")
-    return of_observation(
-        Observation.load(path), None if model is None else read_model_folder(read_tensor_files(model)), str(path)
-    )
+    return of_observation(Observation.load(path), None if model is None else read_model_folder(model), str(path))
 
 
 def of_folder(path: Path, pretrained: Path | None = None) -> Source:
@@ -63,22 +60,22 @@ def of_folder(path: Path, pretrained: Path | None = None) -> Source:
     Raises:
         SecateurError: neither of the two, a damaged one, or an adapter without `pretrained`.
     """
-    base = None if pretrained is None else read_model_folder(read_tensor_files(pretrained))
+    base = None if pretrained is None else read_model_folder(pretrained)
     if not holds_adapter(path):
-        found = read_model_folder(read_tensor_files(path))
-        return Source(facts=model_facts(found), found=found, finetuned=path, pretrained=base)
+        folder = read_model_folder(path)
+        return Source(facts=model_facts(folder), found=folder, finetuned=path, pretrained=base)
     if base is None:
         raise SecateurError(f"{path}: a LoRA adapter; name the folder of the model that it is for with --pretrained")
     return Source(facts=model_facts(base), finetuned=path, pretrained=base)
 
 
-def of_observation(observation: Observation, found: ModelFolder | None, name: str) -> Source:
+def of_observation(observation: Observation, folder: ModelFolder | None, name: str) -> Source:
     """Statistics and the model they are of; `name` is theirs, for messages.
 
     Raises:
         SecateurError: nothing says which model that is, or it is not the model of `found`.
     """
-    known = None if found is None else model_facts(found)
+    known = None if folder is None else model_facts(folder)
     told = observation.model
     if known is None and told is None:
         raise SecateurError(f"{name}: it does not say which model the statistics are of; name its folder with --model")
@@ -91,16 +88,16 @@ def of_observation(observation: Observation, found: ModelFolder | None, name: st
     assert model is not None
     # An observation checks its own facts; those of a folder are compared here.
     observation = Observation(stats=observation.stats, model=model, data=observation.data)
-    return Source(facts=model, stats=observation.stats, data=observation.data, found=found)
+    return Source(facts=model, stats=observation.stats, data=observation.data, found=folder)
 
 
 def of_loads(loads: Mapping[int, Sequence[float]], model: Path) -> Source:
     """Tokens of each expert in a training run, and the model that it left."""
-    found = read_model_folder(read_tensor_files(model))
-    known = model_facts(found)
-    counts = {layer: [int(count) for count in one] for layer, one in loads.items()}
+    folder = read_model_folder(model)
+    known = model_facts(folder)
+    counts = {layer: [int(count) for count in layer_loads] for layer, layer_loads in loads.items()}
     num_tokens = sum(map(sum, counts.values())) // (known.top_k * max(len(counts), 1))
-    return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), found, "loads")
+    return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), folder, "loads")
 
 
 def _counts(model: ModelFacts) -> str:

@@ -54,7 +54,9 @@ class ActivationObserver:
         self.layers = {layer: LayerObserver(block) for layer, block in moe.blocks.items()}
         if moe.model.main_input_name == "pixel_values":
             self._handles = [
-                handle for layer, one in self.layers.items() for handle in _around(moe.blocks[layer].block, one)
+                handle
+                for layer, layer_observer in self.layers.items()
+                for handle in _around(moe.blocks[layer].block, layer_observer)
             ]
         else:
             self._handles = [
@@ -68,25 +70,25 @@ class ActivationObserver:
         Raises:
             SecateurError: a layer recorded nothing, or an output or gate was not finite.
         """
-        return RouterStats(layers={layer: one.read() for layer, one in self.layers.items()})
+        return RouterStats(layers={layer: layer_observer.read() for layer, layer_observer in self.layers.items()})
 
     def detach(self) -> None:
         """Leave the model as it was found."""
         for handle in self._handles:
             handle.remove()
-        for one in self.layers.values():
-            one.detach()
+        for layer_observer in self.layers.values():
+            layer_observer.detach()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training:
             return
         _, mask = tokens_and_mask(self._signature, args, kwargs)
-        for one in self.layers.values():
-            one.start(mask)
+        for layer_observer in self.layers.values():
+            layer_observer.start(mask)
 
     def _end(self, *_: Any) -> None:
-        for one in self.layers.values():
-            one.stop()
+        for layer_observer in self.layers.values():
+            layer_observer.stop()
 
 
 class LayerObserver:

@@ -71,7 +71,7 @@ class LoadCounter:
     def load(self, stats: RouterStats) -> None:
         """Continue from counts that `read` gave, e.g. after a restart in the middle of a window."""
         device = next(self._model.parameters()).device
-        self._counts = {layer: one.token_count.to(device) for layer, one in stats.layers.items()}
+        self._counts = {layer: layer_stats.token_count.to(device) for layer, layer_stats in stats.layers.items()}
         tokens = next(iter(stats.layers.values())).num_tokens
         self._num_tokens = torch.tensor(tokens, dtype=torch.int64, device=device)
 

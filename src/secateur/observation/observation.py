@@ -26,7 +26,7 @@ class Observation:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        found = {layer: one.num_experts for layer, one in self.stats.layers.items()}
+        found = {layer: layer_stats.num_experts for layer, layer_stats in self.stats.layers.items()}
         if self.model is not None and found != dict(self.model.num_experts):
             raise SecateurError(f"statistics of experts {found}, expected those of the model: {self.model.num_experts}")
 

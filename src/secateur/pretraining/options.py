@@ -208,7 +208,7 @@ class PretrainOptions:
         Raises:
             SecateurError: the settings are not those of this release.
         """
-        known = {one.name for one in fields(cls)}
+        known = {option.name for option in fields(cls)}
         if set(data) != known:
             raise SecateurError(
                 f"the saved configuration is not of this release: unknown settings {sorted(set(data) - known)}, "

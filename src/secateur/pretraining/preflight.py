@@ -144,9 +144,11 @@ def _limits(options: PretrainOptions, moe: MoEModel) -> list[dict[int, LayerLimi
         ranks = math.lcm(options.ep, options.rearrange_ranks or 1)
         return [
             moe.limits(
-                multiple_of=math.lcm(one.multiple_of, ranks), min_experts=one.min_experts, max_experts=one.max_experts
+                multiple_of=math.lcm(pruning.multiple_of, ranks),
+                min_experts=pruning.min_experts,
+                max_experts=pruning.max_experts,
             )
-            for one in options.prunings()
+            for pruning in options.prunings()
         ]
     except SecateurError as error:
         raise SecateurError(

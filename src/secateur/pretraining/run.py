@@ -185,7 +185,9 @@ def _train(
     _save_model(folder, model, data.tokenizer)
     if launch.is_main():
         folder.whole_plan().save(folder.plan)
-        write_json(folder.summary, run_summary(options, folder, sum(one.numel() for one in model.parameters())))
+        write_json(
+            folder.summary, run_summary(options, folder, sum(parameter.numel() for parameter in model.parameters()))
+        )
 
 
 def _last_checkpoint(folder: RunFolder, run: str) -> str | None:

@@ -23,17 +23,19 @@ def check_plan_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, 
         raise SecateurError("plan: its steps mean different things by removing an expert; apply them one after another")
     if plan.leaves_zero_slots:
         min_experts = num_groups = 1
-    for layer, one in plan.layers.items():
+    for layer, layer_plan in plan.layers.items():
         if layer not in counts:
             raise SecateurError(f"plan: layer {layer} is not a MoE layer; MoE layers are {sorted(counts)}")
         found = counts[layer]
-        if one.experts_before != found:
-            raise SecateurError(f"plan: layer {layer} is for {one.experts_before} experts, the model has {found}")
-        if one.experts_after < min_experts:
+        if layer_plan.experts_before != found:
             raise SecateurError(
-                f"plan: layer {layer} keeps {one.experts_after} experts, its router needs {min_experts}"
+                f"plan: layer {layer} is for {layer_plan.experts_before} experts, the model has {found}"
             )
-        _check_groups(layer, one, num_groups)
+        if layer_plan.experts_after < min_experts:
+            raise SecateurError(
+                f"plan: layer {layer} keeps {layer_plan.experts_after} experts, its router needs {min_experts}"
+            )
+        _check_groups(layer, layer_plan, num_groups)
 
 
 def check_reroutes(plan: Plan) -> None:
@@ -49,12 +51,14 @@ def check_reroutes(plan: Plan) -> None:
         )
 
 
-def _check_groups(layer: int, one: LayerPlan, num_groups: int) -> None:
+def _check_groups(layer: int, layer_plan: LayerPlan, num_groups: int) -> None:
     if num_groups == 1:
         return
-    size_before, size_after = one.experts_before // num_groups, one.experts_after // num_groups
-    groups = [old // size_before for old in one.order]
-    if one.experts_after % num_groups or groups != [new // size_after for new in range(one.experts_after)]:
+    size_before, size_after = layer_plan.experts_before // num_groups, layer_plan.experts_after // num_groups
+    groups = [old // size_before for old in layer_plan.order]
+    if layer_plan.experts_after % num_groups or groups != [
+        new // size_after for new in range(layer_plan.experts_after)
+    ]:
         raise SecateurError(
             f"plan: layer {layer} has {num_groups} router groups; each must keep the same number of its own experts, "
             f"found the groups {groups} in the new order"

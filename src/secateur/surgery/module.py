@@ -82,28 +82,34 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | N
         SecateurError: the plan does not fit the model, or no rule covers the optimizer's state; nothing was changed.
     """
     check_plan(moe, plan)
-    changed = {layer: one for layer, one in plan.layers.items() if one.order != tuple(range(one.experts_before))}
+    changed = {
+        layer: layer_plan
+        for layer, layer_plan in plan.layers.items()
+        if layer_plan.order != tuple(range(layer_plan.experts_before))
+    }
     replacements: list[Replacement] = []
     new_tensors: list[tuple[nn.Module, str, torch.Tensor]] = []
-    for layer, one in changed.items():
+    for layer, layer_plan in changed.items():
         for spec in moe.blocks[layer].tensors:
             owner, key = locate(moe.model, spec)
             old = getattr(owner, key)
             if is_sharded(old):
                 raise SecateurError(f"{spec.name} is sharded over ranks; prune it with LAEP or prune_sharded_model_")
-            value = gather(old.detach(), spec, one.order, one.experts_before)
+            value = gather(old.detach(), spec, layer_plan.order, layer_plan.experts_before)
             if isinstance(old, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=old.requires_grad)
                 value.__dict__.update(vars(old))
                 replacements.append(
-                    Replacement(old=old, new=value, spec=spec, order=one.order, num_experts=one.experts_before)
+                    Replacement(
+                        old=old, new=value, spec=spec, order=layer_plan.order, num_experts=layer_plan.experts_before
+                    )
                 )
             new_tensors.append((owner, key, value))
     if optimizer is not None:
         replace_parameters_(optimizer, replacements)
     for owner, key, value in new_tensors:
         replace_tensor_(owner, key, value)
-    counts = moe.counts | {layer: one.experts_after for layer, one in plan.layers.items()}
+    counts = moe.counts | {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()}
     set_counts_(moe, counts)
     return describe_moe(moe.model, moe.layout)
 

@@ -35,15 +35,17 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
     undo: list[Callable[[], Any]] = []
     modules = dict(moe.model.named_modules())
     try:
-        for layer, one in plan.layers.items():
+        for layer, layer_plan in plan.layers.items():
             block = moe.blocks[layer]
             for spec in router_tensors(block):
-                undo += _bar(modules, block, spec, one)
+                undo += _bar(modules, block, spec, layer_plan)
             for (name, key), value in moe.layout.attributes.items():
                 if layer_of(name) == layer and not f"{name}.".startswith(f"{block.name}.experts."):
                     undo.append(functools.partial(setattr, modules[name], key, getattr(modules[name], key)))
-                    setattr(modules[name], key, value.at(one.experts_after))
-            hook = block.experts.register_forward_pre_hook(_old_ids(block, one.order), with_kwargs=True, prepend=True)
+                    setattr(modules[name], key, value.at(layer_plan.experts_after))
+            hook = block.experts.register_forward_pre_hook(
+                _old_ids(block, layer_plan.order), with_kwargs=True, prepend=True
+            )
             undo.append(hook.remove)
         yield
     finally:
@@ -51,7 +53,9 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
             step()
 
 
-def _bar(modules: dict[str, nn.Module], block: MoEBlock, spec: ExpertTensor, one: LayerPlan) -> list[Callable[[], Any]]:
+def _bar(
+    modules: dict[str, nn.Module], block: MoEBlock, spec: ExpertTensor, layer_plan: LayerPlan
+) -> list[Callable[[], Any]]:
     """Swap the rows of one router tensor while the block runs: FSDP2 has it whole on the module then, and only then."""
     path, _, key = spec.name.rpartition(".")
     owner = modules[path]
@@ -59,7 +63,7 @@ def _bar(modules: dict[str, nn.Module], block: MoEBlock, spec: ExpertTensor, one
     whole: list[Tensor] = []
 
     def bar(module: nn.Module, args: Any) -> None:
-        index = row_index(one.order, one.experts_before, spec, device=store[key].device)
+        index = row_index(layer_plan.order, layer_plan.experts_before, spec, device=store[key].device)
         rows = store[key].detach().index_select(spec.dim, index)
         whole.append(store[key])
         store[key] = nn.Parameter(rows, requires_grad=False) if key in owner._parameters else rows

@@ -40,13 +40,15 @@ def remove_into_zero_slots_(model: nn.Module, plan: Plan) -> None:
     if not kept:
         return
     new_tensors: list[tuple[nn.Module, str, Tensor]] = []
-    for layer, one in plan.layers.items():
+    for layer, layer_plan in plan.layers.items():
         routers = router_tensors(moe.blocks[layer])
         for spec in (spec for spec in moe.blocks[layer].tensors if spec not in routers):
             owner, key = locate(moe.model, spec)
             if is_sharded(getattr(owner, key)):
                 raise SecateurError(f"{spec.name} is sharded over ranks; expected a whole model")
-            new_tensors.append((owner, key, gather(getattr(owner, key), spec, one.order, one.experts_before)))
+            new_tensors.append(
+                (owner, key, gather(getattr(owner, key), spec, layer_plan.order, layer_plan.experts_before))
+            )
     try:
         skip_removed_(moe.model, moe.layout, moe.slots, kept)
     except ValueError as error:

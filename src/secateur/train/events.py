@@ -89,7 +89,9 @@ class PruneEvent:
     def rerouted_share(self) -> float:
         """Share of all routed tokens, over all layers, whose expert went."""
         total = sum(sum(loads) for loads in self.loads.values())
-        gone = sum(self.loads[layer][old] for layer, one in self.layers.items() for old in one.dropped)
+        gone = sum(
+            self.loads[layer][old] for layer, layer_observer in self.layers.items() for old in layer_observer.dropped
+        )
         return gone / total
 
     def describe(self) -> str:
@@ -113,12 +115,17 @@ class PruneEvent:
         """JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         placed = self.placement
-        placement = None if placed is None else {str(layer): asdict(one) for layer, one in placed.items()}
+        placement = (
+            None if placed is None else {str(layer): asdict(placed_layer) for layer, placed_layer in placed.items()}
+        )
         return fields | {
             "plan": self.plan.to_json(),
             "placement": placement,
             "loads": {str(layer): list(loads) for layer, loads in self.loads.items()},
-            "layers": {str(layer): asdict(one) | {"dropped": list(one.dropped)} for layer, one in self.layers.items()},
+            "layers": {
+                str(layer): asdict(layer_observer) | {"dropped": list(layer_observer.dropped)}
+                for layer, layer_observer in self.layers.items()
+            },
             "memory_before": asdict(self.memory_before),
             "memory_after": asdict(self.memory_after),
             "experts_before": self.experts_before,
@@ -135,7 +142,8 @@ class PruneEvent:
             **fields
             | {
                 "plan": Plan.from_json(data["plan"]),
-                "placement": placement and {int(layer): LayerPlacement(**one) for layer, one in placement.items()},
+                "placement": placement
+                and {int(layer): LayerPlacement(**placed_layer) for layer, placed_layer in placement.items()},
                 "loads": {int(layer): loads for layer, loads in data["loads"].items()},
                 "layers": {
                     int(layer): LayerEvent(**{**one, "dropped": tuple(one["dropped"])})
@@ -150,12 +158,12 @@ class PruneEvent:
 def layer_events(plan: Plan, stats: RouterStats) -> dict[int, LayerEvent]:
     """What `plan` does to each layer, with the share of the loads in `stats` that it re-routes."""
     events = {}
-    for layer, one in plan.layers.items():
+    for layer, layer_plan in plan.layers.items():
         loads = stats.layers[layer].token_count
-        dropped = list(one.dropped)
+        dropped = list(layer_plan.dropped)
         events[layer] = LayerEvent(
-            experts_before=one.experts_before,
-            experts_after=one.experts_after,
+            experts_before=layer_plan.experts_before,
+            experts_after=layer_plan.experts_after,
             dropped=tuple(dropped),
             rerouted_share=float(loads[dropped].sum() / loads.sum()),
         )

@@ -254,7 +254,9 @@ class LAEP:
         before, parameters_before = self._memory(), self.moe.num_parameters
         difference = self._apply(plan)
         if pruning is None:
-            self._watch.after_rearrangement(self.moe, {layer: one.order for layer, one in plan.layers.items()})
+            self._watch.after_rearrangement(
+                self.moe, {layer: layer_plan.order for layer, layer_plan in plan.layers.items()}
+            )
         else:
             self._watch.after_pruning(self.moe)
         self.plan = self.plan.compose(plan)

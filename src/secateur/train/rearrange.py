@@ -55,9 +55,9 @@ def rearranged(
         SecateurError: see `placement.place`.
     """
     layers, placements = {}, {}
-    for layer, one in plan.layers.items():
-        kept = [loads[layer][old] for old in one.order]
-        only_moves = not one.dropped
+    for layer, layer_plan in plan.layers.items():
+        kept = [loads[layer][old] for old in layer_plan.order]
+        only_moves = not layer_plan.dropped
         found: Placement = place(
             kept,
             num_ranks,
@@ -67,14 +67,14 @@ def rearranged(
             current=list(range(len(kept))) if only_moves else None,
             tolerance=rule.tolerance if only_moves else None,
         )
-        order = tuple(one.order[place] for place in found.order)
-        layers[layer] = LayerPlan(experts_before=one.experts_before, order=order)
+        order = tuple(layer_plan.order[place] for place in found.order)
+        layers[layer] = LayerPlan(experts_before=layer_plan.experts_before, order=order)
         placements[layer] = LayerPlacement(
             num_ranks=num_ranks,
             balance_before=balance(rank_loads(kept, range(len(kept)), num_ranks)),
             balance_after=found.balance,
             over_bound=found.over_bound,
-            moved=_moved(order, one.experts_before, num_ranks),
+            moved=_moved(order, layer_plan.experts_before, num_ranks),
         )
     return Plan(
         layers=layers, criterion=plan.criterion, details=plan.details, stats_digest=plan.stats_digest

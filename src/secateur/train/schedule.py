@@ -60,7 +60,7 @@ def as_prunings(
     if given:
         raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {given}")
     for name in ("at_step", "at_tokens"):
-        times = [getattr(one, name) for one in prunings if getattr(one, name) is not None]
+        times = [getattr(pruning, name) for pruning in prunings if getattr(pruning, name) is not None]
         if times != sorted(set(times)):
             raise SecateurError(f"the prunings' {name} must increase, found {times}")
     return tuple(prunings)

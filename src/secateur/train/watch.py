@@ -84,7 +84,7 @@ class LoadWatch:
         if not self._windows:
             return None
         loads = self._windows[-1].loads().values()
-        return sum(max(one) * len(one) / sum(one) for one in loads) / len(loads)
+        return sum(max(layer_loads) * len(layer_loads) / sum(layer_loads) for layer_loads in loads) / len(loads)
 
     def detach(self) -> None:
         """Remove all hooks from the model."""

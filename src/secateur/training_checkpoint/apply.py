@@ -13,6 +13,7 @@ from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.progress import OnProgress, counted, silent
 from secateur.plans import JSON, Plan
 from secateur.surgery.config_json import MODULE, has_expert_count, with_counts
 from secateur.surgery.fits import check_reroutes
@@ -67,7 +68,7 @@ def apply_to_checkpoint(
     naming: Naming | None = None,
     expert_parallel: int = 1,
     dry_run: bool = False,
-    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    on_bytes: OnProgress = silent,
 ) -> dict[str, JSON]:
     """Write `source` with the experts that `plan` keeps, in its order, to the new folder `out`.
 
@@ -92,7 +93,7 @@ def apply_to_checkpoint(
     check_reroutes(plan)
     parts = _parts(source, naming, plan)
     counts_before = _joint_counts(parts)
-    counts_after = counts_before | {layer: one.experts_after for layer, one in plan.layers.items()}
+    counts_after = counts_before | {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()}
     for layer, count in counts_after.items():
         if count % expert_parallel:
             raise SecateurError(
@@ -208,14 +209,8 @@ def _with_earlier_plan(source: Path, plan: Plan) -> Plan:
     return Plan.load(earlier).compose(plan) if earlier.is_file() else plan
 
 
-def _write_parts(parts: list[Part], beside: Path, on_bytes: Callable[[int, int], None]) -> None:
-    total, done = sum(part.bytes_after for part in parts), 0
-
-    def more(count: int) -> None:
-        nonlocal done
-        done += count
-        on_bytes(done, total)
-
+def _write_parts(parts: list[Part], beside: Path, on_bytes: OnProgress) -> None:
+    on_chunk = counted(sum(part.bytes_after for part in parts), on_bytes)
     for part in parts:
         (beside / part.folder).mkdir(parents=True, exist_ok=True)
-        FORMATS[part.format].write(part.stored, part.survey.changes, beside / part.folder, more)
+        FORMATS[part.format].write(part.stored, part.survey.changes, beside / part.folder, on_chunk)

@@ -146,12 +146,12 @@ def _counts(stored: StoredCheckpoint, naming: Naming, entries: Mapping[str, Entr
 def _check_plan(plan: Plan, counts: Mapping[int, int], entries: Mapping[str, Entry]) -> None:
     roles = {(entry.section, entry.layer, entry.role) for entry in entries.values()}
     has_model = any(entry.section == "model" and entry.role for entry in entries.values())
-    for layer, one in plan.layers.items():
+    for layer, layer_plan in plan.layers.items():
         if layer not in counts:
             raise SecateurError(f"plan: layer {layer} is not a MoE layer; MoE layers are {sorted(counts)}")
-        if one.experts_before != counts[layer]:
+        if layer_plan.experts_before != counts[layer]:
             raise SecateurError(
-                f"plan: layer {layer} is for {one.experts_before} experts, the checkpoint has {counts[layer]}"
+                f"plan: layer {layer} is for {layer_plan.experts_before} experts, the checkpoint has {counts[layer]}"
             )
         for role in ("expert", "router") if has_model else ():
             if ("model", layer, role) not in roles:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from secateur.files.atomic import refused_by_the_disk
+from secateur.files.progress import OnChunk
 from secateur.training_checkpoint.changes import Change
 from secateur.training_checkpoint.pieces import Piece, files, new_rows, new_shape, pieces
 from secateur.training_checkpoint.rows import read_bytes
@@ -53,7 +54,7 @@ def write_dcp(
     stored: StoredCheckpoint,
     changes: Mapping[str, Change],
     folder: Path,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_chunk: OnChunk = lambda _: None,
 ) -> None:
     """A torch.distributed.checkpoint folder of the changed tensors and of all other entries as they are.
 
@@ -88,9 +89,9 @@ def write_dcp(
 
     def resolve(index: MetadataIndex) -> Tensor | io.BytesIO:
         if index.fqn in stored.blobs:
-            on_bytes(stored.blobs[index.fqn].length)
+            on_chunk(stored.blobs[index.fqn].length)
             return io.BytesIO(read_bytes(stored.blobs[index.fqn]))
-        on_bytes(parts[index].num_bytes)
+        on_chunk(parts[index].num_bytes)
         return new_rows(stored.tensors[index.fqn], changes.get(index.fqn), parts[index])
 
     # copy ahead 0: on a machine with a GPU the writer would otherwise fetch tensors ahead of writing them
@@ -111,7 +112,7 @@ def write_shards(
     stored: StoredCheckpoint,
     changes: Mapping[str, Change],
     folder: Path,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_chunk: OnChunk = lambda _: None,
 ) -> None:
     """The same as files of transformers' distributed save, one for each rank that there might have been.
 
@@ -130,4 +131,4 @@ def write_shards(
             save_file(tensors, path, metadata=about)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        on_bytes(sum(piece.num_bytes for piece in group))
+        on_chunk(sum(piece.num_bytes for piece in group))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.progress import OnProgress, counted, silent
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite.compare import differences
 from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.plans import Plan, layer_plan
@@ -35,7 +34,7 @@ def verify_model(
     num_tokens: int = 32,
     text: Path | None = None,
     seed: int = 0,
-    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    on_bytes: OnProgress = silent,
 ) -> list[Check]:
     """Compare a pruned folder with the source it was made from.
 
@@ -53,42 +52,38 @@ def verify_model(
     from secateur.model_folder.checks.sample import applied_plan
 
     plan, mtp = applied_plan(pruned)
-    before, after = read_model_folder(read_tensor_files(source)), read_model_folder(read_tensor_files(pruned))
-    without = before.mtp if mtp == "drop" else frozenset()
+    before, after = read_model_folder(source), read_model_folder(pruned)
+    left_out = before.mtp if mtp == "drop" else frozenset()
     counts = _counts(before, after, plan)
     if not counts.passed:
         return [counts]
-    return [counts, _bytes(before, after, plan, without, on_bytes), *_run(before, after, plan, num_tokens, text, seed)]
+    return [counts, _bytes(before, after, plan, left_out, on_bytes), *_run(before, after, plan, num_tokens, text, seed)]
 
 
 def _counts(before: ModelFolder, after: ModelFolder, plan: Plan) -> Check:
     expected = {layer: layer_plan(plan, before.all_counts, layer).experts_after for layer in before.counts}
-    wrong_plan = [layer for layer, one in plan.layers.items() if before.all_counts.get(layer) != one.experts_before]
+    wrong_plan = [
+        layer for layer, layer_plan in plan.layers.items() if before.all_counts.get(layer) != layer_plan.experts_before
+    ]
     kept = kept_slots(before, plan) if plan.leaves_zero_slots and not wrong_plan else {}
     slots = before.slots if plan.leaves_zero_slots else expected
-    passed = not wrong_plan and (expected, kept, slots) == (dict(after.counts), dict(after.model.kept), after.slots)
+    passed = not wrong_plan and (expected, kept, slots) == (dict(after.counts), dict(after.config.kept), after.slots)
     detail = f"{sum(expected.values())} experts in {len(expected)} layers"
     detail += f", of {sum(slots.values())} slots" if kept else ""
     if wrong_plan:
         detail = f"the plan is for another source, layers {wrong_plan}"
     elif not passed:
-        detail = f"found {dict(after.counts)}" + (f" at the slots {dict(after.model.kept)}" if kept else "")
+        detail = f"found {dict(after.counts)}" + (f" at the slots {dict(after.config.kept)}" if kept else "")
     claim = "every layer has the experts that the plan keeps, and config.json says so"
     return Check(claim=claim, passed=passed, detail=detail)
 
 
 def _bytes(
-    before: ModelFolder, after: ModelFolder, plan: Plan, without: frozenset[str], on_bytes: Callable[[int, int], None]
+    before: ModelFolder, after: ModelFolder, plan: Plan, left_out: frozenset[str], on_bytes: OnProgress
 ) -> Check:
-    total, done = after.folder.num_bytes, 0
-
-    def more(count: int) -> None:
-        nonlocal done
-        done += count
-        on_bytes(done, total)
-
-    found = [str(one) for one in differences(before, after, plan, without, on_bytes=more)]
-    detail = f"{len(after.folder.tensors)} tensors, {in_words(done)}"
+    on_chunk = counted(after.files.num_bytes, on_bytes)
+    found = [str(difference) for difference in differences(before, after, plan, left_out, on_chunk=on_chunk)]
+    detail = f"{len(after.files.tensors)} tensors, {in_words(after.files.num_bytes)}"
     if found:
         detail = f"{len(found)} tensors are not: " + "; ".join(found[:SHOWN])
     return Check(claim="every kept tensor equals its source byte for byte", passed=not found, detail=detail)
@@ -109,13 +104,13 @@ def _run(
     reason = "--tokens 0" if num_tokens == 0 else why_not_loaded(before)
     if reason is not None:
         return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
-    sample = sample_for(before.folder.path, before, num_tokens, text, seed)
+    sample = sample_for(before.files.path, before, num_tokens, text, seed)
     try:
-        expected = logits_without_dropped(before.folder.path, before, plan, sample)
+        expected = logits_without_dropped(before.files.path, before, plan, sample)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise SecateurError(f"{before.folder.path}: the source itself cannot be run ({error})"[:500]) from error
+        raise SecateurError(f"{before.files.path}: the source itself cannot be run ({error})"[:500]) from error
     try:
-        model, problems = load(after.folder.path, after)
+        model, problems = load(after.files.path, after)
         found = logits_of(model, sample)
         said = generated(model, sample)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure

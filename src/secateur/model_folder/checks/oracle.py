@@ -22,37 +22,37 @@ RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the ro
 
 
 @contextmanager
-def without_dropped(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[None]:
+def without_dropped(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterator[None]:
     """While it lasts, the loaded source computes what the model that `plan` makes of it must compute.
 
     The two agree bit for bit where the experts keep their order; if not, sums are taken in another one.
     """
-    with (silenced if plan.leaves_zero_slots else barred)(model, survey, plan):
+    with (silenced if plan.leaves_zero_slots else barred)(model, folder, plan):
         yield
 
 
 @contextmanager
-def silenced(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[None]:
+def silenced(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterator[None]:
     """While it lasts, the routers choose as ever, and what they send to an expert that `plan` drops is 0.
 
     The experts run on all else, each token-slot as a token of its own: to set gates to 0 is the same function, but
     activations of other shapes round otherwise.
     """
     with ExitStack() as stack:
-        for layer, experts in _experts(text_model(model, survey), survey).items():
-            slots = survey.model.kept.get(layer, tuple(range(survey.slots[layer])))
-            gone = [slots[old] for old in layer_plan(plan, survey.all_counts, layer).dropped]
+        for layer, experts in _experts(text_model(model, folder), folder).items():
+            slots = folder.config.kept.get(layer, tuple(range(folder.slots[layer])))
+            gone = [slots[old] for old in layer_plan(plan, folder.all_counts, layer).dropped]
             vars(experts)["forward"] = _without(gone, experts.forward)
             stack.callback(vars(experts).pop, "forward")
         yield
 
 
-def _experts(text: PreTrainedModel, survey: ModelFolder) -> dict[int, nn.Module]:
+def _experts(text: PreTrainedModel, folder: ModelFolder) -> dict[int, nn.Module]:
     """{layer: its `experts` module} of the MoE layers."""
     return {
         layer: module
         for name, module in text.named_modules()
-        if name.endswith(".experts") and (layer := layer_of(name)) is not None and layer in survey.counts
+        if name.endswith(".experts") and (layer := layer_of(name)) is not None and layer in folder.counts
     }
 
 
@@ -78,15 +78,15 @@ def _without(gone: list[int], forward: Callable[..., Tensor]) -> Callable[..., T
 
 
 @contextmanager
-def barred(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[None]:
+def barred(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterator[None]:
     """While it lasts, the routers of the loaded source cannot choose an expert that `plan` drops.
 
     Layers that the model does not have, such as multi-token-prediction layers, are passed over.
     """
-    layers = {layer: layer_plan(plan, survey.all_counts, layer) for layer in survey.counts}
-    text = text_model(model, survey)
+    layers = {layer: layer_plan(plan, folder.all_counts, layer) for layer in folder.counts}
+    text = text_model(model, folder)
     with ExitStack() as stack:
-        if survey.model.text.model_type == RUNS_EVERY_EXPERT:
+        if folder.config.text.model_type == RUNS_EVERY_EXPERT:
             for name, module in text.named_modules():
                 layer = layer_of(name)
                 if name.endswith(".router") and layer in layers:
@@ -98,15 +98,15 @@ def barred(model: PreTrainedModel, survey: ModelFolder, plan: Plan) -> Iterator[
 
 
 @contextmanager
-def _barred_router(router: nn.Module, one: LayerPlan) -> Iterator[None]:
+def _barred_router(router: nn.Module, layer_plan: LayerPlan) -> Iterator[None]:
     """A router that gives (scores (T, E), logits (T, E)): it sees the kept rows, the others score 0."""
     weight = router.weight
     assert isinstance(weight, nn.Parameter)
-    kept = torch.tensor(one.order, device=weight.device)
+    kept = torch.tensor(layer_plan.order, device=weight.device)
 
     def spread(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return tuple(
-            value.new_full((len(value), one.experts_before), fill).index_copy_(1, kept, value)
+            value.new_full((len(value), layer_plan.experts_before), fill).index_copy_(1, kept, value)
             for value, fill in zip(output, (0.0, float("-inf")), strict=True)
         )
 

@@ -22,16 +22,16 @@ NEW_TOKENS = 4  # that the pruned model generates
 ROUNDING = 1e-4  # of the largest logit, where experts changed places and sums are taken in another order
 
 
-def sample_for(folder: Path, survey: ModelFolder, num_tokens: int, text: Path | None, seed: int) -> Tensor:
+def sample_for(folder: Path, source: ModelFolder, num_tokens: int, text: Path | None, seed: int) -> Tensor:
     """What the models are run on: (1, num_tokens) token ids, of a text through the folder's tokenizer or random ones.
 
     For a model of images, the random pixels of as many images as it takes to have `num_tokens` patches.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = survey.model.text
-    if survey.model.model_class.main_input_name == "pixel_values":
+    config = source.config.text
+    if source.config.model_class.main_input_name == "pixel_values":
         if text is not None:
-            raise SecateurError(f"--text {text}: a {survey.model.model_type!r} model reads images; leave it out")
+            raise SecateurError(f"--text {text}: a {source.config.model_type!r} model reads images; leave it out")
         num_images = -(-num_tokens // (config.image_size // config.patch_size) ** 2)
         shape = (num_images, config.num_channels, config.image_size, config.image_size)
         return torch.randn(shape, generator=generator)
@@ -51,10 +51,10 @@ def _text_of(path: Path) -> str:
         raise SecateurError(f"--text {path}: not UTF-8 ({error})") from error
 
 
-def logits_without_dropped(folder: Path, survey: ModelFolder, plan: Plan, sample: Tensor) -> Tensor:
+def logits_without_dropped(folder: Path, source: ModelFolder, plan: Plan, sample: Tensor) -> Tensor:
     """Logits of the source without the experts that the plan drops, in the plan's meaning of that."""
-    model, _ = load(folder, survey)
-    with without_dropped(model, survey, plan):
+    model, _ = load(folder, source)
+    with without_dropped(model, source, plan):
         logits = logits_of(model, sample)
     del model
     gc.collect()

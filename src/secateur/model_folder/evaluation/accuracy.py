@@ -42,7 +42,7 @@ def _among_best(logits: Tensor, labels: Tensor, number: int) -> Tensor:
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def summary(found: Scores) -> dict[str, Any]:
@@ -62,21 +62,25 @@ def difference(found: Scores, reference: Scores, *, seed: int = 0) -> dict[str, 
 def as_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The results of several models as a table, its head first."""
     has_top5 = "top5_accuracy" in models[0]
-    has_members = any(one["members"] for one in models)
+    has_members = any(model["members"] for model in models)
     head = ["model", "accuracy", *(["top 5"] if has_top5 else []), "cross entropy"]
     head += ["a member's accuracy"] if has_members else []
     head += ["images/s", "GFLOP/image", "parameters"]
     head += ["accuracy minus the first (95 % range)"] if len(models) > 1 else []
     rows = [head]
-    for one in models:
-        row = [one["path"], _percent(one["accuracy"], one["accuracy_standard_error"])]
-        row += [_percent(one["top5_accuracy"])] if has_top5 else []
-        row.append(f"{one['cross_entropy']:.4f}")
+    for model in models:
+        row = [model["path"], _percent(model["accuracy"], model["accuracy_standard_error"])]
+        row += [_percent(model["top5_accuracy"])] if has_top5 else []
+        row.append(f"{model['cross_entropy']:.4f}")
         if has_members:
-            row.append(_percent(one["members"]["accuracy"]) if one["members"] else "")
-        row += [f"{one['images_per_second']:.0f}", f"{one['flops_per_image'] / 1e9:.4g}", f"{one['parameters']:,}"]
+            row.append(_percent(model["members"]["accuracy"]) if model["members"] else "")
+        row += [
+            f"{model['images_per_second']:.0f}",
+            f"{model['flops_per_image'] / 1e9:.4g}",
+            f"{model['parameters']:,}",
+        ]
         if len(models) > 1:
-            row.append(_difference(one["difference"]))
+            row.append(_difference(model["difference"]))
         rows.append(row)
     return rows
 

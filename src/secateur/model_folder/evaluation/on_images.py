@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.evaluation.accuracy import Scores, difference, joined, scores, summary
 from secateur.model_folder.measure.image_batches import ImageBatches, batches_for
 from secateur.model_folder.measure.on_images import check_fits_in_memory, loaded
 from secateur.model_folder.read.modality import class_names
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.models.vmoe.flops import flops_per_image
 from secateur.models.vmoe.modeling import VMoEForImageClassification
-
-Progress = Callable[[int, int], None]
 
 
 def evaluate_images(
@@ -34,7 +32,7 @@ def evaluate_images(
     batch_size: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    on_step: Callable[[Path], Progress] = lambda model: lambda done, total: None,
+    on_step: Callable[[Path], OnProgress] = lambda model: silent,
 ) -> list[dict[str, Any]]:
     """The results of every model, as JSON: those of `accuracy.summary`, "members" the same of an ensemble's members
     (their mean), what an image costs, and the "difference" from the first.
@@ -56,9 +54,9 @@ def evaluate_images(
         measured, about = _measured(found, batches[model], device, on_step(model))
         results.append({
             "path": str(model),
-            "model_type": found.model.model_type,
+            "model_type": found.config.model_type,
             "experts": sum(found.counts.values()),
-            "bytes": found.folder.num_bytes,
+            "bytes": found.files.num_bytes,
             "images": len(images),
             "batch_size": batches[model].size,
             **summary(measured),
@@ -75,11 +73,11 @@ def check_models(models: Sequence[Path]) -> dict[Path, ModelFolder]:
     Raises:
         SecateurError: no such model, one that cannot be run here, or has no classifier, or other classes.
     """
-    surveys = {model: read_model_folder(read_tensor_files(model)) for model in models}
+    surveys = {model: read_model_folder(model) for model in models}
     first, *_ = models
     for model, found in surveys.items():
         check_fits_in_memory(found)
-        native = found.model.model_class
+        native = found.config.model_class
         if not issubclass(native, VMoEForImageClassification):
             raise SecateurError(
                 f"{model}: a {native.__name__}, expected a VMoEForImageClassification; without a classifier no label "
@@ -94,9 +92,9 @@ def check_models(models: Sequence[Path]) -> dict[Path, ModelFolder]:
 
 
 def _measured(
-    found: ModelFolder, batches: ImageBatches, device: str, on_step: Progress
+    folder: ModelFolder, batches: ImageBatches, device: str, on_step: OnProgress
 ) -> tuple[Scores, dict[str, Any]]:
-    model: Any = loaded(found, device)
+    model: Any = loaded(folder, device)
     moe = describe_moe(model, zero_slots=True)
     parts: list[Scores] = []
     members: list[Scores] = []

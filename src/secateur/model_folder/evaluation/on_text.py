@@ -11,15 +11,13 @@ import torch
 
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.read.load import load as load_model
 from secateur.model_folder.read.load import why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import MemoryStates
-
-Progress = Callable[[int, int], None]
 
 
 def evaluate(
@@ -30,7 +28,7 @@ def evaluate(
     stream: bool | None = None,
     device: str = "cpu",
     seed: int = 0,
-    on_step: Callable[[Path], Progress] = lambda model: lambda done, total: None,
+    on_step: Callable[[Path], OnProgress] = lambda model: silent,
 ) -> list[dict[str, Any]]:
     """The results of every model, as JSON: those of `perplexity.summary`, and the "difference" from the first.
 
@@ -43,12 +41,12 @@ def evaluate(
     Raises:
         SecateurError: no such model, one that cannot be run here, or a loss that is no number.
     """
-    surveys = {model: read_model_folder(read_tensor_files(model)) for model in models}
+    surveys = {model: read_model_folder(model) for model in models}
     largest = max(int(batch.input_ids.max()) for batch in batches)
     for model, found in surveys.items():
-        if largest >= int(found.model.text.vocab_size):
+        if largest >= int(found.config.text.vocab_size):
             raise SecateurError(
-                f"{model}: a token of id {largest}, but its vocabulary is {found.model.text.vocab_size}"
+                f"{model}: a token of id {largest}, but its vocabulary is {found.config.text.vocab_size}"
             )
         if stream or why_not_loaded(found) is not None:
             StreamedModel(found, device=device)  # what cannot be run shows before another is measured
@@ -64,9 +62,9 @@ def evaluate(
         first = first or lost
         results.append({
             "path": str(model),
-            "model_type": found.model.model_type,
+            "model_type": found.config.model_type,
             "experts": sum(found.counts.values()),
-            "bytes": found.folder.num_bytes,
+            "bytes": found.files.num_bytes,
             "streamed": streamed,
             **summary(lost, domains),
             "difference": more,
@@ -84,11 +82,11 @@ def _length(batches: Sequence[Batch], index: int) -> int:
     raise SecateurError(f"{index} more domains than sequences")
 
 
-def loaded_losses(found: ModelFolder, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
+def loaded_losses(folder: ModelFolder, batches: Sequence[Batch], device: str, on_step: OnProgress) -> BlockLosses:
     """Of the model in memory."""
-    model, problems = load_model(found.folder.path, found)
+    model, problems = load_model(folder.files.path, folder)
     if problems:
-        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
+        raise SecateurError(f"{folder.files.path}: transformers does not load it whole: {problems}"[:500])
     model.to(device).eval()  # type: ignore[arg-type]
     parts = []
     with torch.no_grad():
@@ -102,9 +100,9 @@ def loaded_losses(found: ModelFolder, batches: Sequence[Batch], device: str, on_
     return BlockLosses.joined(parts)
 
 
-def streamed_losses(found: ModelFolder, batches: Sequence[Batch], device: str, on_step: Progress) -> BlockLosses:
+def streamed_losses(folder: ModelFolder, batches: Sequence[Batch], device: str, on_step: OnProgress) -> BlockLosses:
     """Of the model read layer by layer; the same numbers."""
-    streamed = StreamedModel(found, device=device)
+    streamed = StreamedModel(folder, device=device)
     states = MemoryStates()
     parts: dict[int, BlockLosses] = {}
 

@@ -42,7 +42,7 @@ class BlockLosses:
 
     @classmethod
     def joined(cls, parts: Sequence[BlockLosses]) -> BlockLosses:
-        return cls(loss=torch.cat([one.loss for one in parts]), tokens=torch.cat([one.tokens for one in parts]))
+        return cls(loss=torch.cat([part.loss for part in parts]), tokens=torch.cat([part.tokens for part in parts]))
 
 
 def block_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> BlockLosses:
@@ -104,12 +104,16 @@ def as_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     head = ["model", "perplexity", "loss a token", *shown]
     head += ["minus the first (95 % range)"] if len(models) > 1 else []
     rows = [head]
-    for one in models:
-        error = one["standard_error"]
-        row = [one["path"], _plain(one["perplexity"]), f"{one['loss']:.4f}" + (f" ± {error:.4f}" if error else "")]
-        row += [_plain(one["domains"][domain]["perplexity"]) for domain in shown]
+    for model in models:
+        error = model["standard_error"]
+        row = [
+            model["path"],
+            _plain(model["perplexity"]),
+            f"{model['loss']:.4f}" + (f" ± {error:.4f}" if error else ""),
+        ]
+        row += [_plain(model["domains"][domain]["perplexity"]) for domain in shown]
         if len(models) > 1:
-            row.append(_difference(one["difference"]))
+            row.append(_difference(model["difference"]))
         rows.append(row)
     return rows
 

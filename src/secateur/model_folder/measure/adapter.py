@@ -69,7 +69,7 @@ class Adapter:
         return cls(folder=folder, scale=_scale(folder, config), names=frozenset(header.entries))
 
     def router_rows(
-        self, found: ModelFolder, before: Mapping[int, Mapping[str, Tensor]]
+        self, folder: ModelFolder, before: Mapping[int, Mapping[str, Tensor]]
     ) -> dict[int, dict[str, Tensor]]:
         """The rows of all routers after fine-tuning, in the form of `before`, those of the model it was made for.
 
@@ -77,7 +77,7 @@ class Adapter:
             SecateurError: a tensor of a router that is not understood, or that does not fit the model.
         """
         tensors = safetensors.torch.load_file(self.folder / WEIGHTS)
-        modules = _router_modules(found)
+        modules = _router_modules(folder)
         after: dict[int, dict[str, Tensor]] = {}
         used: set[str] = set()
         for layer, rows in before.items():
@@ -124,18 +124,18 @@ def _scale(folder: Path, config: Mapping[str, Any]) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _router_modules(found: ModelFolder) -> dict[int, dict[str, str]]:
+def _router_modules(folder: ModelFolder) -> dict[int, dict[str, str]]:
     """{layer: {router tensor by its name in the files: path of its module in the live model, from the layer on}}.
 
     Adapters have the names of the live model; where files have others, the two lists of names agree in their order.
     """
-    live = found.model.layouts[-1]
-    here, there = _router_keys(found.layout), _router_keys(live)
+    live = folder.config.layouts[-1]
+    here, there = _router_keys(folder.layout), _router_keys(live)
     if len(here) != len(there):
         raise SecateurError(f"routers are {here} in the files and {there} in the model; expected as many")
     stems = {old: new.rpartition(".")[0] for old, new in zip(here, there, strict=True)}
     (container, *_) = sorted(live.containers)
-    return {layer: {key: f".{container}.{layer}.{stem}" for key, stem in stems.items()} for layer in found.counts}
+    return {layer: {key: f".{container}.{layer}.{stem}" for key, stem in stems.items()} for layer in folder.counts}
 
 
 def _router_keys(layout: Layout) -> list[str]:

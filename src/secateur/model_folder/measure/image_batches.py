@@ -65,18 +65,18 @@ class ImageBatches:
             yield self.pixels([self.images.image(row) for row in rows]), labels[rows.start : rows.stop]
 
 
-def batches_for(found: ModelFolder, images: Images, batch_size: int | None) -> ImageBatches:
+def batches_for(folder: ModelFolder, images: Images, batch_size: int | None) -> ImageBatches:
     """The images as the model of a folder takes them.
 
     Raises:
         SecateurError: the folder does not say how pixels are made, or a batch would cut through the images that the
             model routes together, so that results depended on its size.
     """
-    together = found.model.config.group_images or 1
+    together = folder.config.config.group_images or 1
     size = -(-BATCH // together) * together if batch_size is None else batch_size
     if size % together:
         raise SecateurError(
-            f"--batch-size {size}: {found.folder.path} routes {together} images together (group_images), expected a "
+            f"--batch-size {size}: {folder.files.path} routes {together} images together (group_images), expected a "
             "multiple of that"
         )
-    return ImageBatches(images=images, pixels=read_pixels(found.folder.path), size=size)
+    return ImageBatches(images=images, pixels=read_pixels(folder.files.path), size=size)

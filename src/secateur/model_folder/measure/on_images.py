@@ -6,7 +6,6 @@ model of images that does not fit is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from secateur.environment import versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.measure.image_batches import ImageBatches, SampledImages, batches_for
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.load import load as load_model
@@ -24,14 +24,18 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 
-Progress = Callable[[int, int], None]
-
 
 class ImageObservation:
     """One observation of a model folder: `data` says on what, `observe` does it. Nothing is kept for a restart."""
 
     def __init__(
-        self, found: ModelFolder, drawn: SampledImages, out: Path, *, batch_size: int | None = None, device: str = "cpu"
+        self,
+        folder: ModelFolder,
+        drawn: SampledImages,
+        out: Path,
+        *,
+        batch_size: int | None = None,
+        device: str = "cpu",
     ) -> None:
         """
         Args:
@@ -40,12 +44,12 @@ class ImageObservation:
         Raises:
             SecateurError: see `batches_for` and `check_fits_in_memory`.
         """
-        check_fits_in_memory(found)
-        self._found, self._out, self._device = found, out, device
-        self.batches: ImageBatches = batches_for(found, drawn.images, batch_size)
+        check_fits_in_memory(folder)
+        self._found, self._out, self._device = folder, out, device
+        self.batches: ImageBatches = batches_for(folder, drawn.images, batch_size)
         self.data: dict[str, Any] = drawn.about | {"batch_size": self.batches.size}
 
-    def observe(self, *, on_step: Progress = lambda done, total: None) -> Observation:
+    def observe(self, *, on_step: OnProgress = silent) -> Observation:
         """Run the model on all images and write the statistics file.
 
         Raises:
@@ -65,21 +69,21 @@ class ImageObservation:
         return observation
 
 
-def check_fits_in_memory(found: ModelFolder) -> None:
+def check_fits_in_memory(folder: ModelFolder) -> None:
     """Raises SecateurError: the model cannot be loaded here as a whole."""
-    why = why_not_loaded(found)
+    why = why_not_loaded(folder)
     if why is not None:
-        raise SecateurError(f"{found.folder.path}: models of images are loaded whole; {why}")
+        raise SecateurError(f"{folder.files.path}: models of images are loaded whole; {why}")
 
 
-def loaded(found: ModelFolder, device: str) -> PreTrainedModel:
+def loaded(folder: ModelFolder, device: str) -> PreTrainedModel:
     """The model of a folder, in evaluation mode.
 
     Raises:
         SecateurError: tensors are missing or left over.
     """
-    model, problems = load_model(found.folder.path, found)
+    model, problems = load_model(folder.files.path, folder)
     if problems:
-        raise SecateurError(f"{found.folder.path}: transformers does not load it whole: {problems}"[:500])
+        raise SecateurError(f"{folder.files.path}: transformers does not load it whole: {problems}"[:500])
     model.to(device).eval()  # type: ignore[arg-type]
     return model

@@ -16,6 +16,7 @@ from secateur.data.calibration import Calibration
 from secateur.environment import versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.load import why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -55,7 +56,7 @@ class TextObservation:
 
     def __init__(
         self,
-        found: ModelFolder,
+        folder: ModelFolder,
         data: Calibration,
         out: Path,
         *,
@@ -75,10 +76,10 @@ class TextObservation:
         """
         if batch_size < 1:
             raise SecateurError(f"--batch-size {batch_size}, expected at least 1")
-        _check_family(found)
-        _check_tokens(found, data)
-        self._found, self._data, self._batch_size, self._device = found, data, batch_size, device
-        self._streamed = StreamedModel(found, device=device)
+        _check_family(folder)
+        _check_tokens(folder, data)
+        self._found, self._data, self._batch_size, self._device = folder, data, batch_size, device
+        self._streamed = StreamedModel(folder, device=device)
         self._blocks = dict(describe_moe(self._streamed.text).blocks)
         self._work = WorkFolder(out)
         self._out = out
@@ -89,9 +90,7 @@ class TextObservation:
         """Whether an interrupted run has left something to go on from."""
         return self._work.is_begun
 
-    def observe(
-        self, *, restart: bool = False, on_step: Callable[[int, int], None] = lambda done, total: None
-    ) -> Observation:
+    def observe(self, *, restart: bool = False, on_step: OnProgress = silent) -> Observation:
         """Run all layers and write the statistics file; with hidden states on the disk, go on where a run was killed.
 
         The result has the bytes of a run that was not interrupted.
@@ -141,12 +140,12 @@ class TextObservation:
 
     def _identity(self) -> dict[str, Any]:
         """What decides the result; the files of the model by size and time, as reading them takes as long as a run."""
-        folder = self._found.folder
+        folder = self._found.files
         files = {name: (folder.path / name).stat() for name in folder.headers}
         return {
             "model": model_facts(self._found).digest,
             "config": folder.config_digest,
-            "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
+            "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
             "data": self._data.to_json(),
             "batch size": self._batch_size,
             "device": self._device,
@@ -156,7 +155,7 @@ class TextObservation:
     def _costs(self, activations: Activations) -> Costs:
         sizes = self._streamed.part_bytes()
         outside, _ = sizes.pop("outside"), sizes.pop("head")
-        width = int(self._found.model.text.hidden_size)
+        width = int(self._found.config.text.hidden_size)
         hidden = sum(batch.input_ids.numel() for batch in self._data.batches(self._batch_size)) * width
         hidden *= self._streamed.dtype.itemsize
         loaded = outside + round(STACKING * max(sizes.values()))
@@ -173,15 +172,15 @@ class TextObservation:
         )
 
 
-def _check_family(found: ModelFolder) -> None:
-    for model_type in (found.model.model_type, found.model.text.model_type):
+def _check_family(folder: ModelFolder) -> None:
+    for model_type in (folder.config.model_type, folder.config.text.model_type):
         if model_type in families.REFUSED:
             raise SecateurError(f"model type {model_type!r} cannot be observed: {families.REFUSED[model_type]}")
 
 
-def _check_tokens(found: ModelFolder, data: Calibration) -> None:
-    text = found.model.text
-    longest, largest = max(map(len, data.sequences)), max(int(one.max()) for one in data.sequences)
+def _check_tokens(folder: ModelFolder, data: Calibration) -> None:
+    text = folder.config.text
+    longest, largest = max(map(len, data.sequences)), max(int(sequence.max()) for sequence in data.sequences)
     for key in LENGTH_KEYS:
         most = getattr(text, key, None)
         if type(most) is int and longest > most:

@@ -15,7 +15,6 @@ from secateur.errors import SecateurError
 from secateur.model_folder.measure.adapter import Adapter, holds_adapter
 from secateur.model_folder.measure.weights import router_rows
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 
 
 def router_changes(finetuned: Path, pretrained: ModelFolder) -> dict[int, RouterChange]:
@@ -32,9 +31,9 @@ def router_changes(finetuned: Path, pretrained: ModelFolder) -> dict[int, Router
     if holds_adapter(finetuned):
         after = Adapter.read(finetuned).router_rows(pretrained, before)
     else:
-        found = read_model_folder(read_tensor_files(finetuned))
-        _check_same_model(pretrained, found)
-        after = router_rows(found)
+        folder = read_model_folder(finetuned)
+        _check_same_model(pretrained, folder)
+        after = router_rows(folder)
     changes = {}
     for layer, tensors in before.items():
         _check_same_tensors(layer, tensors, after[layer])
@@ -45,17 +44,17 @@ def router_changes(finetuned: Path, pretrained: ModelFolder) -> dict[int, Router
     if unchanged:
         which = "its routers" if len(unchanged) == len(changes) else f"its routers of layers {unchanged}"
         raise SecateurError(
-            f"{finetuned}: {which} are those of {pretrained.folder.path}, so fine-tuning says nothing of the "
+            f"{finetuned}: {which} are those of {pretrained.files.path}, so fine-tuning says nothing of the "
             "experts there; expected a model whose routers were trained"
         )
     return changes
 
 
 def _check_same_model(pretrained: ModelFolder, finetuned: ModelFolder) -> None:
-    base, tuned = pretrained.folder.path, finetuned.folder.path
-    if pretrained.model.model_type != finetuned.model.model_type:
+    base, tuned = pretrained.files.path, finetuned.files.path
+    if pretrained.config.model_type != finetuned.config.model_type:
         raise SecateurError(
-            f"{tuned} is a {finetuned.model.model_type!r} and {base} a {pretrained.model.model_type!r}, expected one "
+            f"{tuned} is a {finetuned.config.model_type!r} and {base} a {pretrained.config.model_type!r}, expected one "
             "family"
         )
     if pretrained.counts != finetuned.counts:

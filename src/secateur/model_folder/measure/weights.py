@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur.criteria import CRITERIA
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.pieces import Range, rows_of
@@ -27,9 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 READERS = {"expert weights": ("expert", WeightStats.of_experts), "router weights": ("router", WeightStats.of_router)}
 
 
-def weight_stats(
-    found: ModelFolder, needs: str, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
-) -> dict[int, WeightStats]:
+def weight_stats(folder: ModelFolder, needs: str, *, on_bytes: OnProgress = silent) -> dict[int, WeightStats]:
     """{decoder layer with experts: sums over its weights}.
 
     Args:
@@ -42,20 +41,20 @@ def weight_stats(
     """
     role, sums_of = READERS[needs]
     places = {
-        name: place for name, place in found.located.items() if place.role == role and place.layer in found.counts
+        name: place for name, place in folder.located.items() if place.role == role and place.layer in folder.counts
     }
-    tensors = {name: found.folder.tensors[name] for name in places}
+    tensors = {name: folder.files.tensors[name] for name in places}
     _check_types(needs, tensors)
     matrices = [name for name, tensor in tensors.items() if _is_matrix(tensor, places[name])]
     total, done = sum(tensors[name].length for name in matrices), 0
     sums: dict[int, WeightStats] = {}
     for file, names in itertools.groupby(sorted(matrices, key=lambda name: _where(tensors[name])), _file_in(tensors)):
-        with (found.folder.path / file).open("rb") as opened:
+        with (folder.files.path / file).open("rb") as opened:
             for name in names:
                 place, tensor = places[name], tensors[name]
-                count = found.counts[place.layer]
+                count = folder.counts[place.layer]
                 for expert, ranges in _by_expert(name, tensor, place, count):
-                    row = _read(opened, found.folder.path / file, ranges, DTYPES[tensor.dtype])
+                    row = _read(opened, folder.files.path / file, ranges, DTYPES[tensor.dtype])
                     one = sums_of(name, row[None], first=expert, num_experts=count)
                     sums[place.layer] = sums[place.layer] + one if place.layer in sums else one
                 done += tensor.length
@@ -63,22 +62,22 @@ def weight_stats(
     return dict(sorted(sums.items()))
 
 
-def router_rows(found: ModelFolder) -> dict[int, dict[str, Tensor]]:
+def router_rows(folder: ModelFolder) -> dict[int, dict[str, Tensor]]:
     """{decoder layer with experts: {rule of a router tensor: (E, ...) a row for each expert, as stored}}.
 
     Raises:
         SecateurError: a router that is quantised.
     """
     rows: dict[int, dict[str, list[Tensor]]] = {}
-    for name, place in found.located.items():
-        tensor = found.folder.tensors[name]
-        if place.role != "router" or place.layer not in found.counts or not _is_matrix(tensor, place):
+    for name, place in folder.located.items():
+        tensor = folder.files.tensors[name]
+        if place.role != "router" or place.layer not in folder.counts or not _is_matrix(tensor, place):
             continue
         _check_types("router weights", {name: tensor})
-        path = found.folder.path / tensor.file
+        path = folder.files.path / tensor.file
         mine = rows.setdefault(place.layer, {}).setdefault(place.key, [])
         with path.open("rb") as opened:
-            for _, ranges in _by_expert(name, tensor, place, found.counts[place.layer]):
+            for _, ranges in _by_expert(name, tensor, place, folder.counts[place.layer]):
                 mine.append(_read(opened, path, ranges, DTYPES[tensor.dtype]))
     return {layer: {key: torch.stack(one) for key, one in keys.items()} for layer, keys in sorted(rows.items())}
 
@@ -86,7 +85,7 @@ def router_rows(found: ModelFolder) -> dict[int, dict[str, Tensor]]:
 def _check_types(needs: str, tensors: dict[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            others = ", ".join(one.name for one in CRITERIA.values() if one.needs != needs)
+            others = ", ".join(criterion.name for criterion in CRITERIA.values() if criterion.needs != needs)
             raise SecateurError(
                 f"{name} has type {tensor.dtype}, expected one of {', '.join(DTYPES)}: {needs} that are quantised "
                 f"cannot be read; criteria that do without them: {others}"
@@ -123,11 +122,11 @@ def _by_expert(
 
 def _read(file: BinaryIO, path: Path, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
     """The entries of the ranges, one after another, in one axis."""
-    data = bytearray(sum(one.length for one in ranges))
+    data = bytearray(sum(piece.length for piece in ranges))
     view, at = memoryview(data), 0
-    for one in ranges:
-        file.seek(one.start)
-        if file.readinto(view[at : at + one.length]) != one.length:  # type: ignore[attr-defined]
+    for piece in ranges:
+        file.seek(piece.start)
+        if file.readinto(view[at : at + piece.length]) != piece.length:  # type: ignore[attr-defined]
             raise SecateurError(f"{path}: it has become shorter while it was read")
-        at += one.length
+        at += piece.length
     return torch.frombuffer(data, dtype=dtype)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import read_tensor_files
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
@@ -19,15 +18,15 @@ def inspect_model(path: Path) -> dict[str, Any]:
     Raises:
         SecateurError: no model folder, a damaged one, or a family that cannot be pruned; the message says why.
     """
-    return describe(read_model_folder(read_tensor_files(path)))
+    return describe(read_model_folder(path))
 
 
-def describe(found: ModelFolder) -> dict[str, Any]:
+def describe(source: ModelFolder) -> dict[str, Any]:
     """See `inspect_model`."""
-    model, folder = found.model, found.folder
+    model, folder = source.config, source.files
     size = Counter[str]()
     for name, tensor in folder.tensors.items():
-        place = found.located.get(name)
+        place = source.located.get(name)
         size["rest" if place is None else f"{place.role}s"] += tensor.length
     return {
         "format": "secateur-inspect",
@@ -36,30 +35,30 @@ def describe(found: ModelFolder) -> dict[str, Any]:
         "model_type": model.model_type,
         "class": model.model_class.__name__,
         "decoder_layers": model.num_layers,
-        "experts": {str(layer): count for layer, count in found.counts.items()},
-        "zero_slots": {str(layer): found.slots[layer] - found.counts[layer] for layer in found.model.kept},
-        "mtp_experts": {str(layer): count for layer, count in found.mtp_counts.items()},
+        "experts": {str(layer): count for layer, count in source.counts.items()},
+        "zero_slots": {str(layer): source.slots[layer] - source.counts[layer] for layer in source.config.kept},
+        "mtp_experts": {str(layer): count for layer, count in source.mtp_counts.items()},
         "top_k": model.top_k,
         "groups": model.num_groups,
         "least_experts": model.min_experts,
-        "shared_experts": _shared(found),
-        "names": found.layout.title,
+        "shared_experts": _shared(source),
+        "names": source.layout.title,
         "files": len(folder.headers),
         "tensors": len(folder.tensors),
         "bytes": {"experts": size["experts"], "routers": size["routers"], "rest": size["rest"]},
-        "bytes_per_expert": {str(layer): count for layer, count in bytes_per_expert(found).items()},
+        "bytes_per_expert": {str(layer): count for layer, count in bytes_per_expert(source).items()},
         "dtypes": dict(Counter(tensor.dtype for tensor in folder.tensors.values()).most_common()),
-        "quantisation": _quantisation(found),
-        "limits": _limits(found),
+        "quantisation": _quantisation(source),
+        "limits": _limits(source),
     }
 
 
-def bytes_per_expert(found: ModelFolder, *, zero_slots: bool = False) -> dict[int, int]:
+def bytes_per_expert(folder: ModelFolder, *, zero_slots: bool = False) -> dict[int, int]:
     """{layer: bytes that go with one of its experts, the router row included unless it stays as a zero slot}."""
-    sizes = dict.fromkeys(found.all_counts, 0)
-    for name, place in found.located.items():
-        tensor = found.folder.tensors[name]
-        if place.role == "router" and (zero_slots or found.model.kept):
+    sizes = dict.fromkeys(folder.all_counts, 0)
+    for name, place in folder.located.items():
+        tensor = folder.files.tensors[name]
+        if place.role == "router" and (zero_slots or folder.config.kept):
             continue
         if place.spec is not None:
             sizes[place.layer] += tensor.length * place.spec.rows_per_expert // tensor.shape[place.spec.dim]
@@ -68,9 +67,9 @@ def bytes_per_expert(found: ModelFolder, *, zero_slots: bool = False) -> dict[in
     return sizes
 
 
-def _shared(found: ModelFolder) -> int | None:
+def _shared(folder: ModelFolder) -> int | None:
     """Shared experts a layer by the config; None where it does not say."""
-    text = found.model.text
+    text = folder.config.text
     for key in SHARED_KEYS:
         value = getattr(text, key, None)
         value = max(value, default=None) if isinstance(value, list) else value
@@ -79,14 +78,14 @@ def _shared(found: ModelFolder) -> int | None:
     return 1 if any(getattr(text, key, 0) for key in SHARED_WIDTHS) else None
 
 
-def _quantisation(found: ModelFolder) -> str | None:
-    config = found.folder.config.get("quantization_config") or found.folder.config.get("compression_config")
+def _quantisation(folder: ModelFolder) -> str | None:
+    config = folder.files.config.get("quantization_config") or folder.files.config.get("compression_config")
     return str(config.get("quant_method", "unnamed")) if isinstance(config, dict) else None
 
 
-def _limits(found: ModelFolder) -> list[str]:
+def _limits(folder: ModelFolder) -> list[str]:
     """What a plan for this model must respect, in words."""
-    model = found.model
+    model = folder.config
     limits = [f"every layer keeps at least {model.min_experts} experts (top-k {model.top_k})"]
     if model.kept:
         limits = [
@@ -97,12 +96,12 @@ def _limits(found: ModelFolder) -> list[str]:
         limits.append(f"each of the {model.num_groups} router groups keeps the same number of its own experts")
     if model.is_nested and not model.kept:
         limits.append("all layers keep the same number: the experts are in a text model inside another")
-    if found.mtp_counts and not model.kept:
-        layers = ", ".join(map(str, found.mtp_counts))
+    if folder.mtp_counts and not model.kept:
+        layers = ", ".join(map(str, folder.mtp_counts))
         limits.append(
             f"the layers that predict further tokens ({layers}) must keep the number that config.json will say, or "
             "`apply` is told --mtp whole or --mtp drop"
         )
-    if found.folder.left_out:
-        limits.append(f"weights in other forms are not carried along: {', '.join(map(str, found.folder.left_out))}")
+    if folder.files.left_out:
+        limits.append(f"weights in other forms are not carried along: {', '.join(map(str, folder.files.left_out))}")
     return limits

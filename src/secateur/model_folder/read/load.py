@@ -18,12 +18,12 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 
 
-def why_not_loaded(survey: ModelFolder) -> str | None:
+def why_not_loaded(folder: ModelFolder) -> str | None:
     """Why a model cannot be run here; None where it can."""
-    config = survey.folder.config
+    config = folder.files.config
     if any(key in config for key in ("quantization_config", "compression_config")):
         return "it is quantised, and its experts are compared as bytes only"
-    need, free = survey.folder.num_bytes, _free_memory()
+    need, free = folder.files.num_bytes, _free_memory()
     if need > free:
         return f"it needs {in_words(need)} of memory, {in_words(free)} are free"
     return None
@@ -51,7 +51,7 @@ def no_loading_bars() -> Iterator[None]:
 
 
 def load(
-    folder: Path, survey: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto"
+    folder: Path, source: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """(model, what transformers reports of the load: missing, unexpected and mismatched tensors, errors).
 
@@ -60,8 +60,8 @@ def load(
     Args:
         dtype: of all tensors; "auto" is what config.json says, to which wider ones are rounded.
     """
-    pruned = survey.folder.config.get("model_type") == MODEL_TYPE
-    native = survey.model.model_class
+    pruned = source.files.config.get("model_type") == MODEL_TYPE
+    native = source.config.model_class
     loader: Any = pruned_model_class(native) if pruned else native
     with no_loading_bars():
         model, info = loader.from_pretrained(folder, output_loading_info=True, dtype=dtype)
@@ -71,11 +71,11 @@ def load(
     return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
-def text_model(model: PreTrainedModel, survey: ModelFolder) -> PreTrainedModel:
+def text_model(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
     """The model that holds the decoder layers: `model` itself, or one inside it."""
-    if not survey.model.is_nested:
+    if not folder.config.is_nested:
         return model
-    wanted = survey.model.text.model_type
+    wanted = folder.config.text.model_type
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config.model_type == wanted:
             return module

@@ -12,13 +12,13 @@ Modality = Literal["text", "images"]
 MODALITIES: dict[str, Modality] = {"vmoe": "images"}  # by model type, of pruned models too
 
 
-def modality_of(found: ModelFolder) -> Modality:
-    return MODALITIES.get(found.model.model_type, "text")
+def modality_of(folder: ModelFolder) -> Modality:
+    return MODALITIES.get(folder.config.model_type, "text")
 
 
-def class_names(found: ModelFolder) -> list[str]:
+def class_names(folder: ModelFolder) -> list[str]:
     """Of a classifier, in the order of its labels."""
-    known: Any = found.model.config.id2label
+    known: Any = folder.config.config.id2label
     return [name for _, name in sorted(known.items())]
 
 

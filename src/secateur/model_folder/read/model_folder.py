@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import SUSPICIOUS, ExpertTensor, check_axis
 from secateur.model_folder.read.config import ModelConfig, read_config
 from secateur.model_folder.read.layout import Layout, Match, Role
 from secateur.model_folder.read.names import Name, is_mtp, split
-from secateur.model_folder.read.tensor_files import StoredTensor, TensorFiles
+from secateur.model_folder.read.tensor_files import StoredTensor, TensorFiles, read_tensor_files
 
 LISTED = 5  # names in a message
 
@@ -41,8 +42,8 @@ class ModelFolder:
     choose among; more than the experts where some were removed into zero slots. mtp: all tensors of MTP layers.
     """
 
-    folder: TensorFiles
-    model: ModelConfig
+    files: TensorFiles
+    config: ModelConfig
     layout: Layout
     located: Mapping[str, ExpertPart]
     counts: Mapping[int, int]
@@ -55,38 +56,43 @@ class ModelFolder:
 
     @property
     def slots(self) -> dict[int, int]:
-        return {**self.counts, **(self.model.slots or {})}
+        return {**self.counts, **(self.config.slots or {})}
 
 
-def read_model_folder(folder: TensorFiles) -> ModelFolder:
-    """Find the experts of a folder.
+def read_model_folder(path: Path) -> ModelFolder:
+    """Read a model folder and find its experts; see `read_tensor_files` and `understand` for what is an error."""
+    return understand(read_tensor_files(path))
+
+
+def understand(files: TensorFiles) -> ModelFolder:
+    """Find the experts among the tensors of a folder.
 
     Raises:
         SecateurError: the names fit none or two of the layouts, a name sounds like an expert's or a router's and no
             rule covers it, a tensor is missing, or holds another number of experts than the config says.
     """
     try:
-        return _survey(folder, read_config(folder.config))
+        return _understand(files, read_config(files.config))
     except SecateurError as error:
-        raise SecateurError(f"{folder.path}: {error}") from error
+        raise SecateurError(f"{files.path}: {error}") from error
 
 
-def _survey(folder: TensorFiles, model: ModelConfig) -> ModelFolder:
-    parts = {name: split(name) for name in folder.tensors}
-    layout = _choose(model.layouts, parts)
+def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
+    parts = {name: split(name) for name in files.tensors}
+    layout = _choose(config.layouts, parts)
     hits = _hits(layout, parts)
     path = _path_of_layers(hits)
     mtp = frozenset(
         name
         for name in parts
-        if is_mtp(name) or ((one := parts[name]) and one.path == path and one.layer >= model.num_layers)
+        if is_mtp(name) or ((one := parts[name]) and one.path == path and one.layer >= config.num_layers)
     )
     numbers: dict[int, set[int]] = {}
     by_layer: dict[int, list[str]] = {}
     for name, hit in hits.items():
         one = parts[name]
         assert one is not None
-        layer = _layer(model, one)
+        layer = _layer(config, one)
         by_layer.setdefault(layer, []).append(name)
         if hit.axis is None:
             numbers.setdefault(layer, set()).add(hit.number)
@@ -96,19 +102,19 @@ def _survey(folder: TensorFiles, model: ModelConfig) -> ModelFolder:
         found = {name: hits[name] for name in names}
         _check_rules(layout, layer, found, in_mtp=names[0] in mtp)
         _check_own(layer, found)
-        count = len(numbers[layer]) if layer in numbers else _stacked_count(folder, found)
+        count = len(numbers[layer]) if layer in numbers else _stacked_count(files, found)
         (mtp_counts if names[0] in mtp else counts)[layer] = count
-    _check_counts(model, layout, counts)
+    _check_counts(config, layout, counts)
     located: dict[str, ExpertPart] = {}
     for layer, names in by_layer.items():
         place = {number: expert for expert, number in enumerate(sorted(numbers.get(layer, ())))}
         count = counts[layer] if layer in counts else mtp_counts[layer]
         for name in names:
-            size = (model.slots or {}).get(layer, count) if hits[name].role == "router" else count
-            located[name] = _locate(name, layer, hits[name], place, folder.tensors[name], size)
+            size = (config.slots or {}).get(layer, count) if hits[name].role == "router" else count
+            located[name] = _locate(name, layer, hits[name], place, files.tensors[name], size)
     return ModelFolder(
-        folder=folder,
-        model=model,
+        files=files,
+        config=config,
         layout=layout,
         located=located,
         counts=counts,
@@ -121,7 +127,7 @@ def _choose(layouts: Iterable[Layout], parts: Mapping[str, Name | None]) -> Layo
     """The one layout in which the names have experts."""
     fits = {}
     for layout in layouts:
-        hits = {name: layout.find(one.rest) for name, one in parts.items() if one is not None}
+        hits = {name: layout.find(part.rest) for name, part in parts.items() if part is not None}
         experts = frozenset(name for name, hit in hits.items() if hit is not None and hit.role == "expert")
         if experts:
             fits[layout.title] = (layout, experts)
@@ -141,10 +147,10 @@ def _left_over(layout: Layout, parts: Mapping[str, Name | None]) -> list[str]:
     """Names that sound like an expert's or a router's and that the layout does not know."""
     return [
         name
-        for name, one in parts.items()
+        for name, part in parts.items()
         if SUSPICIOUS.search(name)
-        and (one is None or layout.find(one.rest) is None or not _may_hold_layers(layout, one))
-        and not layout.is_plain(name if one is None else one.rest)
+        and (part is None or layout.find(part.rest) is None or not _may_hold_layers(layout, part))
+        and not layout.is_plain(name if part is None else part.rest)
     ]
 
 
@@ -156,19 +162,19 @@ def _hits(layout: Layout, parts: Mapping[str, Name | None]) -> dict[str, Match]:
             f"them (names {layout.title})"
         )
     hits = {}
-    for name, one in parts.items():
-        hit = layout.find(one.rest) if one is not None and _may_hold_layers(layout, one) else None
+    for name, part in parts.items():
+        hit = layout.find(part.rest) if part is not None and _may_hold_layers(layout, part) else None
         if hit is not None:
             hits[name] = hit
     return hits
 
 
-def _may_hold_layers(layout: Layout, one: Name) -> bool:
-    return one.container in layout.containers or is_mtp(one.path)
+def _may_hold_layers(layout: Layout, parsed: Name) -> bool:
+    return parsed.container in layout.containers or is_mtp(parsed.path)
 
 
-def _layer(model: ModelConfig, one: Name) -> int:
-    return one.layer + model.num_layers * is_mtp(one.path)
+def _layer(model: ModelConfig, parsed: Name) -> int:
+    return parsed.layer + model.num_layers * is_mtp(parsed.path)
 
 
 def _path_of_layers(names: Iterable[str]) -> str:

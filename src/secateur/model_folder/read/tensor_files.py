@@ -63,7 +63,7 @@ class TensorFiles:
         return {
             "path": str(self.path.resolve()),
             "config": self.config_digest,
-            "files": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
+            "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
         }
 
     @property

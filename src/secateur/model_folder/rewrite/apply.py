@@ -12,9 +12,10 @@ from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, STATS, TensorFiles, read_tensor_files
+from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, STATS, TensorFiles
 from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.compare import verify_written
 from secateur.model_folder.rewrite.config_json import edited_config
@@ -41,7 +42,7 @@ def apply_to_model(
     undo: Path | None = None,
     mtp: str | None = None,
     dry_run: bool = False,
-    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    on_bytes: OnProgress = silent,
     finish: Callable[[Path], None] = lambda written: None,
 ) -> dict[str, JSON]:
     """Write `source` with the experts that `plan` keeps, in its order, to the new folder `out`.
@@ -69,41 +70,41 @@ def apply_to_model(
     if undo is not None:
         check_target(source, undo, "--undo")
         check_target_pair(out, undo)
-    found = read_model_folder(read_tensor_files(source))
-    _check_plan(found, plan, expert_parallel, mtp)
-    without = found.mtp if mtp == "drop" else frozenset()
-    config = edited_config(found, plan, mtp)
+    folder = read_model_folder(source)
+    _check_plan(folder, plan, expert_parallel, mtp)
+    left_out = folder.mtp if mtp == "drop" else frozenset()
+    config = edited_config(folder, plan, mtp)
     if plan.leaves_zero_slots:
-        check_buildable(found, config)
-    kept = kept_tensors(found, plan, without)
-    copied = _files_to_copy(found.folder)
-    report = describe(found, plan, kept, mtp, [str(relative) for relative in copied])
+        check_buildable(folder, config)
+    kept = kept_tensors(folder, plan, left_out)
+    copied = _files_to_copy(folder.files)
+    report = describe(folder, plan, kept, mtp, [str(relative) for relative in copied])
     history = _history(source, plan)
     if dry_run:
         return report
-    dropped = [] if undo is None else dropped_tensors(found, plan, without)
-    limit = None if found.folder.index is None else _largest_file(found.folder)
+    dropped = [] if undo is None else dropped_tensors(folder, plan, left_out)
+    limit = None if folder.files.index is None else _largest_file(folder.files)
     shards = into_shards(kept, limit)
-    more = _counter(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
+    on_chunk = counted(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
     with written_beside(out) as beside, _maybe(undo) as side:
-        write_weights(found.folder, shards, beside, more)
+        write_weights(folder.files, shards, beside, on_chunk)
         if limit is not None:
-            write_index(beside, shards, _index_metadata(found.folder, shards))
+            write_index(beside, shards, _index_metadata(folder.files, shards))
         for relative in copied:
             copy_file(source / relative, beside / relative)
         atomic_write(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if config["model_type"] == modeling_secateur.MODEL_TYPE:
             atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
         history.save(beside / PLAN)
-        verify_written(found, read_model_folder(read_tensor_files(beside)), plan, without, ENDS)
+        verify_written(folder, read_model_folder(beside), plan, left_out, ENDS)
         original = source / CARD
         text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
         atomic_write(beside / CARD, card(report, text))
         atomic_write(beside / PAGE, page(report))
         atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
         if side is not None:
-            write_undo(found.folder, plan, mtp, into_shards(dropped, _largest_file(found.folder), stem="dropped"), side,
-                       copied, more)  # fmt: skip
+            write_undo(folder.files, plan, mtp, into_shards(dropped, _largest_file(folder.files), stem="dropped"), side,
+                       copied, on_chunk)  # fmt: skip
         finish(beside)
     return report
 
@@ -126,42 +127,42 @@ def check_target_pair(out: Path, undo: Path) -> None:
         raise SecateurError(f"--undo {undo}: it and --out {out} are the same or inside each other")
 
 
-def write_weights(folder: TensorFiles, shards: list[Shard], target: Path, more: Callable[[int], None]) -> None:
+def write_weights(folder: TensorFiles, shards: list[Shard], target: Path, on_chunk: OnChunk) -> None:
     """Write files whose bytes come from the files of `folder`."""
     texts = [set(header.metadata.items()) for header in folder.headers.values()]
     metadata = {"format": "pt"} | dict(sorted(set.intersection(*texts)))
     for shard in shards:
-        write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, more)
+        write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, on_chunk)
 
 
-def _check_plan(found: ModelFolder, plan: Plan, expert_parallel: int, mtp: str | None) -> None:
+def _check_plan(folder: ModelFolder, plan: Plan, expert_parallel: int, mtp: str | None) -> None:
     if mtp is not None and mtp not in MTP_CHOICES:
         raise SecateurError(f"--mtp {mtp}: expected {' or '.join(MTP_CHOICES)}")
-    named = sorted(found.mtp_counts.keys() & plan.layers.keys())
+    named = sorted(folder.mtp_counts.keys() & plan.layers.keys())
     if mtp is not None and named:
         raise SecateurError(f"--mtp {mtp}: the plan names the layers {named} itself; expected one of the two")
-    model = found.model
-    _check_model(found, plan)
-    check_removal(found, plan, expert_parallel=expert_parallel)
-    check_plan_fits(plan, found.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
-    for layer in found.counts:
-        count = layer_plan(plan, found.all_counts, layer).experts_after
+    model = folder.config
+    _check_model(folder, plan)
+    check_removal(folder, plan, expert_parallel=expert_parallel)
+    check_plan_fits(plan, folder.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
+    for layer in folder.counts:
+        count = layer_plan(plan, folder.all_counts, layer).experts_after
         if count % expert_parallel:
             raise SecateurError(
                 f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"
             )
 
 
-def _check_model(found: ModelFolder, plan: Plan) -> None:
+def _check_model(folder: ModelFolder, plan: Plan) -> None:
     """Compare the model that a plan was made for with the one at hand, where the plan tells."""
     steps = plan.details.get("steps")
     first: Any = steps[0].get("details") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
     told: Any = (first if isinstance(first, dict) else plan.details).get("model")
-    here = model_facts(found)
+    here = model_facts(folder)
     if isinstance(told, dict) and told.get("digest") != here.digest:
         raise SecateurError(
             f"plan: it was made for a {told.get('model_type')} model with other layers or routers "
-            f"than those of {found.folder.path}, a {here.model_type}"
+            f"than those of {folder.files.path}, a {here.model_type}"
         )
 
 
@@ -186,17 +187,6 @@ def _index_metadata(folder: TensorFiles, shards: list[Shard]) -> Mapping[str, An
     lengths = [tensor.length for shard in shards for tensor in shard.tensors]
     metadata.pop("total_parameters", None)  # nobody can count parameters packed into bytes; no reader asks
     return metadata | {"total_size": sum(lengths)}
-
-
-def _counter(total: int, on_bytes: Callable[[int, int], None]) -> Callable[[int], None]:
-    done = 0
-
-    def more(count: int) -> None:
-        nonlocal done
-        done += count
-        on_bytes(done, total)
-
-    return more
 
 
 @contextlib.contextmanager

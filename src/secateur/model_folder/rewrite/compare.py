@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
+from secateur.files.progress import OnChunk
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.pieces import router_is_untouched
@@ -37,31 +38,31 @@ def differences(
     source: ModelFolder,
     written: ModelFolder,
     plan: Plan,
-    without: frozenset[str] = frozenset(),
+    left_out: frozenset[str] = frozenset(),
     *,
     ends: int | None = None,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_chunk: OnChunk = lambda count: None,
 ) -> Iterator[Difference]:
     """Every tensor of the two folders that is missing, unexpected, or not equal to its source.
 
     Args:
         without: tensors of the source that were left out on purpose.
         ends: of every piece that was copied compare only so many bytes at its beginning and at its end.
-        on_bytes: called with the numbers of bytes that were compared.
+        on_chunk: called with the numbers of bytes that were compared.
     """
-    wanted = {_place(source.located.get(name), name): name for name in source.folder.tensors if name not in without}
+    wanted = {_place(source.located.get(name), name): name for name in source.files.tensors if name not in left_out}
     for name, place in source.located.items():
         if place.spec is None and place.expert in layer_plan(plan, source.all_counts, place.layer).dropped:
             wanted.pop(_place(place, name), None)
-    with _Files(source.folder.path) as old, _Files(written.folder.path) as new:
-        for name, tensor in written.folder.tensors.items():
+    with _Files(source.files.path) as old, _Files(written.files.path) as new:
+        for name, tensor in written.files.tensors.items():
             here = written.located.get(name)
             key = _old_place(here, name, source, plan)
             from_name = wanted.pop(key, None) if key is not None else None
             if from_name is None:
                 yield Difference(name=name, what="is unexpected")
                 continue
-            before = source.folder.tensors[from_name]
+            before = source.files.tensors[from_name]
             spec = None if here is None or router_is_untouched(here, plan) else here.spec
             order = None if here is None or spec is None else layer_plan(plan, source.all_counts, here.layer).order
             if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, order):
@@ -69,7 +70,7 @@ def differences(
                 continue
             pieces = [(0, 0, tensor.length)] if spec is None or order is None else _rows(before, tensor, spec, order)
             same = all(
-                _equal(old.read(before, a, length), new.read(tensor, b, length), length, on_bytes)
+                _equal(old.read(before, a, length), new.read(tensor, b, length), length, on_chunk)
                 for start_a, start_b, size in pieces
                 for a, b, length in _parts(start_a, start_b, size, ends)
             )
@@ -79,9 +80,9 @@ def differences(
         yield Difference(name=name, what="is missing")
 
 
-def verify_written(source: ModelFolder, written: ModelFolder, plan: Plan, without: frozenset[str], ends: int) -> None:
+def verify_written(source: ModelFolder, written: ModelFolder, plan: Plan, left_out: frozenset[str], ends: int) -> None:
     """Raise SecateurError at the first of `differences`."""
-    for difference in differences(source, written, plan, without, ends=ends):
+    for difference in differences(source, written, plan, left_out, ends=ends):
         raise SecateurError(f"verify: {difference}")
 
 
@@ -152,6 +153,6 @@ class _Files:
         return os.pread(self._descriptor, length, tensor.start + offset)
 
 
-def _equal(old: bytes, new: bytes, length: int, on_bytes: Callable[[int], None]) -> bool:
-    on_bytes(length)
+def _equal(old: bytes, new: bytes, length: int, on_chunk: OnChunk) -> bool:
+    on_chunk(length)
     return len(new) == length and old == new

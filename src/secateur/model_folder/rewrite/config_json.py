@@ -19,7 +19,7 @@ from secateur.surgery.config_json import with_counts, with_zero_slots
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
-def edited_config(survey: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
+def edited_config(folder: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
     """config.json with the counts that the plan leaves; only what must change does.
 
     Raises:
@@ -27,13 +27,13 @@ def edited_config(survey: ModelFolder, plan: Plan, mtp: str | None) -> dict[str,
             named with an expert's number, or multi-token-prediction layers would not have the count that config.json
             gives and nobody said what should become of them.
     """
-    config: dict[str, Any] = copy.deepcopy(dict(survey.folder.config))
-    _check_no_numbers(config, survey)
+    config: dict[str, Any] = copy.deepcopy(dict(folder.files.config))
+    _check_no_numbers(config, folder)
     if plan.leaves_zero_slots:
-        if kept := kept_slots(survey, plan):
-            config = with_zero_slots(_without_own_code(config), survey.slots, kept, survey.model.num_layers)
+        if kept := kept_slots(folder, plan):
+            config = with_zero_slots(_without_own_code(config), folder.slots, kept, folder.config.num_layers)
     else:
-        config = _with_counts(config, survey, plan, mtp)
+        config = _with_counts(config, folder, plan, mtp)
     if mtp == "drop":
         for place in (config, config.get("text_config")):
             for key in MTP_KEYS:
@@ -42,18 +42,18 @@ def edited_config(survey: ModelFolder, plan: Plan, mtp: str | None) -> dict[str,
     return config
 
 
-def _with_counts(config: dict[str, Any], survey: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
-    after = {layer: layer_plan(plan, survey.all_counts, layer).experts_after for layer in survey.all_counts}
-    main = {layer: after[layer] for layer in survey.counts}
-    _check_mtp(survey, after, max(main.values()), mtp)
+def _with_counts(config: dict[str, Any], folder: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
+    after = {layer: layer_plan(plan, folder.all_counts, layer).experts_after for layer in folder.all_counts}
+    main = {layer: after[layer] for layer in folder.counts}
+    _check_mtp(folder, after, max(main.values()), mtp)
     if len(set(main.values())) > 1:
-        if survey.model.is_nested:
+        if folder.config.is_nested:
             raise SecateurError(
-                f"config.json: the experts are in the text model inside a {survey.model.model_type!r}, which can only "
+                f"config.json: the experts are in the text model inside a {folder.config.model_type!r}, which can only "
                 f"have one count for all layers; the plan leaves {sorted(set(main.values()))}"
             )
         config = _without_own_code(config)
-    return with_counts(config, survey.counts, main, survey.model.num_layers)
+    return with_counts(config, folder.counts, main, folder.config.num_layers)
 
 
 def _without_own_code(config: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def _without_own_code(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map" or not own}
 
 
-def _check_mtp(survey: ModelFolder, after: Mapping[int, int], count: int, mtp: str | None) -> None:
-    for layer in survey.mtp_counts if mtp is None else ():
+def _check_mtp(folder: ModelFolder, after: Mapping[int, int], count: int, mtp: str | None) -> None:
+    for layer in folder.mtp_counts if mtp is None else ():
         if after[layer] != count:
             raise SecateurError(
                 f"layer {layer} predicts further tokens (MTP) and would keep {after[layer]} experts, but config.json "
@@ -71,9 +71,9 @@ def _check_mtp(survey: ModelFolder, after: Mapping[int, int], count: int, mtp: s
             )
 
 
-def _check_no_numbers(config: Mapping[str, Any], survey: ModelFolder) -> None:
+def _check_no_numbers(config: Mapping[str, Any], folder: ModelFolder) -> None:
     text = json.dumps([config.get(key) for key in ("quantization_config", "compression_config")])
-    for before in survey.layout.own:
+    for before in folder.layout.own:
         if found := re.search(re.escape(before) + r"(\.|\\+\.)[0-9]+[^\"]*", text):
             raise SecateurError(
                 f"config.json: its quantization_config names single experts ({found[0]:.80}), whose numbers change; "

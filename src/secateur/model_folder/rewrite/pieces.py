@@ -37,23 +37,23 @@ class NewTensor:
 
     @property
     def length(self) -> int:
-        return sum(one.length for one in self.ranges)
+        return sum(piece.length for piece in self.ranges)
 
 
-def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[NewTensor]:
+def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = frozenset()) -> list[NewTensor]:
     """The tensors of the pruned model, in the order of the source; those of `without` are left out.
 
     Experts are numbered 0 to N - 1 in the order of the plan, in layers that it does not list in the order they have.
     """
     made = []
-    for name, tensor in survey.folder.tensors.items():
-        place = survey.located.get(name)
-        if name in without:
+    for name, tensor in folder.files.tensors.items():
+        place = folder.located.get(name)
+        if name in left_out:
             continue
         if place is None or router_is_untouched(place, plan):
             made.append(_whole(name, tensor))
             continue
-        order = layer_plan(plan, survey.all_counts, place.layer).order
+        order = layer_plan(plan, folder.all_counts, place.layer).order
         if place.spec is not None:
             made.append(rows_of(name, tensor, place.spec, order))
         elif place.expert in order:
@@ -61,17 +61,17 @@ def kept_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = froz
     return made
 
 
-def dropped_tensors(survey: ModelFolder, plan: Plan, without: frozenset[str] = frozenset()) -> list[NewTensor]:
+def dropped_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = frozenset()) -> list[NewTensor]:
     """What `kept_tensors` leaves: the dropped experts under their old names, in their old order."""
     made = []
-    for name, tensor in survey.folder.tensors.items():
-        place = survey.located.get(name)
-        if name in without:
+    for name, tensor in folder.files.tensors.items():
+        place = folder.located.get(name)
+        if name in left_out:
             made.append(_whole(name, tensor))
             continue
         if place is None or router_is_untouched(place, plan):
             continue
-        dropped = layer_plan(plan, survey.all_counts, place.layer).dropped
+        dropped = layer_plan(plan, folder.all_counts, place.layer).dropped
         if not dropped:
             continue
         if place.spec is not None:

@@ -23,18 +23,18 @@ VERIFIED = "verify.json"
 
 
 def describe(
-    survey: ModelFolder, plan: Plan, kept: Sequence[NewTensor], mtp: str | None, files_copied: Sequence[str]
+    folder: ModelFolder, plan: Plan, kept: Sequence[NewTensor], mtp: str | None, files_copied: Sequence[str]
 ) -> dict[str, JSON]:
     """The report: layers, tensors, bytes and files, before and after. `plan` is this step, without earlier ones."""
-    left_out = survey.mtp if mtp == "drop" else frozenset()
+    left_out = folder.mtp if mtp == "drop" else frozenset()
     layers: dict[str, JSON] = {}
     changed = 0
-    for layer, before in survey.all_counts.items():
-        if layer in survey.mtp_counts and left_out:
+    for layer, before in folder.all_counts.items():
+        if layer in folder.mtp_counts and left_out:
             continue
-        one = layer_plan(plan, survey.all_counts, layer)
+        one = layer_plan(plan, folder.all_counts, layer)
         mine = [
-            place for place in survey.located.values() if place.layer == layer and not router_is_untouched(place, plan)
+            place for place in folder.located.values() if place.layer == layer and not router_is_untouched(place, plan)
         ]
         tensors = len(mine) if one.dropped else 0
         changed += tensors
@@ -48,27 +48,27 @@ def describe(
     checkpoint: JSON = {
         "folder": ".",
         "format": FORMAT_OF_FOLDER,
-        "tensors": len(survey.folder.tensors),
+        "tensors": len(folder.files.tensors),
         "tensors_changed": changed,
-        "bytes_before": survey.folder.num_bytes,
+        "bytes_before": folder.files.num_bytes,
         "bytes_after": after,
     }
     return {
         "format": FORMAT,
         "version": VERSION,
         "secateur": __version__,
-        "source": str(survey.folder.path),
-        "name": survey.folder.path.resolve().name,
-        "model_type": survey.model.model_type,
+        "source": str(folder.files.path),
+        "name": folder.files.path.resolve().name,
+        "model_type": folder.config.model_type,
         "criterion": plan.criterion,
         "removed": plan.removed or REROUTE,
         "plan": plan.to_json(),
         "layers": layers,
         "checkpoints": [checkpoint],
-        "bytes_before": survey.folder.num_bytes,
+        "bytes_before": folder.files.num_bytes,
         "bytes_after": after,
         "files_copied": list(files_copied),
-        "files_left_out": [str(relative) for relative in survey.folder.left_out],
+        "files_left_out": [str(relative) for relative in folder.files.left_out],
         "configs_edited": ["config.json"],
         "mtp": mtp,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,8 +17,9 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.files.safetensors_header import Header, parse_header, read_header
-from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.model_folder import ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.pieces import NewTensor, dropped_tensors, kept_tensors
 from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
@@ -40,7 +41,7 @@ def write_undo(
     dropped: Sequence[Shard],
     side: Path,
     copied: Sequence[PurePosixPath],
-    more: Callable[[int], None],
+    on_chunk: OnChunk,
 ) -> None:
     """Fill the new folder `side`.
 
@@ -48,7 +49,7 @@ def write_undo(
         dropped: the files to write, with what the pruned folder lacks. copied: files that are the same there.
     """
     for shard in dropped:
-        write_shard(shard, lambda file: folder.path / file, side / shard.file, {"format": "pt"}, more)
+        write_shard(shard, lambda file: folder.path / file, side / shard.file, {"format": "pt"}, on_chunk)
     weights = {}
     for name, header in folder.headers.items():
         path = folder.path / name
@@ -72,9 +73,7 @@ def write_undo(
     atomic_write(side / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def restore(
-    pruned: Path, undo: Path, out: Path, *, on_bytes: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
+def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silent) -> dict[str, Any]:
     """Write the source of a pruning anew from its two results.
 
     Args:
@@ -91,19 +90,14 @@ def restore(
     for folder in (pruned, undo):
         check_target(folder, out)
     record = _Record.read(undo)
-    source = read_model_folder(record.source(undo))
+    source = understand(record.source(undo))
     pieces = _pieces(source, record, read_tensor_files(pruned), undo)
-    total, done = sum(sum(piece.length for piece in file) for file in pieces.values()), 0
-
-    def more(count: int) -> None:
-        nonlocal done
-        done += count
-        on_bytes(done, total)
-
+    total = sum(sum(piece.length for piece in file) for file in pieces.values())
+    on_chunk = counted(total, on_bytes)
     with written_beside(out) as beside:
         for name, about in record.weights.items():
             paths = {str(piece.path): piece.path for piece in pieces[name]}
-            with Writer(beside / name, paths.__getitem__, more) as writer:
+            with Writer(beside / name, paths.__getitem__, on_chunk) as writer:
                 writer.put((undo / HEADERS / name).read_bytes())
                 for piece in pieces[name]:
                     writer.copy(str(piece.path), piece.from_start, piece.length)
@@ -174,17 +168,17 @@ class _Record:
 
 def _pieces(source: ModelFolder, record: _Record, pruned: TensorFiles, undo: Path) -> dict[str, list[_Piece]]:
     """The pieces of every file of the source, in their order; together they are all of it."""
-    without = source.mtp if record.mtp == "drop" else frozenset()
+    left_out = source.mtp if record.mtp == "drop" else frozenset()
     taken = {name: undo / name for name in record.dropped}
     entries = {name: (path, entry) for path in taken.values() for name, entry in read_header(path).entries.items()}
     places = {name: (tensor.start, pruned.path / tensor.file, tensor) for name, tensor in pruned.tensors.items()}
     pieces: dict[str, list[_Piece]] = {name: [] for name in record.weights}
-    for made in kept_tensors(source, record.plan, without):
+    for made in kept_tensors(source, record.plan, left_out):
         if made.name not in places:
             raise SecateurError(f"{pruned.path}: the tensor {made.name} is missing")
         start, path, tensor = places[made.name]
         _add(pieces, made, path, start, tensor.length)
-    for made in dropped_tensors(source, record.plan, without):
+    for made in dropped_tensors(source, record.plan, left_out):
         if made.name not in entries:
             raise SecateurError(f"{undo}: the tensor {made.name} is missing")
         path, entry = entries[made.name]
@@ -197,10 +191,10 @@ def _pieces(source: ModelFolder, record: _Record, pruned: TensorFiles, undo: Pat
 def _add(pieces: dict[str, list[_Piece]], made: NewTensor, path: Path, start: int, length: int) -> None:
     if made.length != length:
         raise SecateurError(f"{path}: {made.name} has {length} bytes, expected {made.length}")
-    for one in made.ranges:
-        if one.length:
-            pieces[one.file].append(_Piece(start=one.start, length=one.length, path=path, from_start=start))
-        start += one.length
+    for piece in made.ranges:
+        if piece.length:
+            pieces[piece.file].append(_Piece(start=piece.start, length=piece.length, path=path, from_start=start))
+        start += piece.length
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.progress import OnChunk
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
 from secateur.model_folder.read.tensor_files import INDEX
 from secateur.model_folder.rewrite.pieces import NewTensor
@@ -52,7 +53,7 @@ def write_shard(
     source: Callable[[str], Path],
     target: Path,
     metadata: Mapping[str, str],
-    on_bytes: Callable[[int], None],
+    on_chunk: OnChunk,
 ) -> None:
     """Write one file and flush it to the disk.
 
@@ -63,11 +64,11 @@ def write_shard(
         OSError: the disk refused. SecateurError: a source file has become shorter, or the header would be too long.
     """
     header = _header(shard.tensors, metadata)
-    with Writer(target, source, on_bytes) as writer:
+    with Writer(target, source, on_chunk) as writer:
         writer.put(header)
         for tensor in shard.tensors:
-            for one in tensor.ranges:
-                writer.copy(one.file, one.start, one.length)
+            for piece in tensor.ranges:
+                writer.copy(piece.file, piece.start, piece.length)
 
 
 def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, object]) -> None:
@@ -80,8 +81,8 @@ def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, ob
 class Writer:
     """A new file that takes bytes from other files; it is on the disk when the block ends."""
 
-    def __init__(self, target: Path, source: Callable[[str], Path], on_bytes: Callable[[int], None]) -> None:
-        self._target, self._source, self._on_bytes = target, source, on_bytes
+    def __init__(self, target: Path, source: Callable[[str], Path], on_chunk: OnChunk) -> None:
+        self._target, self._source, self._on_bytes = target, source, on_chunk
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> Writer:

@@ -15,7 +15,7 @@ from secateur.plans import REROUTE, ZERO_SLOT, Plan
 from secateur.surgery.zero_slots import kept_after
 
 
-def check_removal(found: ModelFolder, plan: Plan, *, expert_parallel: int = 1) -> None:
+def check_removal(folder: ModelFolder, plan: Plan, *, expert_parallel: int = 1) -> None:
     """Compare what a plan means by removing an expert with what the model can have.
 
     Raises:
@@ -23,14 +23,14 @@ def check_removal(found: ModelFolder, plan: Plan, *, expert_parallel: int = 1) -
             predict further tokens, or for expert-parallel ranks.
     """
     if not plan.leaves_zero_slots:
-        check_no_zero_slots(found, f"the plan would cut rows of them; say --removed {ZERO_SLOT}")
+        check_no_zero_slots(folder, f"the plan would cut rows of them; say --removed {ZERO_SLOT}")
         return
-    where = f"{found.folder.path}: zero slots"
-    if any(key in found.folder.config for key in ("quantization_config", "compression_config")):
+    where = f"{folder.files.path}: zero slots"
+    if any(key in folder.files.config for key in ("quantization_config", "compression_config")):
         raise SecateurError(
             f"{where}: the model is quantised, and transformers then computes experts by code of its own"
         )
-    named = sorted(found.mtp_counts.keys() & plan.layers.keys())
+    named = sorted(folder.mtp_counts.keys() & plan.layers.keys())
     if named:
         raise SecateurError(
             f"{where}: layers {named} predict further tokens (MTP), and transformers has no code for them"
@@ -39,20 +39,20 @@ def check_removal(found: ModelFolder, plan: Plan, *, expert_parallel: int = 1) -
         raise SecateurError(f"{where}: such experts are not split over ranks, found --ep {expert_parallel}")
 
 
-def check_no_zero_slots(found: ModelFolder, why: str) -> None:
+def check_no_zero_slots(folder: ModelFolder, why: str) -> None:
     """Refuse a model with zero slots; `why` ends the sentence.
 
     Raises:
         SecateurError: it has some.
     """
-    if found.model.kept:
+    if folder.config.kept:
         raise SecateurError(
-            f"{found.folder.path}: its routers have zero slots, and {why}, or take the model that it was made from (an "
+            f"{folder.files.path}: its routers have zero slots, and {why}, or take the model that it was made from (an "
             f"undo folder restores it), where --removed {REROUTE} is the default"
         )
 
 
-def check_buildable(found: ModelFolder, config: Mapping[str, Any]) -> None:
+def check_buildable(folder: ModelFolder, config: Mapping[str, Any]) -> None:
     """Build the model that a config.json with zero slots describes, without weights.
 
     Raises:
@@ -62,13 +62,13 @@ def check_buildable(found: ModelFolder, config: Mapping[str, Any]) -> None:
         return
     try:
         with torch.device("meta"):
-            pruned_model_class(found.model.model_class)(read_pruned_config(floats(dict(config))))
+            pruned_model_class(folder.config.model_class)(read_pruned_config(floats(dict(config))))
     except Exception as error:  # transformers has no error of its own for a config it cannot use
-        message = f"{found.folder.path}: a {found.model.model_type!r} model with zero slots cannot be built ({error})"
+        message = f"{folder.files.path}: a {folder.config.model_type!r} model with zero slots cannot be built ({error})"
         raise SecateurError(f"{message:.400}") from error
 
 
-def kept_slots(found: ModelFolder, plan: Plan) -> dict[int, tuple[int, ...]]:
+def kept_slots(folder: ModelFolder, plan: Plan) -> dict[int, tuple[int, ...]]:
     """{layer: slots whose experts it holds} after a plan that leaves zero slots."""
-    layers = {layer: one for layer, one in plan.layers.items() if layer in found.counts}
-    return kept_after(found.slots, found.model.kept, layers)
+    layers = {layer: layer_plan for layer, layer_plan in plan.layers.items() if layer in folder.counts}
+    return kept_after(folder.slots, folder.config.kept, layers)

@@ -46,22 +46,22 @@ class PartModel:
     those outside; parts of other models than the text model (images, sounds) are never filled.
     """
 
-    def __init__(self, found: ModelFolder, device: str) -> None:
+    def __init__(self, folder: ModelFolder, device: str) -> None:
         """
         Raises:
             SecateurError: a quantised model, a tensor that is missing, unknown or of a type to be decoded first.
         """
-        _refuse_quantised(found)
-        self._folder, self._device = found.folder, device
-        self.model, self.dtype = _build(found)
-        self.text = text_model(self.model, found)
+        _refuse_quantised(folder)
+        self._folder, self._device = folder.files, device
+        self.model, self.dtype = _build(folder)
+        self.text = text_model(self.model, folder)
         self._text_path = _path_of(self.model, self.text)
-        self.layers_path, self.layers = self._find_layers(found)
+        self.layers_path, self.layers = self._find_layers(folder)
         self._empty = dict(_tensors(self.model))
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head_path = _path_of(self.model, head) if head is not None else None
         self._transforms: list[Any] = get_model_conversion_mapping(self.model)
-        self._names = self._sort_names(found)
+        self._names = self._sort_names(folder)
 
     def part_bytes(self) -> dict[Part, int]:
         """Bytes in the files of every part; a tied LM head counts as outside."""
@@ -90,13 +90,13 @@ class PartModel:
     def _is_tied(self) -> bool:
         return bool(self.model.all_tied_weights_keys)
 
-    def _find_layers(self, found: ModelFolder) -> tuple[str, nn.ModuleList]:
+    def _find_layers(self, folder: ModelFolder) -> tuple[str, nn.ModuleList]:
         fits = {
             name: module
             for name, module in self.text.named_modules()
             if isinstance(module, nn.ModuleList)
-            and len(module) == found.model.num_layers
-            and all(_has_experts(module[layer]) for layer in found.counts)
+            and len(module) == folder.config.num_layers
+            and all(_has_experts(module[layer]) for layer in folder.counts)
         }
         if len(fits) != 1:
             raise SecateurError(f"{type(self.model).__name__}: expected one list of decoder layers, found {list(fits)}")
@@ -112,16 +112,16 @@ class PartModel:
             return "head"
         return "outside" if _is_in(live, self._text_path) else None
 
-    def _sort_names(self, found: ModelFolder) -> dict[Part, list[str]]:
+    def _sort_names(self, folder: ModelFolder) -> dict[Part, list[str]]:
         """Part -> names in the files, by the names that transformers gives them in the model."""
-        renamings = [one for one in self._transforms if isinstance(one, WeightRenaming)]
-        converters = [one for one in self._transforms if isinstance(one, WeightConverter)]
+        renamings = [transform for transform in self._transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in self._transforms if isinstance(transform, WeightConverter)]
         live = self.model.state_dict()
         prefix = self.model.base_model_prefix
         parts: dict[Part, list[str]] = {"outside": [], "head": [], **{number: [] for number in range(len(self.layers))}}
         unknown = []
-        for name in found.folder.tensors:
-            if name in found.mtp:
+        for name in folder.files.tensors:
+            if name in folder.mtp:
                 continue
             renamed, _ = rename_source_key(name, renamings, converters, prefix, live)
             if renamed not in live and name in live:
@@ -133,7 +133,7 @@ class PartModel:
         unknown = self._not_ignored(unknown)
         if unknown:
             raise SecateurError(
-                f"{found.folder.path}: {len(unknown)} tensors have no place in {type(self.model).__name__}: "
+                f"{folder.files.path}: {len(unknown)} tensors have no place in {type(self.model).__name__}: "
                 f"{', '.join(unknown[:LISTED])}"
             )
         return parts
@@ -215,30 +215,30 @@ class PartModel:
         return {name for name in live if getattr(*self._owner(name)).device.type == "meta"}
 
 
-def _refuse_quantised(found: ModelFolder) -> None:
+def _refuse_quantised(folder: ModelFolder) -> None:
     for key in ("quantization_config", "compression_config"):
-        settings = found.folder.config.get(key)
+        settings = folder.files.config.get(key)
         if settings is not None:
             method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
             raise SecateurError(
-                f"{found.folder.path}: its weights are quantised ({method}), and only plain ones can be computed with; "
+                f"{folder.files.path}: its weights are quantised ({method}), and only plain ones can be computed with; "
                 "take the model that it was made from, or write this one with plain weights first"
             )
 
 
-def _build(found: ModelFolder) -> tuple[PreTrainedModel, torch.dtype]:
+def _build(folder: ModelFolder) -> tuple[PreTrainedModel, torch.dtype]:
     """(the model on the meta device, its type by the config, or else by the first tensor in the files)."""
-    raw = found.folder.config
+    raw = folder.files.config
     if raw.get("model_type") == MODEL_TYPE:
         config = read_pruned_config(floats(dict(raw)))
-        model_class: Any = pruned_model_class(found.model.model_class)
+        model_class: Any = pruned_model_class(folder.config.model_class)
     else:
-        config, model_class = copy.deepcopy(found.model.config), found.model.model_class
+        config, model_class = copy.deepcopy(folder.config.config), folder.config.model_class
     dtype = config.dtype or get_state_dict_dtype(  # type: ignore[no-untyped-call]
         {
-            name: torch.empty(0, dtype=DTYPES[one.dtype], device="meta")
-            for name, one in found.folder.tensors.items()
-            if one.dtype in DTYPES
+            name: torch.empty(0, dtype=DTYPES[tensor.dtype], device="meta")
+            for name, tensor in folder.files.tensors.items()
+            if tensor.dtype in DTYPES
         }
     )
     for one in (config, *(getattr(config, key) for key in config.sub_configs)):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
+from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.parts import PartModel
 from secateur.model_folder.stream.relay import Relay
@@ -33,7 +34,7 @@ class StreamedModel:
     that the decoder layers are in, `model` or inside it. layers_path: where in `model` they are.
     """
 
-    def __init__(self, found: ModelFolder, *, device: str = "cpu") -> None:
+    def __init__(self, folder: ModelFolder, *, device: str = "cpu") -> None:
         """
         Args:
             device: where layers run; hidden states wait on the host.
@@ -41,7 +42,7 @@ class StreamedModel:
         Raises:
             SecateurError: a quantised model, or a tensor that is missing, unknown or of a type to be decoded first.
         """
-        self._parts, self._device, self._found = PartModel(found, device), device, found
+        self._parts, self._device, self._found = PartModel(folder, device), device, folder
         self.model, self.text, self.layers_path = self._parts.model, self._parts.text, self._parts.layers_path
         self.num_layers, self.dtype = len(self._parts.layers), self._parts.dtype
 
@@ -56,7 +57,7 @@ class StreamedModel:
         states: States,
         *,
         visit: Visit | None = None,
-        on_step: Callable[[int, int], None] = lambda done, total: None,
+        on_step: OnProgress = silent,
     ) -> None:
         """Send all batches through all layers; `states` has what the last one returned when this ends.
 
@@ -92,7 +93,7 @@ class StreamedModel:
         states: States,
         use: Callable[[int, Batch, Tensor], None],
         *,
-        on_step: Callable[[int, int], None] = lambda done, total: None,
+        on_step: OnProgress = silent,
     ) -> None:
         """After `run_layers`: norm and LM head, through the model's own forward.
 
@@ -134,7 +135,7 @@ class StreamedModel:
 
     @property
     def _name(self) -> str:
-        return f"{self._found.folder.path} ({self._found.model.model_type})"
+        return f"{self._found.files.path} ({self._found.config.model_type})"
 
 
 def _unseen() -> AbstractContextManager[Callable[[Batch], None]]:

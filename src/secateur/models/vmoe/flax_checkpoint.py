@@ -198,7 +198,7 @@ def _shape(arrays: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...
 
 
 def _check_same(prefix: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    shapes = {name: tuple(one.shape) for name, one in expected.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     wrong = {name: (tuple(found[name].shape) if name in found else "missing", shape) for name, shape in shapes.items()}
     wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
     beyond = sorted(found.keys() - shapes.keys())

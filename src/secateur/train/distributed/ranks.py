@@ -63,7 +63,10 @@ class Ranks:
         """
         if self.size == 1:
             return stats
-        rows = [torch.cat((torch.tensor([one.num_tokens]), one.token_count)) for one in stats.layers.values()]
+        rows = [
+            torch.cat((torch.tensor([layer_stats.num_tokens]), layer_stats.token_count))
+            for layer_stats in stats.layers.values()
+        ]
         total = torch.cat(rows).to(device)
         dist.all_reduce(total, group=self._data_group)
         parts = torch.split(total.cpu(), [len(row) for row in rows])

@@ -43,12 +43,16 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optim
     """
     check_plan(moe, plan)
     ep_size = expert_parallel_size(moe.model)
-    changed = {layer: one for layer, one in plan.layers.items() if one.order != tuple(range(one.experts_before))}
-    for layer, one in changed.items():
-        if one.experts_after % ep_size:
+    changed = {
+        layer: layer_plan
+        for layer, layer_plan in plan.layers.items()
+        if layer_plan.order != tuple(range(layer_plan.experts_before))
+    }
+    for layer, layer_plan in changed.items():
+        if layer_plan.experts_after % ep_size:
             raise SecateurError(
-                f"plan: layer {layer} keeps {one.experts_after} experts, expected a multiple of the expert-parallel "
-                f"size {ep_size}"
+                f"plan: layer {layer} keeps {layer_plan.experts_after} experts, expected a multiple of the "
+                f"expert-parallel size {ep_size}"
             )
     reshard_(moe.model)
     if optimizer is not None:
@@ -56,11 +60,11 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optim
     for layer in changed:
         for spec in moe.blocks[layer].tensors:
             _check_split(moe.model, spec, unwrap(optimizer).state if optimizer else {})
-    for layer, one in changed.items():
-        replacements = [_replace_(moe.model, spec, one) for spec in moe.blocks[layer].tensors]
+    for layer, layer_plan in changed.items():
+        replacements = [_replace_(moe.model, spec, layer_plan) for spec in moe.blocks[layer].tensors]
         if optimizer is not None:
-            replace_parameters_(optimizer, [one for one in replacements if one is not None])
-    set_counts_(moe, moe.counts | {layer: one.experts_after for layer, one in changed.items()})
+            replace_parameters_(optimizer, [replacement for replacement in replacements if replacement is not None])
+    set_counts_(moe, moe.counts | {layer: layer_plan.experts_after for layer, layer_plan in changed.items()})
     if ep_size > 1:
         for layer in changed:
             _install_dispatch_(moe.model, moe.blocks[layer].experts)
@@ -119,16 +123,16 @@ def _check_split(model: nn.Module, spec: ExpertTensor, states: Mapping[Any, Any]
             )
 
 
-def _replace_(model: nn.Module, spec: ExpertTensor, one: LayerPlan) -> Replacement | None:
+def _replace_(model: nn.Module, spec: ExpertTensor, layer_plan: LayerPlan) -> Replacement | None:
     """Put the kept experts of one tensor in its place; what the optimizer has to follow, None for a buffer."""
     owner, key = locate(model, spec)
     old: Any = getattr(owner, key)
     new: Any
     managed = managed_entry(model, owner, key)
     if managed is not None:
-        new = replace_managed_(*managed, _part(old, spec, one), _shape(old, spec, one))
+        new = replace_managed_(*managed, _part(old, spec, layer_plan), _shape(old, spec, layer_plan))
     else:
-        value = _kept(old, spec, one)
+        value = _kept(old, spec, layer_plan)
         new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         replace_tensor_(owner, key, new)
     if not isinstance(old, nn.Parameter):
@@ -138,34 +142,36 @@ def _replace_(model: nn.Module, spec: ExpertTensor, one: LayerPlan) -> Replaceme
         old=old,
         new=new,
         spec=spec,
-        order=one.order,
-        num_experts=one.experts_before,
-        gather_state=lambda state, spec: _kept(state, spec, one),
+        order=layer_plan.order,
+        num_experts=layer_plan.experts_before,
+        gather_state=lambda state, spec: _kept(state, spec, layer_plan),
     )
 
 
-def _kept(old: Tensor, spec: ExpertTensor, one: LayerPlan) -> Tensor:
+def _kept(old: Tensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
     """The kept experts of a tensor, sharded like it if it is sharded."""
     if not isinstance(old, DTensor):
-        return gather(old, spec, one.order, one.experts_before)
-    shape = _shape(old, spec, one)
+        return gather(old, spec, layer_plan.order, layer_plan.experts_before)
+    shape = _shape(old, spec, layer_plan)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        _part(old, spec, one), old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride
+        _part(old, spec, layer_plan), old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride
     )
 
 
-def _part(old: DTensor, spec: ExpertTensor, one: LayerPlan) -> Tensor:
+def _part(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
     """This rank's part of them."""
     if spec.dim == 0:
-        return take_rows(old, spec.name, row_index(one.order, one.experts_before, spec))
-    return gather(old.to_local(), spec, one.order, one.experts_before)  # its rows hold all experts and stay
+        return take_rows(old, spec.name, row_index(layer_plan.order, layer_plan.experts_before, spec))
+    return gather(
+        old.to_local(), spec, layer_plan.order, layer_plan.experts_before
+    )  # its rows hold all experts and stay
 
 
-def _shape(old: DTensor, spec: ExpertTensor, one: LayerPlan) -> torch.Size:
+def _shape(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> torch.Size:
     """Of the whole new tensor."""
     shape = list(old.shape)
-    shape[spec.dim] = spec.axis_size(one.experts_after)
+    shape[spec.dim] = spec.axis_size(layer_plan.experts_after)
     return torch.Size(shape)
 
 

@@ -1,0 +1,24 @@
+"""How work that takes long tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OnProgress = Callable[[int, int], None]  # called with (done, in all)
+OnChunk = Callable[[int], None]  # called with what was done since the last call
+
+
+def silent(done: int, total: int) -> None:
+    """For whoever does not want to know."""
+
+
+def counted(total: int, on_progress: OnProgress) -> OnChunk:
+    """What to call with the bytes of every chunk, so that `on_progress` hears (bytes done, `total`)."""
+    done = 0
+
+    def on_chunk(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    return on_chunk
