@@ -6,8 +6,8 @@ Two MoEs are pre-trained by `secateur pretrain` on four domains, one without and
 are calibrated on, with other blocks of text for every seed; loss is measured on held-out text of these two and of the
 other two. The three parts of a domain, to train, to calibrate and to hold out, share no document. The experts that a
 plan drops are barred from the routers, which computes what the pruned model would, bit for bit
-(tests/test_checkpoint_families.py). A finished training in WORK is not repeated. Stores results/criteria.json, with how
-the models were made.
+(tests/model_folder/test_families_on_disk.py). A finished training in WORK is not repeated. Stores
+results/criteria.json, with how the models were made.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from secateur.errors import SecateurError
 from secateur.families import REFUSED, describe_moe, router_needs
 from secateur.modeling_secateur import expert_count_key, find_expert_layout
 from secateur.surgery.module import check_model, prune_model_
-from tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
+from support.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -22,7 +22,7 @@ from secateur.modeling_secateur import counts_in, pruned_config_class, pruned_mo
 from secateur.plans import LayerPlan, Plan
 from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.surgery.module import prune_model_
-from tiny_models import FAMILIES, VOCABULARY, random_plan, random_tokens, tiny_model
+from support.tiny_models import FAMILIES, VOCABULARY, random_plan, random_tokens, tiny_model
 
 WITH_LOSS = [name for name, family in FAMILIES.items() if family.balance_loss]
 QUICK = ["qwen3_moe", "deepseek_v3 grouped", "gpt_oss", "dbrx"]

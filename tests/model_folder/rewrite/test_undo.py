@@ -1,0 +1,168 @@
+"""Pruned folder + undo folder = the source, byte for byte; folders that do not belong together are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from secateur.errors import SecateurError
+from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.undo import holds_undo, restore
+from support.model_folders import INDEX, contents, plan_of, saved, tensors_of
+
+PLAN = plan_of((0, [6, 1, 3]), (2, [2, 5, 7]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """source, out and undo of one pruning that changes every kind of file."""
+    root = tmp_path_factory.mktemp("made")
+    saved("qwen3_moe", root / "source")
+    (root / "source/README.md").write_text("# Mine\n")
+    (root / "source/plan.json").write_text(json.dumps(plan_of((0, list(range(8))), experts=9).to_json()))
+    (root / "source/more").mkdir()
+    (root / "source/more/vocabulary.txt").write_text("a\nb\n")
+    apply_to_model(root / "source", PLAN, root / "out", undo=root / "undo")
+    return root
+
+
+@pytest.fixture
+def folders(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "made"))
+
+
+def refused(folders: Path, message: str) -> None:
+    before = sorted(path.name for path in folders.iterdir())
+    with pytest.raises(SecateurError, match=message):
+        restore(folders / "out", folders / "undo", folders / "again")
+    assert sorted(path.name for path in folders.iterdir()) == before
+
+
+def test_the_source_comes_back_byte_for_byte(folders: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = restore(
+        folders / "out", folders / "undo", folders / "again", on_bytes=lambda done, total: seen.append((done, total))
+    )
+    source = contents(folders / "source")
+    assert contents(folders / "again") == source
+    assert sorted(report["files"]) == sorted(source)
+    weights = sum(tensor.nbytes for tensor in tensors_of(folders / "source").values())
+    assert (report["bytes"], seen[-1]) == (weights, (weights, weights))
+
+
+def test_the_undo_folder_holds_the_dropped_experts_under_their_old_names_and_no_other(folders: Path) -> None:
+    source = tensors_of(folders / "source")
+    kept = {0: {6, 1, 3}, 1: set(range(8)), 2: {2, 5, 7}}
+    dropped = {layer: set(range(8)) - of_layer for layer, of_layer in kept.items()}
+    expected = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+        for layer, experts in dropped.items()
+        for expert in experts
+        for name in ("gate", "up", "down")
+    }
+    found = {name: value for path in (folders / "undo").glob("dropped*") for name, value in load_file(path).items()}
+    routers = {f"model.layers.{layer}.mlp.gate.weight": sorted(dropped[layer]) for layer in (0, 2)}
+    assert found.keys() == expected | routers.keys()
+    assert all(torch.equal(found[name], source[name]) for name in expected)
+    assert all(torch.equal(found[name], source[name][rows]) for name, rows in routers.items())
+    assert holds_undo(folders / "undo")
+    assert not holds_undo(folders / "out")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "dbrx", "ernie4_5_moe", "inkling_text"])
+def test_rows_of_every_packing_come_back(name: str, tmp_path: Path) -> None:
+    from secateur.families import describe_moe
+    from support.tiny_models import random_plan
+
+    moe = describe_moe(saved(name, tmp_path / "source"))
+    plan = random_plan(moe, ascending=False)
+    apply_to_model(tmp_path / "source", plan, tmp_path / "out", undo=tmp_path / "undo")
+    restore(tmp_path / "out", tmp_path / "undo", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "source")
+
+
+def test_folders_of_two_prunings_do_not_make_a_source(folders: Path) -> None:
+    other = plan_of((0, [6, 1, 4]), (2, [2, 5, 7]))
+    shutil.rmtree(folders / "out")
+    apply_to_model(folders / "source", other, folders / "out")
+    refused(folders, "SHA-256 .*, expected .*; the folders do not belong together")
+    shutil.rmtree(folders / "out")
+    apply_to_model(folders / "source", plan_of((0, [6, 1]), (2, [2, 5, 7])), folders / "out")
+    refused(folders, "the tensor model.layers.0.mlp.experts.2.down_proj.weight is missing|bytes, expected")
+
+
+def test_rows_of_another_pruning_are_found_by_their_bytes(tmp_path: Path) -> None:
+    saved("gpt_oss", tmp_path / "source")
+    for name, order in (("first", [6, 1, 3]), ("second", [6, 1])):
+        apply_to_model(tmp_path / "source", plan_of((0, order)), tmp_path / name, undo=tmp_path / f"undo {name}")
+    with pytest.raises(SecateurError, match=r"first.*: .* has \d+ bytes, expected \d+"):
+        restore(tmp_path / "first", tmp_path / "undo second", tmp_path / "again")
+
+
+def test_a_file_changed_after_the_pruning_is_found(folders: Path) -> None:
+    (folders / "out/more/vocabulary.txt").write_text("a\nc\n")
+    refused(folders, "vocabulary.txt: SHA-256 .* it was changed after the pruning")
+
+
+def edit(folders: Path, **changes: Any) -> None:
+    record = json.loads((folders / "undo/undo.json").read_text())
+    (folders / "undo/undo.json").write_text(json.dumps(record | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "expected secateur-undo, version 1"),
+        ({"plan": {}}, "format and version"),
+        (
+            {"plan": PLAN.to_json() | {"layers": {"0": {"experts_before": 8, "order": [0]}}}},
+            "is missing|bytes, expected",
+        ),
+        ({"weights": []}, "has no attribute|object"),
+        ({"weights": {"a": {"bytes": "x", "sha256": ""}}}, "invalid literal"),
+        ({"weights": {"../a": {"bytes": 1, "sha256": ""}}}, "names the file '../a'"),
+        ({"replaced": ["/etc/passwd"]}, "names the file '/etc/passwd'"),
+        ({"dropped": ["../../x"]}, "names the file '../../x'"),
+        ({"copied": {"..": ""}}, "names the file '..'"),
+        ({"copied": [1]}, "undo.json"),
+        ({"replaced": 3}, "undo.json"),
+    ],
+)
+def test_a_record_with_a_fault_is_refused(changes: Any, message: str, folders: Path) -> None:
+    edit(folders, **changes)
+    refused(folders, message)
+
+
+def test_a_damaged_undo_folder_is_refused(folders: Path) -> None:
+    header = next((folders / "undo/headers").iterdir())
+    whole = header.read_bytes()
+    header.write_bytes(whole[:50])
+    refused(folders, "not a whole safetensors file")
+    header.unlink()
+    refused(folders, f"{header.name}: the file is missing")
+    header.write_bytes(whole)
+    dropped = next((folders / "undo").glob("dropped*"))
+    dropped.write_bytes(dropped.read_bytes()[:-1])
+    refused(folders, "truncated")
+
+
+def test_a_taken_or_mixed_target_is_refused(folders: Path) -> None:
+    for out in (folders / "out", folders / "undo/x", folders):
+        with pytest.raises(SecateurError, match="same or inside each other"):
+            restore(folders / "out", folders / "undo", out)
+    with pytest.raises(SecateurError, match="already and not an empty folder"):
+        restore(folders / "out", folders / "undo", folders / "source")
+
+
+def test_a_source_in_one_file_without_an_index_comes_back(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path / "source", max_shard_size="1GB")
+    apply_to_model(tmp_path / "source", PLAN, tmp_path / "out", undo=tmp_path / "undo")
+    restore(tmp_path / "out", tmp_path / "undo", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "source")
+    assert INDEX not in contents(tmp_path / "again")

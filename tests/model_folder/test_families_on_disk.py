@@ -1,0 +1,102 @@
+"""Every family goes through the whole chain on the disk; a new row of FAMILIES goes through it as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.families import describe_moe, logits_of
+from secateur.model_folder.checks.claims import verify_model
+from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.undo import restore
+from secateur.surgery.oracle import barred_experts
+from support.model_folders import contents, loaded, saved
+from support.tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_plan, random_tokens
+
+# One of each kind: an expert's own tensors, router groups, all experts on axis 0 with biases, a bias on axis 1.
+QUICK = {"mixtral", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe"}
+quick_packings = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+
+
+@every_family
+def test_the_experts_of_a_folder_are_those_of_the_live_model(name: str, tmp_path: Path) -> None:
+    moe = describe_moe(saved(name, tmp_path / "source"))
+    folder = read_model_folder(tmp_path / "source")
+    assert folder.counts == moe.counts
+    assert (folder.config.top_k, folder.config.num_groups, folder.config.min_experts) == (
+        moe.top_k,
+        moe.num_groups,
+        moe.min_experts,
+    )
+    size = {"expert": 0, "router": 0}
+    for tensor, place in folder.located.items():
+        size[place.role] += folder.files.tensors[tensor].length
+    live = {"expert": 0, "router": 0}
+    for block in moe.blocks.values():
+        for spec in block.tensors:
+            role = "expert" if spec.name.startswith(f"{block.name}.experts.") else "router"
+            tensor_of = block.block.get_submodule(spec.name.removeprefix(f"{block.name}.").rpartition(".")[0])
+            live[role] += getattr(tensor_of, spec.name.rpartition(".")[2]).nbytes
+    assert size == live
+
+
+@quick_packings
+def test_a_pruned_folder_computes_what_the_barred_source_computes(name: str, tmp_path: Path) -> None:
+    check_folder(name, uniform=False, tmp_path=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_so_does_one_with_one_count(name: str, tmp_path: Path) -> None:
+    check_folder(name, uniform=True, tmp_path=tmp_path)
+
+
+def check_folder(name: str, *, uniform: bool, tmp_path: Path) -> None:
+    moe = describe_moe(saved(name, tmp_path / "source"))
+    plan, tokens = random_plan(moe, uniform=uniform), random_tokens(2, 12)
+    apply_to_model(tmp_path / "source", plan, tmp_path / "out", undo=tmp_path / "undo")
+    source = loaded(tmp_path / "source")
+    with barred_experts(describe_moe(source), plan):
+        expected = logits_of(source, tokens)
+    assert not torch.equal(expected, logits_of(source, tokens)), "the plan changes nothing, so this test could not fail"
+    pruned = loaded(tmp_path / "out")
+    assert torch.equal(logits_of(pruned, tokens), expected)
+    counts = {layer: one.experts_after for layer, one in plan.layers.items()}
+    assert describe_moe(pruned).counts == counts
+    assert type(pruned).__name__.startswith("Pruned") == (len(set(counts.values())) > 1)
+
+    restore(tmp_path / "out", tmp_path / "undo", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "source")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in LIKE_ANOTHER])
+def test_verify_passes_in_any_order_of_the_experts(name: str, tmp_path: Path) -> None:
+    moe = describe_moe(saved(name, tmp_path / "source"))
+    apply_to_model(tmp_path / "source", random_plan(moe, seed=3, ascending=False), tmp_path / "out")
+    checks = verify_model(tmp_path / "source", tmp_path / "out", num_tokens=8)
+    assert [check.passed for check in checks] == [True] * 5, checks
+
+
+@quick_packings
+def test_a_folder_with_the_names_of_the_live_model_is_understood_as_well(name: str, tmp_path: Path) -> None:
+    moe = describe_moe(saved(name, tmp_path / "source", save_original_format=False))
+    plan, tokens = random_plan(moe, uniform=True), random_tokens(2, 12)
+    apply_to_model(tmp_path / "source", plan, tmp_path / "out")
+    source = loaded(tmp_path / "source")
+    with barred_experts(describe_moe(source), plan):
+        expected = logits_of(source, tokens)
+    assert torch.equal(logits_of(loaded(tmp_path / "out"), tokens), expected)
+
+
+def test_every_family_that_the_issue_names_has_a_row() -> None:
+    named = (
+        "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe_text olmoe flex_olmo deepseek_v2 deepseek_v3 glm4_moe "
+        "dots1 gpt_oss phimoe minimax minimax_m2 granitemoe ernie4_5_moe jamba nemotron_h lfm2_moe hunyuan_v1_moe dbrx"
+    )
+    assert set(named.split()) <= {family.model_type for family in FAMILIES.values()}
