@@ -308,9 +308,9 @@ def test_what_was_written_wrongly_is_found_at_either_end_of_a_piece_before_it_ge
     real = apply_module.verify_written
 
     def flip(before: Any, written: Any, *rest: Any) -> None:
-        name = next(name for name in written.folder.tensors if name.endswith(ending))
-        place = written.folder.tensors[name]
-        path = written.folder.path / place.file
+        name = next(name for name in written.files.tensors if name.endswith(ending))
+        place = written.files.tensors[name]
+        path = written.files.path / place.file
         data = bytearray(path.read_bytes())
         data[place.start + at % place.length] ^= 1
         path.write_bytes(data)
