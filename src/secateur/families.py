@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.decide.limits import LayerLimits
+from secateur.decide.limits import LayerLimits, limits_of
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
 from secateur.modeling_secateur import (
@@ -106,16 +106,14 @@ class MoEModel:
         self, *, multiple_of: int = 1, min_experts: int = 1, max_experts: int | None = None
     ) -> dict[int, LayerLimits]:
         """Admissible expert counts a layer: never fewer than the router's top-k and groups need."""
-        return {
-            layer: LayerLimits(
-                num_experts=block.num_experts,
-                multiple_of=multiple_of,
-                min_experts=max(self.min_experts, min_experts, multiple_of),
-                max_experts=max_experts,
-                num_groups=self.num_groups,
-            )
-            for layer, block in self.blocks.items()
-        }
+        return limits_of(
+            self.counts,
+            num_groups=self.num_groups,
+            least=self.min_experts,
+            multiple_of=multiple_of,
+            min_experts=min_experts,
+            max_experts=max_experts,
+        )
 
 
 def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_slots: bool = False) -> MoEModel:

@@ -20,7 +20,7 @@ from secateur.criteria.weights import WeightStats
 from secateur.decide.keep import Keep
 from secateur.decide.knapsack import cheapest_saving
 from secateur.decide.laep_rule import check_loads, exact
-from secateur.decide.limits import LayerLimits, Limits
+from secateur.decide.limits import LayerLimits, Limits, removal_by_group
 from secateur.decide.model_facts import Sizes
 from secateur.errors import SecateurError
 from secateur.plans import JSON, LayerPlan, Plan
@@ -215,7 +215,7 @@ def _levels(
         raise SecateurError("keep: a number for each layer leaves nothing to allocate; use allocation 'uniform'")
     levels = {}
     for layer, layer_limits in cut.limits.items():
-        groups = _removal_by_group(ranking[layer], layer_limits.num_groups, cut.protected.get(layer, ()))
+        groups = removal_by_group(ranking[layer], layer_limits.num_groups, cut.protected.get(layer, ()))
         rounds = [sum(costs[layer][expert] for expert in ids) for ids in zip(*groups, strict=True)]
         dropped = [0, *itertools.accumulate(rounds)]
         size = cut.size_of_expert[layer]
@@ -238,14 +238,8 @@ def _shares(name: str, values: Sequence[float]) -> list[int]:
     return [round(Fraction(value) / total * PRECISION) for value in values]
 
 
-def _removal_by_group(values: Sequence[float], num_groups: int, protected: Sequence[int]) -> list[list[int]]:
-    """The ids of each router group in the order they would go: protected last, of equal values the higher id first."""
-    order = sorted(range(len(values)), key=lambda expert: (expert in protected, values[expert], -expert))
-    return [[expert for expert in order if expert * num_groups // len(values) == group] for group in range(num_groups)]
-
-
 def _kept(scores: Sequence[float], limits: LayerLimits, count: int, protected: Sequence[int]) -> tuple[int, ...]:
-    groups = _removal_by_group(scores, limits.num_groups, protected)
+    groups = removal_by_group(scores, limits.num_groups, protected)
     dropped = (limits.num_experts - count) // limits.num_groups
     return tuple(sorted(expert for group in groups for expert in group[dropped:]))
 

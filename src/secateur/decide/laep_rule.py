@@ -33,9 +33,9 @@ def check_thresholds(alpha: float, beta: float, name: str) -> None:
         raise SecateurError(f"{name}: beta is {beta}, expected more than 0 and at most 1")
 
 
-def removal_order(loads: Sequence[int]) -> list[int]:
-    """All expert ids in the order they would go: ascending load; of equal loads the higher id goes first."""
-    return sorted(range(len(loads)), key=lambda expert: (loads[expert], -expert))
+def removal_order(values: Sequence[float]) -> list[int]:
+    """All expert ids in the order they would go: ascending load or score; of equal ones the higher id goes first."""
+    return sorted(range(len(values)), key=lambda expert: (values[expert], -expert))
 
 
 def laep_removable(loads: Sequence[int], *, alpha: float, beta: float, name: str = "layer") -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -76,10 +76,37 @@ def check_share(name: str, value: float) -> Fraction:
     return exact(value)
 
 
-def removal_by_group(loads: Sequence[int], num_groups: int) -> list[list[int]]:
-    """The expert ids of each router group, in removal order."""
-    size = len(loads) // num_groups
-    order = removal_order(loads)
+def limits_of(
+    num_experts: Mapping[int, int],
+    *,
+    num_groups: int,
+    least: int,
+    multiple_of: int = 1,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+) -> dict[int, LayerLimits]:
+    """The limits of every layer of a model.
+
+    Args:
+        num_experts: {layer: E}. num_groups, least: of its routers: their groups, and the fewest experts they work with.
+        multiple_of, min_experts, max_experts: what is asked for; see `LayerLimits`.
+    """
+    return {
+        layer: LayerLimits(
+            num_experts=experts,
+            multiple_of=multiple_of,
+            min_experts=max(least, min_experts, multiple_of),
+            max_experts=max_experts,
+            num_groups=num_groups,
+        )
+        for layer, experts in num_experts.items()
+    }
+
+
+def removal_by_group(values: Sequence[float], num_groups: int, protected: Collection[int] = ()) -> list[list[int]]:
+    """The expert ids of each router group in the order they would go: lowest value first, protected ones last."""
+    size = len(values) // num_groups
+    order = sorted(removal_order(values), key=lambda expert: expert in protected)
     return [[expert for expert in order if expert // size == group] for group in range(num_groups)]
 
 

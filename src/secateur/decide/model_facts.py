@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.decide.limits import LayerLimits, Limits
+from secateur.decide.limits import Limits, limits_of
 from secateur.errors import SecateurError
 
 NUMBERS = ("top_k", "num_groups", "min_experts", "total_bytes")
@@ -43,15 +43,13 @@ class ModelFacts:
 
     def limits(self, *, multiple_of: int = 1, min_experts: int = 1) -> Limits:
         """Admissible expert counts a layer: never fewer than the router's top-k and groups need."""
-        return {
-            layer: LayerLimits(
-                num_experts=experts,
-                multiple_of=multiple_of,
-                min_experts=max(self.min_experts, min_experts, multiple_of),
-                num_groups=self.num_groups,
-            )
-            for layer, experts in self.num_experts.items()
-        }
+        return limits_of(
+            self.num_experts,
+            num_groups=self.num_groups,
+            least=self.min_experts,
+            multiple_of=multiple_of,
+            min_experts=min_experts,
+        )
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in (*TEXTS, *NUMBERS, FLAG)}
