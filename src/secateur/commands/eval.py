@@ -10,19 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.commands import data_options
 from secateur.commands.bars import batches_bar, layers_bar
-from secateur.commands.data_options import (
-    BatchSize,
-    Data,
-    DataOptions,
-    Device,
-    Pack,
-    Samples,
-    SequenceLength,
-    Split,
-    TextKey,
-    device_named,
-)
+from secateur.commands.data_options import DataOptions, device_named
+from secateur.commands.taken import taken_from
 from secateur.errors import SecateurError
 from secateur.files.progress import OnProgress
 
@@ -35,13 +26,13 @@ def eval(
     models: Annotated[
         list[Path], typer.Argument(help="The folders of one or several models; the others are compared with the first.")
     ],
-    data: Data = None,
-    samples: Samples = None,
-    sequence_length: SequenceLength = None,
-    batch_size: BatchSize = None,
-    pack: Pack = None,
-    text_key: TextKey = None,
-    split: Split = None,
+    data: data_options.Data = None,
+    samples: data_options.Samples = None,
+    sequence_length: data_options.SequenceLength = None,
+    batch_size: data_options.BatchSize = None,
+    pack: data_options.Pack = None,
+    text_key: data_options.TextKey = None,
+    split: data_options.Split = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of data, and of the ranges.")] = 0,
     stream: Annotated[
         bool | None,
@@ -50,7 +41,7 @@ def eval(
             help="Read a model layer by layer, or load it whole. Left out: as it fits in memory. Text only.",
         ),
     ] = None,
-    device: Device = "auto",
+    device: data_options.Device = "auto",
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", help="Tasks of the package lm-eval, such as arc_easy,hellaswag; needs it installed."),
@@ -77,16 +68,7 @@ def eval(
         check_installed()
         if not tasks:
             raise SecateurError(f"--lm-eval {lm_eval!r}: it names no task")
-    asked = DataOptions(
-        data=data,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        pack=pack,
-        text_key=text_key,
-        split=split,
-        seed=seed,
-    )
+    asked = taken_from(locals(), DataOptions)
     kind = _kind(models, with_data=bool(data))
     result: dict[str, Any] = {"format": "secateur-eval", "version": 1, "data": None, "models": [], "lm_eval": {}}
     show = not (quiet or as_json)

@@ -8,21 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.commands.data_options import (
-    Activations,
-    BatchSize,
-    Data,
-    DataOptions,
-    Device,
-    Pack,
-    Samples,
-    SequenceLength,
-    Split,
-    TextKey,
-    device_named,
-)
+from secateur.commands import data_options
+from secateur.commands.data_options import DataOptions, device_named
 from secateur.commands.data_pass import prepare
 from secateur.commands.new_file import check_new_file
+from secateur.commands.taken import taken_from
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 
@@ -34,16 +24,16 @@ if TYPE_CHECKING:
 def observe(
     model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model; it is only read.")],
     out: Annotated[Path, typer.Option("--out", help="The statistics file to write, such as stats.safetensors.")],
-    data: Data = None,
-    samples: Samples = None,
-    sequence_length: SequenceLength = None,
+    data: data_options.Data = None,
+    samples: data_options.Samples = None,
+    sequence_length: data_options.SequenceLength = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the sequences, or the images and their order.")] = 0,
-    batch_size: BatchSize = None,
-    pack: Pack = None,
-    text_key: TextKey = None,
-    split: Split = None,
-    activations: Activations = None,
-    device: Device = "auto",
+    batch_size: data_options.BatchSize = None,
+    pack: data_options.Pack = None,
+    text_key: data_options.TextKey = None,
+    split: data_options.Split = None,
+    activations: data_options.Activations = None,
+    device: data_options.Device = "auto",
     sglang: Annotated[
         Path | None,
         typer.Option("--sglang", help="Run nothing; take the counts that SGLang recorded in this .pt file."),
@@ -72,17 +62,7 @@ def observe(
     if sglang is not None:
         result = _recorded(folder, sglang, out, dry_run)
     else:
-        asked = DataOptions(
-            data=data,
-            samples=samples,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            pack=pack,
-            text_key=text_key,
-            split=split,
-            seed=seed,
-            activations=activations,
-        )
+        asked = taken_from(locals(), DataOptions)
         show = not (quiet or as_json or dry_run)
         ready = prepare(folder, asked, out, device=device_named(device), show=show, restart=restart)
         result = ready.about | ({} if dry_run else _seen(ready.take()))

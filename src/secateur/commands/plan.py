@@ -11,6 +11,7 @@ import typer
 from secateur.commands import plan_options as options
 from secateur.commands.bars import bytes_bar
 from secateur.commands.new_file import check_new_file
+from secateur.commands.taken import taken_from
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 
@@ -67,21 +68,8 @@ def plan(
     if out is not None:
         only_read = (None if (source / LOADS).is_file() else source, model, pretrained)
         check_new_file(out, force, *(path for path in only_read if path is not None))
-    has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
-    asked = options.choice_of(
-        criterion or _default(source, has_rule=has_rule, has_base=pretrained is not None),
-        keep=keep,
-        alpha=alpha,
-        beta=beta,
-        target_params=target_params,
-        max_rerouted=max_rerouted,
-        allocation=allocation,
-        expert_parallel=expert_parallel,
-        min_experts=min_experts,
-        seed=seed,
-        protect=protect,
-        removed=removed,
-    )
+    typed = taken_from(locals(), options.ChoiceOptions)
+    asked = typed.choice(criterion or _default(source, has_rule=typed.has_rule, has_base=pretrained is not None))
     given = _read(source, model, pretrained)
     with bytes_bar("reading weights", show=not (quiet or as_json)) as on_bytes:
         decided = decide_plan(given, asked, on_bytes=on_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,36 +101,46 @@ MaxRerouted = Annotated[
 ]
 
 
-def choice_of(
-    criterion: str,
-    *,
-    keep: str | None,
-    alpha: float | None,
-    beta: float | None,
-    target_params: float | None,
-    max_rerouted: float | None,
-    allocation: str,
-    expert_parallel: int,
-    min_experts: int,
-    seed: int,
-    protect: bool | None,
-    removed: str | None,
-) -> Choice:
-    """What the options say; a SecateurError where they contradict each other."""
-    from secateur.decide.keep import Keep
-    from secateur.decide.rule import Rule
-    from secateur.model_folder.choice import Choice
+@dataclass(frozen=True, kw_only=True)
+class ChoiceOptions:
+    """The options as they were typed; see `taken_from`."""
 
-    has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
-    rule = Rule(alpha=alpha, beta=beta, target_params=target_params, max_rerouted=max_rerouted) if has_rule else None
-    return Choice(
-        criterion=criterion,
-        keep=None if keep is None else Keep.parse(keep),
-        rule=rule,
-        allocation=allocation,
-        multiple_of=expert_parallel,
-        min_experts=min_experts,
-        seed=seed,
-        protect=protect,
-        removed=removed,
-    )
+    keep: str | None
+    alpha: float | None
+    beta: float | None
+    target_params: float | None
+    max_rerouted: float | None
+    allocation: str
+    expert_parallel: int
+    min_experts: int
+    seed: int
+    protect: bool | None
+    removed: str | None
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether one of LAEP's options was typed."""
+        return any(value is not None for value in (self.alpha, self.beta, self.target_params, self.max_rerouted))
+
+    def choice(self, criterion: str) -> Choice:
+        """What they say; a SecateurError where they contradict each other."""
+        from secateur.decide.keep import Keep
+        from secateur.decide.rule import Rule
+        from secateur.model_folder.choice import Choice
+
+        rule = (
+            Rule(alpha=self.alpha, beta=self.beta, target_params=self.target_params, max_rerouted=self.max_rerouted)
+            if self.has_rule
+            else None
+        )
+        return Choice(
+            criterion=criterion,
+            keep=None if self.keep is None else Keep.parse(self.keep),
+            rule=rule,
+            allocation=self.allocation,
+            multiple_of=self.expert_parallel,
+            min_experts=self.min_experts,
+            seed=self.seed,
+            protect=self.protect,
+            removed=self.removed,
+        )

@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.commands import data_options
 from secateur.commands import plan_options as options
 from secateur.commands.bars import bytes_bar
-from secateur.commands.data_options import (
-    Activations,
-    BatchSize,
-    Data,
-    DataOptions,
-    Device,
-    Pack,
-    Samples,
-    SequenceLength,
-    Split,
-    TextKey,
-    device_named,
-)
+from secateur.commands.data_options import DataOptions, device_named
 from secateur.commands.data_pass import prepare
 from secateur.commands.plan import outcome_lines
+from secateur.commands.taken import taken_from
 from secateur.commands.verify import WORDS
 from secateur.errors import SecateurError
 
@@ -41,15 +31,15 @@ def prune(
     criterion: options.CriterionOption = None,
     removed: options.Removed = None,
     pretrained: options.Pretrained = None,
-    data: Data = None,
-    samples: Samples = None,
-    sequence_length: SequenceLength = None,
-    batch_size: BatchSize = None,
-    pack: Pack = None,
-    text_key: TextKey = None,
-    split: Split = None,
-    activations: Activations = None,
-    device: Device = "auto",
+    data: data_options.Data = None,
+    samples: data_options.Samples = None,
+    sequence_length: data_options.SequenceLength = None,
+    batch_size: data_options.BatchSize = None,
+    pack: data_options.Pack = None,
+    text_key: data_options.TextKey = None,
+    split: data_options.Split = None,
+    activations: data_options.Activations = None,
+    device: data_options.Device = "auto",
     allocation: options.AllocationOption = "uniform",
     expert_parallel: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
@@ -91,35 +81,14 @@ def prune(
 
     from secateur.model_folder import prune as program
 
-    has_rule = any(value is not None for value in (alpha, beta, target_params, max_rerouted))
-    choice = options.choice_of(
-        criterion or ("laep" if has_rule else "reap" if pretrained is None else "router_norm_change"),
-        keep=keep,
-        alpha=alpha,
-        beta=beta,
-        target_params=target_params,
-        max_rerouted=max_rerouted,
-        allocation=allocation,
-        expert_parallel=expert_parallel,
-        min_experts=min_experts,
-        seed=seed,
-        protect=protect,
-        removed=removed,
+    typed = taken_from(locals(), options.ChoiceOptions)
+    choice = typed.choice(
+        criterion or ("laep" if typed.has_rule else "reap" if pretrained is None else "router_norm_change")
     )
     if data and not choice.needs_data:
         raise SecateurError(f"--data: criterion {choice.criterion!r} needs no data here; leave it out")
     show = not (quiet or as_json)
-    asked = DataOptions(
-        data=data,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        pack=pack,
-        text_key=text_key,
-        split=split,
-        seed=seed,
-        activations=activations,
-    )
+    asked = taken_from(locals(), DataOptions)
 
     def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
         ready = prepare(folder, asked, stats, device=device_named(device), show=show)
