@@ -1,10 +1,10 @@
-"""What was decided, written and said at the commit of the stored reference still is; see frozen_reference.py."""
+"""What was decided, written and said at the commit of the stored reference still is (support/frozen_reference.py)."""
 
 from __future__ import annotations
 
 import pytest
 
-from frozen_reference import HERE, KINDS, STATISTICS, differences, read
+from support.frozen_reference import HERE, KINDS, STATISTICS, differences, read
 
 
 def check(kind: str, section: str) -> None:

@@ -2,9 +2,9 @@
 
 `tests/frozen/` holds the reference: ten statistics files, and in JSON {section: {entry: value}} the plans made of them,
 the digests of pruned folders, the help texts and the public signatures. `tests/test_frozen.py` compares. Nothing
-stores by itself; where a change of behaviour is meant, store anew and say in the change which entries differ:
+stores by itself; where a change of behaviour is meant, store again and say in the change which entries differ:
 
-    python tests/frozen_reference.py --store [plans folders help signatures statistics]
+    PYTHONPATH=tests python tests/support/frozen_reference.py --store [plans folders help signatures statistics]
 
 All numbers are dyadic and come from raw bits of PCG64, whose stream NumPy promises not to change: sums of them are
 exact in any order, so the reference does not depend on the processor. It does on the pinned transformers (which writes
@@ -35,24 +35,25 @@ from torch import Tensor, nn
 from typer.main import get_command
 
 import secateur
-from secateur.choose import ALLOCATIONS, plan_by_criterion
 from secateur.cli import app
 from secateur.criteria import CRITERIA
 from secateur.criteria.router_change import RouterChange
 from secateur.criteria.weights import WeightStats
 from secateur.data.packing import BlockDataset
 from secateur.data.prepare import prepare
+from secateur.decide.by_score import ALLOCATIONS, plan_by_criterion
+from secateur.decide.keep import Keep
+from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.finetune.options import FinetuneOptions
-from secateur.finetune.run import finetune
-from secateur.keep import Keep
-from secateur.observation import ModelFacts, Observation
+from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.run import finetune
+from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel
+from secateur.models.vmoe.pixels import default_pixels
+from secateur.observation.observation import Observation
 from secateur.stats import LayerStats, RouterStats
 from secateur.train.distributed import launch
-from secateur.vision import VMoEConfig, VMoEForImageClassification, VMoEModel
-from secateur.vision.pixels import default_pixels
-from tiny_models import FAMILIES, tiny_model
-from tiny_vision import tiny_vmoe
+from support.tiny_models import FAMILIES, tiny_model
+from support.tiny_vision import tiny_vmoe
 
 # What the documents and examples import from inside the package; `secateur.__all__` is added to it.
 DOCUMENTED: dict[str, Any] = {
@@ -71,7 +72,7 @@ DOCUMENTED: dict[str, Any] = {
     "launch.barrier": launch.barrier,
 }
 
-HERE = Path(__file__).parent / "frozen"
+HERE = Path(__file__).parents[1] / "frozen"
 Value = str | list[str]
 Entries = dict[str, Value]
 
