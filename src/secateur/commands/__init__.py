@@ -1,1 +1,4 @@
-"""The commands of `secateur`, one function a file; heavy imports happen inside them, so `--help` answers at once."""
+"""What does each command of `secateur` take, call and show? One command a file.
+
+Heavy imports happen inside the functions, so that `--help` answers at once.
+"""

@@ -1,9 +1,11 @@
-"""Criteria: which experts of a layer may go. Each takes the statistics of one layer and knows no model family.
+"""How is each expert of a layer scored? One function a criterion.
+
+Each takes the statistics or the weights of one layer and knows no model family.
 
 To add one: a function in `activation.py`, `weights.py` or `router_change.py`, and one line in CRITERIA under the
 function's name. The command line and the tests read the table. Importing it loads no torch, so that `--help` stays
 quick.
-(LAEP's rule, in `load.py`, is not a score: its thresholds also decide how many experts go.)
+(LAEP's rule, in `decide/laep_rule.py`, is not a score: its thresholds also decide how many experts go.)
 """
 
 from __future__ import annotations

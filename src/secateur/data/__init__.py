@@ -1,1 +1,1 @@
-"""Text for pre-training: read, split by document, tokenise, pack."""
+"""How do text and images become what a model takes?"""

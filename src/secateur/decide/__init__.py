@@ -1,1 +1,4 @@
-"""Which experts stay? From loads or scores, limits and a wish to a plan. Pure: numbers in, a value out."""
+"""Which experts stay? From statistics and a goal to a plan.
+
+Pure: numbers in, a value out.
+"""

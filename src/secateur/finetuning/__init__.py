@@ -1,1 +1,1 @@
-"""Fine-tune a model folder, pruned or not: text models and image classifiers."""
+"""How does `secateur finetune` train a model folder, of text or of images, pruned or not?"""

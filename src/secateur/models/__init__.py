@@ -1,1 +1,1 @@
-"""Models of our own, as transformers models: one folder each, with the same names of files in all."""
+"""Which transformers models are Secateur's own? One folder each, with the same file names."""

@@ -1,7 +1,8 @@
-"""Which expert-parallel rank holds which expert: LAEP's rearrangement, better orders, and how good they are.
+"""Which expert-parallel rank holds which expert, and how even is that?
 
-Pure functions: loads (E,) in, order[new] = old out. Ranks own contiguous blocks, so a placement is a permutation of
-expert ids, the same for the router rows and every other per-expert tensor, and the function of the model is unchanged.
+LAEP's rearrangement, better orders, and how good they are. Pure functions: loads (E,) in, order[new] = old out. Ranks
+own contiguous blocks, so a placement is a permutation of expert ids, the same for the router rows and every other
+per-expert tensor, and the function of the model is unchanged.
 """
 
 from secateur.placement.greedy import greedy_with_room

@@ -1,1 +1,1 @@
-"""The program `secateur pretrain`: data, model, Trainer, resume, and what a run leaves on the disk."""
+"""How does `secateur pretrain` run: data, model, Trainer, resume, and what it leaves on the disk?"""

@@ -1,0 +1,1 @@
+"""When does a training loop prune, what, and on which ranks?"""

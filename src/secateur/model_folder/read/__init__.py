@@ -1,1 +1,1 @@
-"""What is in a Hugging Face folder, and which tensor is whose? Nothing in it is trusted."""
+"""What is in a model folder, and which tensor is whose? Nothing in it is trusted."""

@@ -1,1 +1,4 @@
-"""A plan applied to a model folder: which bytes stay, how do they get into new files, how does the source come back?"""
+"""How does a plan change a model folder, and how does the source come back?
+
+`pieces.py` says which bytes stay, `writer.py` brings them into new files, `undo.py` keeps the rest and brings it back.
+"""
