@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import os
@@ -213,6 +214,25 @@ def run(code: str, *arguments: str) -> str:
 def test_importing_secateur_loads_nothing_heavy() -> None:
     code = "import sys, secateur; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     assert run(code) == "[]"
+
+
+# What the documents of 0.1.0 imported by path -> where it is now.
+OLD_PATHS = {
+    "secateur.finetune.options:FinetuneOptions": "secateur.finetuning.options",
+    "secateur.finetune.run:finetune": "secateur.finetuning.run",
+    "secateur.vision:VMoEConfig": "secateur.models.vmoe",
+    "secateur.vision:VMoEForImageClassification": "secateur.models.vmoe",
+    "secateur.vision:VMoEModel": "secateur.models.vmoe",
+    "secateur.vision.flops:flops_per_image": "secateur.models.vmoe.flops",
+    "secateur.vision.pixels:default_pixels": "secateur.models.vmoe.pixels",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old", OLD_PATHS)
+def test_an_old_import_path_gives_what_the_new_one_gives(old: str) -> None:
+    module, _, name = old.partition(":")
+    assert getattr(importlib.import_module(module), name) is getattr(importlib.import_module(OLD_PATHS[old]), name)
 
 
 def import_all_and_name_the_public(modules: list[str]) -> dict[str, list[str]]:
