@@ -1,7 +1,8 @@
 """The rooms of the source: the question that each answers, and which rooms it may import.
 
 The rooms are listed from the command line down to the ground. A room imports only rooms further down, so there is no
-circle. `tests/test_imports.py` compares this table with the source, and `docs/design.md` shows it.
+circle. `tests/test_imports.py` compares this table with the source, and `docs/design.md` shows it. This prints the
+lines for that page: PYTHONPATH=src:tests python -c "from support.rooms import *; print(*table_lines(), sep='\\n')"
 """
 
 from __future__ import annotations
