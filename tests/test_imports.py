@@ -271,3 +271,7 @@ def test_public_names_stay_themselves_whatever_modules_are_imported_in_whatever_
         assert kind in ("type", "function"), f"secateur.{name} is a {kind}, {home}"
         assert home.startswith("secateur."), name
         assert same == ["True"], f"secateur.{name} is not what {home} has under that name"
+
+
+def test_every_public_name_has_a_home_and_no_home_is_nameless() -> None:
+    assert set(secateur.__all__) == {*secateur._HOMES, "SecateurError"}
