@@ -274,4 +274,6 @@ def test_public_names_stay_themselves_whatever_modules_are_imported_in_whatever_
 
 
 def test_every_public_name_has_a_home_and_no_home_is_nameless() -> None:
+    import secateur
+
     assert set(secateur.__all__) == {*secateur._HOMES, "SecateurError"}
