@@ -386,7 +386,7 @@ STEP_END = "secateur.finetuning.trainer:FinetuneLog.on_step_end"
 LAST = "after the result got its name"
 MOMENTS = {
     "between two checkpoints": Kill(STEP_END, 8),
-    "between a checkpoint and its seal": Kill("secateur.finetuning.trainer:seal", 3),
+    "between a checkpoint and its seal": Kill("secateur.train.training_log:seal", 3),
     "after the last step": Kill("secateur.finetuning.run:write"),
     "while the result is written": Kill("secateur.finetuning.model:copy_file", 2),
     LAST: Kill("secateur.files.work_folder:Work.remove"),

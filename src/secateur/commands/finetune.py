@@ -119,7 +119,7 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
         def on_progress(done: int, total: int, numbers: str) -> None:
             if not bars:
                 bars.append(stack.enter_context(RunProgress("finetune", total, done=done, quiet=quiet)))
-            bars[0].numbers(done, numbers) if numbers else bars[0].step(done)
+            bars[0].show(done, total, numbers)
 
         yield on_progress
 

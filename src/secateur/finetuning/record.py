@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.task import Task
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.tensor_files import FINETUNED
+from secateur.train.training_log import finite_or_none
 from secateur.version import __version__
 
 FORMAT, VERSION = "secateur-finetune", 1
@@ -56,7 +56,9 @@ def _router_loss(folder: ModelFolder, options: FinetuneOptions) -> dict[str, Any
 def losses(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The training losses of a Trainer's log, as JSON."""
     found = [line for line in history if "loss" in line]
-    return [{key: _finite(line.get(key)) for key in ("step", "loss", "learning_rate", "grad_norm")} for line in found]
+    return [
+        {key: finite_or_none(line.get(key)) for key in ("step", "loss", "learning_rate", "grad_norm")} for line in found
+    ]
 
 
 def evaluations(history: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -78,10 +80,6 @@ def _mean(found: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) ->
     total = sum(sizes[name] for name in found)
     keys = next(iter(found.values())).keys()
     return {key: sum(one[key] * sizes[name] for name, one in found.items()) / total for key in keys}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def with_section(card: str, record: Mapping[str, Any]) -> str:

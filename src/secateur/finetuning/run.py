@@ -30,7 +30,6 @@ from secateur.finetuning.text import text_task
 from secateur.finetuning.trainer import (
     FinetuneLog,
     FinetuneTrainer,
-    Progress,
     TrainingTime,
     accuracy,
     best_class,
@@ -45,6 +44,7 @@ from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.distributed.launch import world_size
 from secateur.train.progress import only_our_messages
 from secateur.train.trainer_arguments import trainer_arguments
+from secateur.train.training_log import Progress
 
 WHAT = "finetuning"  # name of the work folder
 TASKS: dict[Modality, Callable[[ModelFolder, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}

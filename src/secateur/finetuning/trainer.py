@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_model, save_model
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.finetuning.task import Task
-from secateur.pretraining.run_log import check_finite
-from secateur.train.checkpoints import seal
 from secateur.train.distributed.trainer import ResumableTrainer
+from secateur.train.training_log import Progress, TrainingLog
 
 WEIGHTS, SPENT = "weights.safetensors", "spent.json"
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -75,46 +72,27 @@ class FinetuneTrainer(ResumableTrainer):
         self._spent.items, self._spent.seconds = before["items"], before["seconds"]
 
 
-class FinetuneLog(TrainerCallback):
-    """Stops at a loss that is no number, seals checkpoints, counts training seconds, and tells of progress."""
+class FinetuneLog(TrainingLog):
+    """Counts the seconds of steps, from their begin to their end; the Trainer itself keeps the losses."""
 
     def __init__(
         self, task: Task, *, run: str, steps_per_epoch: int, spent: TrainingTime, on_progress: Progress
     ) -> None:
-        self._task, self._run, self._steps_per_epoch, self._on_progress = task, run, steps_per_epoch, on_progress
-        self._started, self._spent = 0.0, spent
+        super().__init__(run=run, on_progress=on_progress)
+        self._task, self._steps_per_epoch, self._spent = task, steps_per_epoch, spent
+
+    def record(self, logs: Mapping[str, float], step: int) -> str:
+        return f"loss {logs['loss']:.3f}"
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._task.set_epoch(state.global_step // self._steps_per_epoch)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._started = time.perf_counter()
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._spent.seconds += time.perf_counter() - self._started
-        self._on_progress(state.global_step, state.max_steps, "")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        for key, value in logs.items():
-            if key in ("loss", "train_loss") or (key.startswith("eval_") and key.endswith("_loss")):
-                check_finite("training" if "eval" not in key else "validation", value, state.global_step)
-        if "loss" in logs:
-            self._on_progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._run)
+        _, seconds = self.clock.stop(state.global_step)
+        self._spent.seconds += seconds
+        super().on_step_end(args, state, control, **kwargs)
 
 
 def check_logger(name: str) -> None:

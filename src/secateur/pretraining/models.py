@@ -14,67 +14,67 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from secateur.data.tokenizer import check_vocabulary_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.modeling_secateur import MODEL_TYPE, read_pruned_config
-from secateur.pretraining.options import PretrainOptions
+from secateur.modeling_secateur import MODEL_TYPE, ExpertLayout, read_pruned_config
 from secateur.pretraining.presets import COMMON, PRESETS
+from secateur.pretraining.settings import ModelSettings
 from secateur.train.distributed.fsdp import align_
 from secateur.train.distributed.load import ParallelSizes, check_sharded, check_split
 
 
-def given_tokenizer(options: PretrainOptions) -> PreTrainedTokenizerBase | None:
+def given_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase | None:
     """The tokenizer of --tokenizer, else the one in the --model folder; None where one is trained on the data.
 
     Raises:
         SecateurError: there is none in the folder. A model that was trained before cannot go on with other ids.
     """
-    if options.tokenizer is not None:
-        return load_tokenizer(Path(options.tokenizer))
-    if options.model is None:
+    if settings.tokenizer is not None:
+        return load_tokenizer(Path(settings.tokenizer))
+    if settings.model is None:
         return None
     try:
-        return load_tokenizer(Path(options.model))
+        return load_tokenizer(Path(settings.model))
     except SecateurError as error:
-        raise SecateurError(f"--model {options.model}: {error}; give the model's own one by --tokenizer") from error
+        raise SecateurError(f"--model {settings.model}: {error}; give the model's own one by --tokenizer") from error
 
 
-def model_config(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    """The config that `options` name. A preset takes its vocabulary from `tokenizer` (or --vocab-size without one).
+def model_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The config that `settings` name. A preset takes its vocabulary from `tokenizer` (or --vocab-size without one).
 
     Raises:
         SecateurError: an unknown preset or config field, a config that transformers does not take, or a tokenizer with
             more tokens than the config's vocabulary (a tokenizer yet to be trained: --vocab-size).
     """
-    if options.model is not None:
-        config = _read_folder(Path(options.model), "--model ")
-    elif options.config is not None:
-        config = _read_config(Path(options.config), options.overrides)
+    if settings.model is not None:
+        config = _read_folder(Path(settings.model), "--model ")
+    elif settings.config is not None:
+        config = _read_config(Path(settings.config), settings.overrides)
     else:
-        assert options.preset is not None
-        config = _preset(options.preset, options.overrides, tokenizer, options.vocab_size)
+        assert settings.preset is not None
+        config = _preset(settings.preset, settings.overrides, tokenizer, settings.vocab_size)
     num_rows = config.get_text_config().vocab_size
     if tokenizer is not None:
         check_vocabulary_fits(tokenizer, num_rows)
-    elif options.vocab_size > num_rows:
+    elif settings.vocab_size > num_rows:
         raise SecateurError(
-            f"--vocab-size is {options.vocab_size}, expected at most the model's vocab_size of {num_rows}; "
+            f"--vocab-size is {settings.vocab_size}, expected at most the model's vocab_size of {num_rows}; "
             "or give the model's tokenizer by --tokenizer"
         )
     return config
 
 
-def make_model(options: PretrainOptions, config: PreTrainedConfig) -> PreTrainedModel:
+def make_model(settings: ModelSettings, config: PreTrainedConfig) -> PreTrainedModel:
     """A model in float32 with random weights drawn from the current random state, or the weights of --model.
 
     Raises:
         SecateurError: the weights do not fit the config exactly.
     """
-    if options.model is None:
+    if settings.model is None:
         # without dtype, a config.json that says bfloat16 makes bfloat16 weights
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32
         )
         return model
-    return load_model(Path(options.model))
+    return load_model(Path(settings.model))
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -102,10 +102,29 @@ def load_model(folder: Path, sizes: ParallelSizes | None = None) -> PreTrainedMo
     Raises:
         SecateurError: a tensor is missing, left over or of another shape, or the model cannot be split like that.
     """
-    split = {}
-    if sizes and sizes.is_sharded:
-        check_split(describe_moe(empty_model(_read_folder(folder))), sizes)
-        split["distributed_config"] = sizes.config()
+    return load_moe(folder, sizes).model if sizes and sizes.is_sharded else _load(folder)
+
+
+def load_moe(folder: Path, sizes: ParallelSizes, layout: ExpertLayout | None = None) -> MoEModel:
+    """`load_model`, and what it loaded described.
+
+    Args:
+        layout: of the same model, if it is known; see `describe_moe`.
+
+    Raises:
+        SecateurError: see `load_model`; or it is no MoE that can be pruned.
+    """
+    if not sizes.is_sharded:
+        return describe_moe(_load(folder), layout)
+    whole = describe_moe(empty_model(_read_folder(folder)), layout)
+    check_split(whole, sizes)
+    moe = describe_moe(_load(folder, distributed_config=sizes.config()), whole.layout)
+    check_sharded(moe, sizes)
+    align_(moe.model)
+    return moe
+
+
+def _load(folder: Path, **split: Any) -> PreTrainedModel:
     model: PreTrainedModel
     report: Mapping[str, Any]
     try:
@@ -118,17 +137,14 @@ def load_model(folder: Path, sizes: ParallelSizes | None = None) -> PreTrainedMo
     wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if wrong:
         raise SecateurError(f"{folder}: its tensors do not fit its config: {wrong}")
-    if sizes and sizes.is_sharded:
-        check_sharded(model, sizes)
-        align_(model)
     return model
 
 
-def model_facts(options: PretrainOptions, moe: MoEModel) -> dict[str, Any]:
+def model_facts(settings: ModelSettings, moe: MoEModel) -> dict[str, Any]:
     """What run.json says of the model, as JSON values."""
     return {
         "model_type": moe.model_type,
-        "attention": PRESETS[options.preset][1] if options.preset else moe.model_type,
+        "attention": PRESETS[settings.preset][1] if settings.preset else moe.model_type,
         "parameters": moe.num_parameters,
         "layers": moe.model.config.num_hidden_layers,
         "top_k": moe.top_k,

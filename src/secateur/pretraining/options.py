@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -9,6 +10,17 @@ from typing import Any
 
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
+from secateur.pretraining.settings import (
+    BalanceSettings,
+    DataSettings,
+    DeviceSettings,
+    ModelSettings,
+    PruningSettings,
+    RecordSettings,
+    RunSettings,
+    TrainingSettings,
+)
+from secateur.train.parts import part_of
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import Pruning, as_prunings
@@ -139,9 +151,32 @@ class PretrainOptions:
                     f"{option(name)} is {getattr(self, name)}, expected a multiple of --log-steps "
                     f"({self.log_steps}): a logged loss is a mean since the last log and must not span a restart"
                 )
-        self.prunings()
-        self.phase()
-        self.rearrangement()
+        _ = self.settings  # refuses what cannot be parsed
+
+    @functools.cached_property
+    def settings(self) -> RunSettings:
+        """These options parsed and in parts, which is what a run is given; made once, when the options are."""
+        return RunSettings(
+            model=part_of(ModelSettings, self),
+            data=part_of(DataSettings, self),
+            training=part_of(TrainingSettings, self),
+            devices=part_of(DeviceSettings, self),
+            balance=BalanceSettings(kind=self.balance, arguments=self.balance_arguments()),
+            pruning=PruningSettings(
+                prunings=self.prunings(),
+                window_steps=self.window_steps,
+                phase=self.phase(),
+                rearrange=self.rearrangement(),
+            ),
+            record=RecordSettings(
+                config=self.to_json(),
+                log_steps=self.log_steps,
+                eval_steps=self.eval_steps,
+                save_steps=self.save_steps,
+                report_to=self.report_to,
+            ),
+            control=self.without_pruning().settings if self.control else None,
+        )
 
     def prunings(self) -> tuple[Pruning, ...]:
         """The schedule; empty with --no-prune."""
@@ -181,7 +216,7 @@ class PretrainOptions:
         nothing: dict[str, Any] = dict.fromkeys(PRUNE_WHAT_AND_WHEN) | {"prune": (), "no_prune": True, "control": False}
         return replace(self, **nothing)
 
-    def balance_arguments(self) -> dict[str, Any]:
+    def balance_arguments(self) -> dict[str, float]:
         """The strength for `attach_balance`, under the name that the kind has for it."""
         if self.balance_strength is None:
             return {}

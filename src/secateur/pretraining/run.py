@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
 from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
-from secateur.pretraining.arguments import tokens_per_step, training_arguments
-from secateur.pretraining.models import given_tokenizer, load_model, make_model, model_config, model_facts
+from secateur.families import MoEModel, describe_moe
+from secateur.modeling_secateur import ExpertLayout
+from secateur.pretraining.arguments import training_arguments
+from secateur.pretraining.models import given_tokenizer, load_model, load_moe, make_model, model_config, model_facts
 from secateur.pretraining.options import DEVICES, PretrainOptions
 from secateur.pretraining.preflight import check_batch, check_before_data, check_data
 from secateur.pretraining.run_folder import RunFolder, write_json
 from secateur.pretraining.run_log import RunLog
+from secateur.pretraining.settings import ModelSettings, RecordSettings, RunSettings
 from secateur.pretraining.summary import run_summary
 from secateur.reporting.write import write_report
 from secateur.train import checkpoints
@@ -45,6 +47,16 @@ from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.save import save_for_ranks, save_whole
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.progress import RunProgress, StageProgress, only_our_messages
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shared:
+    """What a run and its control share. layout: of their model, where it is known already; see `describe_moe`."""
+
+    data: PreparedData
+    sizes: ParallelSizes
+    layout: ExpertLayout | None
+    quiet: bool
 
 
 def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -59,28 +71,28 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
         SecateurError: bad input; found before training wherever it can be, and then `out` is left as it was.
         OSError: the disk refused a write; what is on it stays whole and `resume` goes on from there.
     """
-    folder = RunFolder(out)
+    folder, settings = RunFolder(out), options.settings
     if launch.was_restarted() and folder.run.exists():
         return resume(out, devices={name: getattr(options, name) for name in DEVICES}, quiet=quiet)
     if launch.is_main():
         folder.require_new()
     with only_our_messages():
-        sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
+        sizes = _sizes(settings)
         launch.join()
-        check_before_data(options, sizes)
-        if options.model is not None:
-            load_model(Path(options.model))
+        found = check_before_data(options, sizes)
+        if settings.model.model is not None:
+            load_model(Path(settings.model.model))
         with folder.made() if launch.is_main() else contextlib.nullcontext(), _alone_in(folder):
             if launch.is_main():
                 folder.require_new()
-                write_json(folder.run, {"config": options.to_json(), "command": _command(), **_environment()})
+                write_json(folder.run, {"config": settings.record.config, "command": _command(), **_environment()})
             try:
-                data = _data(options, folder, quiet=quiet)
+                data = _data(settings, folder, lambda: found.tokenizer, quiet=quiet)
             except Exception:
                 if launch.is_main():
                     folder.run.unlink()  # nothing was begun, so nothing may block the next try
                 raise
-            return _finish(options, folder, data, sizes, quiet=quiet)
+            return _finish(settings, folder, Shared(data=data, sizes=sizes, layout=found.moe.layout, quiet=quiet))
 
 
 def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -98,32 +110,36 @@ def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool =
     folder = RunFolder(out)
     options = PretrainOptions.from_json(folder.read_run()["config"])
     # the number of data ranks is what the job has, unless it is given
-    options = replace(options, **{"fsdp": None, **(devices or {})})
+    settings = replace(options, **{"fsdp": None, **(devices or {})}).settings
     try:
-        sizes = parallel_sizes(options.fsdp, options.ep, options.tp)
+        sizes = _sizes(settings)
     except SecateurError as error:
         raise SecateurError(f"{error}; or go on with other sizes: --resume takes --fsdp, --ep and --tp") from error
-    check_batch(options, sizes)
+    check_batch(settings.training.batch_size, sizes)
     with only_our_messages():
         launch.join()
         with _alone_in(folder):
-            return _finish(options, folder, _data(options, folder, quiet=quiet), sizes, quiet=quiet)
+            data = _data(settings, folder, lambda: given_tokenizer(settings.model), quiet=quiet)
+            return _finish(settings, folder, Shared(data=data, sizes=sizes, layout=None, quiet=quiet))
+
+
+def _sizes(settings: RunSettings) -> ParallelSizes:
+    return parallel_sizes(settings.devices.fsdp, settings.devices.ep, settings.devices.tp)
 
 
 def _alone_in(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
-    """The lock of a run folder, held by rank 0 for the whole job."""
+    """The lock of a run folder, held by rank 0 for the whole shared."""
     return folder.locked() if launch.is_main() else contextlib.nullcontext()
 
 
-def _finish(
-    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes, *, quiet: bool
-) -> dict[str, Any]:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    _stage(options, folder, data, sizes, quiet=quiet)
-    if options.control:
+def _finish(settings: RunSettings, folder: RunFolder, shared: Shared) -> dict[str, Any]:
+    """All that is left to do once the data is there."""
+    if settings.training.threads is not None:
+        torch.set_num_threads(settings.training.threads)
+    _stage(settings, folder, shared)
+    if settings.control is not None:
         folder.control.path.mkdir(exist_ok=True)
-        _stage(options.without_pruning(), folder.control, data, sizes, quiet=quiet)
+        _stage(settings.control, folder.control, shared)
     report: dict[str, Any] = launch.once(lambda: _report(folder))
     return report
 
@@ -135,22 +151,24 @@ def _report(folder: RunFolder) -> Any:
     return json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
 
 
-def _data(options: PretrainOptions, folder: RunFolder, *, quiet: bool) -> PreparedData:
-    """The tokens of the run; rank 0 prepares them for all."""
+def _data(
+    settings: RunSettings, folder: RunFolder, tokenizer: Callable[[], PreTrainedTokenizerBase | None], *, quiet: bool
+) -> PreparedData:
+    """The tokens of the run; rank 0 prepares them for all, by the tokenizer that was given or one that it trains."""
     if launch.is_main() and not folder.data.is_dir():
         with StageProgress(quiet=quiet) as progress:
             data = prepare(
-                options.data,
-                tokenizer=given_tokenizer(options),
-                vocab_size=options.vocab_size,
-                sequence_length=options.sequence_length,
-                validation_share=options.validation_share,
-                seed=options.seed,
-                max_bytes=options.max_data_bytes,
-                text_key=options.text_key,
+                settings.data.data,
+                tokenizer=tokenizer(),
+                vocab_size=settings.model.vocab_size,
+                sequence_length=settings.data.sequence_length,
+                validation_share=settings.data.validation_share,
+                seed=settings.data.seed,
+                max_bytes=settings.data.max_data_bytes,
+                text_key=settings.data.text_key,
                 progress=progress,
             )
-        check_data(options, data)
+        check_data(settings.model, settings.training, data)
         save_prepared(data, folder.data)
         launch.barrier()
         return data
@@ -158,36 +176,41 @@ def _data(options: PretrainOptions, folder: RunFolder, *, quiet: bool) -> Prepar
     return load_prepared(folder.data)
 
 
-def _stage(
-    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes, *, quiet: bool
-) -> None:
+def _stage(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
     """One training, of the run or of its control, unless its summary says that it is done."""
     if not launch.once(folder.summary.exists):
-        _train(options, folder, data, sizes, quiet=quiet)
+        _train(settings, folder, shared)
     if launch.is_main():  # the model folder holds the result; a finished training has nothing to resume
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def _train(
-    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes, *, quiet: bool
-) -> None:
-    run = _identity(options, data)
+def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
+    training, record = settings.training, settings.record
+    run = _identity(record, shared.data)
     found = launch.once(lambda: _last_checkpoint(folder, run))
     checkpoint = Path(found) if found else None
-    model = load_model(checkpoint, sizes) if checkpoint else _first_model(options, folder, data, sizes)
+    if checkpoint:
+        moe = load_moe(checkpoint, shared.sizes, shared.layout)
+    else:
+        moe = _first_model(settings.model, folder, shared, seed=training.seed)
     if launch.is_main() and not checkpoint:
         command = folder.read_run()["command"] if folder.run.exists() else _command()
-        facts = {"model": model_facts(options, describe_moe(model)), "data": data.report}
-        write_json(folder.run, {"config": options.to_json(), "command": command, **_environment(), **facts})
+        facts = {"model": model_facts(settings.model, moe), "data": shared.data.report}
+        write_json(folder.run, {"config": record.config, "command": command, **_environment(), **facts})
     # asked to resume after its last step, the Trainer would make one more
-    if not checkpoint or checkpoints.step_of(checkpoint) < options.steps:
-        _train_steps(options, folder, data, model, checkpoint, sizes, run=run, quiet=quiet)
-    _save_model(folder, model, data.tokenizer)
+    if not checkpoint or checkpoints.step_of(checkpoint) < training.steps:
+        _train_steps(settings, folder, shared, moe, checkpoint, run=run)
+    _save_model(folder, moe.model, shared.data.tokenizer)
     if launch.is_main():
         folder.whole_plan().save(folder.plan)
-        write_json(
-            folder.summary, run_summary(options, folder, sum(parameter.numel() for parameter in model.parameters()))
+        summary = run_summary(
+            folder,
+            steps=training.steps,
+            log_steps=record.log_steps,
+            tokens_per_step=training.tokens_per_step,
+            parameters=moe.num_parameters,
         )
+        write_json(folder.summary, summary)
 
 
 def _last_checkpoint(folder: RunFolder, run: str) -> str | None:
@@ -196,73 +219,64 @@ def _last_checkpoint(folder: RunFolder, run: str) -> str | None:
     return str(found) if found else None
 
 
-def _first_model(
-    options: PretrainOptions, folder: RunFolder, data: PreparedData, sizes: ParallelSizes
-) -> PreTrainedModel:
+def _first_model(settings: ModelSettings, folder: RunFolder, shared: Shared, *, seed: int) -> MoEModel:
     """The model of step 0, the same on any number of processes: rank 0 draws its weights and all load them."""
-    if options.model is not None:
-        return load_model(Path(options.model), sizes)
-    set_seed(options.seed)
-    if not sizes.is_sharded:
-        return make_model(options, model_config(options, data.tokenizer))
+    if settings.model is not None:
+        return load_moe(Path(settings.model), shared.sizes, shared.layout)
+    set_seed(seed)
+    if not shared.sizes.is_sharded:
+        return describe_moe(make_model(settings, model_config(settings, shared.data.tokenizer)), shared.layout)
     start = folder.checkpoints / "start"
     if launch.is_main():
         shutil.rmtree(start, ignore_errors=True)
-        save_for_ranks(make_model(options, model_config(options, data.tokenizer)), start)
+        save_for_ranks(make_model(settings, model_config(settings, shared.data.tokenizer)), start)
     launch.barrier()
-    model = load_model(start, sizes)
+    moe = load_moe(start, shared.sizes, shared.layout)
     launch.barrier()
     if launch.is_main():
         shutil.rmtree(start)
-    return model
+    return moe
 
 
 def _train_steps(
-    options: PretrainOptions,
-    folder: RunFolder,
-    data: PreparedData,
-    model: PreTrainedModel,
-    checkpoint: Path | None,
-    sizes: ParallelSizes,
-    *,
-    run: str,
-    quiet: bool,
+    settings: RunSettings, folder: RunFolder, shared: Shared, moe: MoEModel, checkpoint: Path | None, *, run: str
 ) -> None:
-    """From `checkpoint`, whose weights `model` has, or from the start to the last step; prunes the model in place."""
+    """From `checkpoint`, whose weights the model has, or from the start to the last step; prunes the model in place."""
+    training, pruning, model = settings.training, settings.pruning, moe.model
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
     seconds = folder.rewind(done) if launch.is_main() else 0.0
     laep = LAEPCallback(
-        prunings=options.prunings(),
-        window_steps=options.window_steps,
-        phase=options.phase(),
-        rearrange=options.rearrangement(),
+        prunings=pruning.prunings,
+        window_steps=pruning.window_steps,
+        phase=pruning.phase,
+        rearrange=pruning.rearrange,
+        moe=moe,
     )
-    moe = describe_moe(model)
     balance = attach_balance(
         model,
-        options.balance,
+        settings.balance.kind,
         blocks=moe.blocks,
         model_type=moe.model_type,
         sum_counts=Ranks(model).sum_counts,
-        **options.balance_arguments(),
+        **settings.balance.arguments,
     )
-    validation = {domain: BlockDataset(blocks) for domain, blocks in data.validation.items()}
-    name = "control" if folder.path.name == "control" and options.no_prune else "pretrain"
-    with RunProgress(name, options.steps, done=done, quiet=quiet or not launch.is_main()) as progress:
+    validation = {domain: BlockDataset(blocks) for domain, blocks in shared.data.validation.items()}
+    name = "control" if folder.path.name == "control" and not pruning.prunings else "pretrain"
+    with RunProgress(name, training.steps, done=done, quiet=shared.quiet or not launch.is_main()) as progress:
         log = RunLog(
             folder,
             laep,
             progress,
             run=run,
-            tokens_per_step=tokens_per_step(options),
+            tokens_per_step=training.tokens_per_step,
             domain_sizes={domain: len(blocks) for domain, blocks in validation.items()},
             seconds=seconds,
         )
         callbacks: list[TrainerCallback] = [laep, BalanceCallback(balance)]
         trainer = ResumableTrainer(
             model=model,
-            args=training_arguments(options, folder.checkpoints, data_ranks=sizes.fsdp),
-            train_dataset=_whole_steps(options, data),
+            args=training_arguments(training, settings.record, folder.checkpoints, data_ranks=shared.sizes.fsdp),
+            train_dataset=_whole_steps(training.sequences_per_step, shared.data),
             eval_dataset=validation,
             callbacks=[*callbacks, log] if launch.is_main() else callbacks,
         )
@@ -281,7 +295,7 @@ def _keep_tensorboard(trainer: Trainer, folder: RunFolder) -> None:
             callback.logging_dir = str(folder.path / "tensorboard")
 
 
-def _whole_steps(options: PretrainOptions, data: PreparedData) -> Dataset[Any]:
+def _whole_steps(sequences_per_step: int, data: PreparedData) -> Dataset[Any]:
     """The training blocks without the last ones that would make a step of fewer than the others.
 
     At the end of an epoch the Trainer makes a step of what is left; tokens a step, and so all counts of tokens, would
@@ -289,7 +303,7 @@ def _whole_steps(options: PretrainOptions, data: PreparedData) -> Dataset[Any]:
     it that there is one step's worth.
     """
     blocks = BlockDataset(data.train)
-    return Subset(blocks, range(len(blocks) - len(blocks) % (options.batch_size * options.accumulation)))
+    return Subset(blocks, range(len(blocks) - len(blocks) % sequences_per_step))
 
 
 def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -310,10 +324,10 @@ def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrained
     launch.barrier()
 
 
-def _identity(options: PretrainOptions, data: PreparedData) -> str:
-    """What tells the checkpoints of this run from those of another: its settings and its tokens."""
-    settings = {name: value for name, value in options.to_json().items() if name not in DEVICES}
-    content = json.dumps([settings, data.train.digest()], sort_keys=True)
+def _identity(record: RecordSettings, data: PreparedData) -> str:
+    """What tells the checkpoints of this run from those of another: its options and its tokens."""
+    options = {name: value for name, value in record.config.items() if name not in DEVICES}
+    content = json.dumps([options, data.train.digest()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -36,7 +36,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, *, on_event: Callable[[PruneEvent], None] | None = None, **laep: Any) -> None:
-        settings = ("prunings", "window_steps", "phase", "self_check", "rearrange")
+        settings = ("prunings", "window_steps", "phase", "self_check", "rearrange", "moe")
         as_prunings(laep.get("prunings"), **{key: value for key, value in laep.items() if key not in settings})
         self._laep = laep
         self._on_event = on_event
@@ -71,7 +71,8 @@ class LAEPCallback(TrainerCallback, ExportableState):
                 f"resumed at step {state.global_step} from a checkpoint that was written without {type(self).__name__}:"
                 " the loads before it are unknown; start a new run from its weights instead"
             )
-        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], **self._laep)
+        moe = self._laep.pop("moe", None)  # of this training alone: a later one may begin with a pruned model
+        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], moe=moe, **self._laep)
         try:
             if state.global_step:
                 self.pruner.load_state_dict(saved["attributes"]["pruner_state"])

@@ -38,7 +38,7 @@ from secateur.train.distributed.job import Job
 from secateur.train.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement, rearranged
-from secateur.train.schedule import Pruning, as_prunings, check_count
+from secateur.train.schedule import Pruning, as_prunings, check_count, check_goal
 from secateur.train.watch import LoadWatch
 
 STATE_VERSION = 2
@@ -58,6 +58,7 @@ class LAEP:
             sequence of every rank (two forward passes).
         rearrange: how the kept experts are placed on the expert-parallel ranks. Default: level them over the ranks of
             the job, if it has expert parallelism; False keeps their order.
+        moe: `describe_moe(model)`, of a caller who has it already.
 
     Raises:
         SecateurError: the model, the optimizer, the schedule or the way the job was started is not supported. Nothing
@@ -76,15 +77,18 @@ class LAEP:
         phase: PhaseConstants | None = None,
         self_check: bool = True,
         rearrange: Rearrangement | bool | None = None,
+        moe: MoEModel | None = None,
         **rule_and_limits: Any,
     ) -> None:
         check_count("window_steps", window_steps)
         self.prunings = as_prunings(prunings, at_step=at_step, at_tokens=at_tokens, **rule_and_limits)
         self.window_steps = window_steps
         self.self_check = self_check
-        self.moe: MoEModel = describe_moe(model)
+        if moe is not None and moe.model is not model:
+            raise SecateurError("moe: found the description of another model, expected that of `model`")
+        self.moe: MoEModel = moe or describe_moe(model)
         check_model(self.moe)
-        self._job = Job(model)
+        self._job = Job(self.moe)
         self._optimizer = unwrap(optimizer)
         try:
             self._rearrange = _placement_rule(rearrange, self._job.ranks.ep_size, self.moe)
@@ -128,10 +132,14 @@ class LAEP:
         Raises:
             SecateurError: floors make it impossible; the message has the smallest share that can be reached.
         """
-        due = self.prunings[self._num_prunings :]
-        if due and due[0].rule.target_params is not None:
-            even = {layer: [1] * count for layer, count in self.moe.counts.items()}
-            self._decide(RouterStats.from_loads(even, num_tokens=1), due[0])
+        for pruning in self.prunings[self._num_prunings :][:1]:
+            check_goal(
+                [pruning],
+                self._limits(pruning),
+                counts=self.moe.counts,
+                params_per_expert=self.moe.params_per_expert,
+                total_params=self.moe.num_parameters,
+            )
 
     @property
     def num_processes(self) -> int:

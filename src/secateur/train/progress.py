@@ -79,6 +79,10 @@ class RunProgress:
             self._next_line = done + max(1, self._total // LINES_PER_RUN)
             self.say(f"{self._description} {done}/{self._total}  {numbers}")
 
+    def show(self, done: int, total: int, numbers: str) -> None:
+        """`numbers`, or without any a step; in the form that a `TrainingLog` calls."""
+        self.numbers(done, numbers) if numbers else self.step(done)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         self._console.print(Text(text), highlight=False, soft_wrap=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.decide.by_load import target_params
+from secateur.decide.limits import Limits
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 
@@ -64,6 +67,38 @@ def as_prunings(
         if times != sorted(set(times)):
             raise SecateurError(f"the prunings' {name} must increase, found {times}")
     return tuple(prunings)
+
+
+def check_goal(
+    prunings: Sequence[Pruning],
+    limits: Limits,
+    *,
+    counts: Mapping[int, int],
+    params_per_expert: Mapping[int, int],
+    total_params: int,
+) -> None:
+    """Refuse a `target_params` of the last of `prunings` that no loads could meet.
+
+    Each goal is a share of what the one before left, so goals multiply.
+
+    Args:
+        prunings: one or more, all still to come. limits: the admissible counts of the last one.
+        counts, params_per_expert, total_params: of the model before the first of them; see `decide.rule.decide`.
+
+    Raises:
+        SecateurError: floors make it impossible; the message has the smallest share that can be reached.
+    """
+    rule = prunings[-1].rule
+    if rule.target_params is None:
+        return
+    target_params(
+        {layer: [1] * count for layer, count in counts.items()},
+        limits,
+        params_per_expert=params_per_expert,
+        total_params=total_params,
+        target=math.prod(pruning.rule.target_params or 1.0 for pruning in prunings),
+        uniform=rule.uniform,
+    )
 
 
 def check_count(name: str, value: object) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
-from secateur.families import MoEModel, bits_sum, describe_moe
+from secateur.families import MoEModel, bits_sum
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import prune_model_
@@ -31,12 +31,13 @@ class Job:
         SecateurError: the model is wrapped or split in a way that pruning cannot follow.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, moe: MoEModel) -> None:
+        model = moe.model
         reshard_(model)  # a forward pass before may have left shards gathered
         check_fsdp(model)
         self.ranks = Ranks(model)
         if self.ranks.ep_size > 1:
-            check_expert_parallel(describe_moe(model))
+            check_expert_parallel(moe)
         self.device = next(model.parameters()).device
         copies = self.ranks.size > 1 and not self.ranks.sharded
         self._finder = DDPFinder(model) if copies else None

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
-from secateur.families import MoEModel, describe_moe
+from secateur.families import MoEModel
 from secateur.train.distributed.launch import world_size
 
 
@@ -83,14 +82,14 @@ def check_split(moe: MoEModel, sizes: ParallelSizes) -> None:
             raise SecateurError(f"--ep {sizes.ep}: layer {layer} has {count} experts, expected a multiple")
 
 
-def check_sharded(model: nn.Module, sizes: ParallelSizes) -> None:
+def check_sharded(moe: MoEModel, sizes: ParallelSizes) -> None:
     """See by the shapes on this rank that the experts are really split, since a plan that matches nothing is silent.
 
     Raises:
         SecateurError: names the tensor, its whole shape and what this rank holds of it.
     """
     copies = sizes.fsdp * sizes.tp // sizes.ep if sizes.ep > 1 else sizes.fsdp  # FSDP's cut of what EP has cut
-    for block in describe_moe(model).blocks.values():
+    for block in moe.blocks.values():
         parameter: Any
         for name, parameter in block.experts.named_parameters():
             local = parameter.to_local() if is_sharded(parameter) else parameter
