@@ -14,39 +14,32 @@ from torch.utils.data import Dataset
 
 from secateur.data.images import Images, Pixels8, read_images
 from secateur.errors import SecateurError
-from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.settings import DataSettings, ModelSettings
 from secateur.finetuning.task import Task
 from secateur.model_folder.read.modality import class_names
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.models.vmoe.pixels import Pixels, read_pixels
 
-# settings of text, and what they are when nobody gave them
-TEXT_ONLY = {"sequence_length": None, "text_key": "text", "split": "train", "router_aux_loss": None}
 SHIFT = 8  # images are moved by up to one part in so many of a side
 EVAL_SEED = 0  # of the order of images that are measured: that of `eval` where nobody gives one
 UNNAMED = re.compile(r"LABEL_\d+")
 
 
-def image_task(folder: ModelFolder, options: FinetuneOptions) -> Task:
-    """The images that `options` name, as the model's preprocessor_config.json wants them.
+def image_task(folder: ModelFolder, data: DataSettings, model: ModelSettings) -> Task:
+    """The images that `data` names, as the model's preprocessor_config.json wants them.
 
     Raises:
-        SecateurError: no such images, classes that are not the model's, or settings of text.
+        SecateurError: no such images, or classes that are not the model's.
     """
-    for name, default in TEXT_ONLY.items():
-        if getattr(options, name) != default:
-            raise SecateurError(
-                f"--{name.replace('_', '-')}: a {folder.config.model_type!r} model reads images; leave it out"
-            )
-    train = _read("--data", options.data)
-    evaluation = _read("--eval-data", options.eval_data) if options.eval_data else None
-    check_classes(train, folder, new_head=options.new_head)
+    train = _read("--data", data.data)
+    evaluation = _read("--eval-data", data.eval_data) if data.eval_data else None
+    check_classes(train, folder, new_head=model.new_head)
     if evaluation is not None:
         if None not in (train.classes, evaluation.classes) and train.classes != evaluation.classes:
             raise SecateurError(f"--eval-data: classes {evaluation.classes}, expected those of --data, {train.classes}")
-        evaluation.check_labels(train.num_classes if options.new_head else len(class_names(folder)))
+        evaluation.check_labels(train.num_classes if model.new_head else len(class_names(folder)))
     pixels = read_pixels(folder.files.path)
-    items = ImageItems(train, augment_seed=options.seed if options.augment else None)
+    items = ImageItems(train, augment_seed=data.seed if data.augment else None)
     return Task(
         unit="images",
         per_item=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.data.images import Images
 from secateur.errors import SecateurError
+from secateur.families import MoEModel, describe_moe
 from secateur.files.atomic import atomic_write, refused_by_the_disk
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
@@ -42,6 +44,11 @@ class Loaded:
 
     model: PreTrainedModel
     head: tuple[str, ...] | None
+
+    @functools.cached_property
+    def moe(self) -> MoEModel:
+        """The description of the model, made when it is first asked for."""
+        return describe_moe(self.model)
 
     @property
     def num_parameters(self) -> int:

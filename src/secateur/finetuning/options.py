@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.finetuning.settings import (
+    DataSettings,
+    FinetuneSettings,
+    ModelSettings,
+    RecordSettings,
+    TrainingSettings,
+)
+from secateur.train.parts import part_of
 
 # our name -> that of transformers
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -28,6 +36,11 @@ LEAST = {
 }
 OPTIMIZERS = ("adamw", "sgd")
 MAX_SEED = 2**32  # of NumPy
+# what a model reads -> the settings that are for the others
+NOT_FOR = {
+    "images": ("sequence_length", "text_key", "split", "router_aux_loss"),
+    "text": ("new_head", "augment"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +123,45 @@ class FinetuneOptions:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def num_steps(self, num_items: int) -> int:
-        """Optimizer steps on data of so many sequences or images; the last step of an epoch may be a smaller one."""
-        if self.steps is not None:
-            return self.steps
-        return math.ceil((self.epochs or 1.0) * self.steps_per_epoch(num_items))
+        """See `TrainingSettings`, as of the two below."""
+        return part_of(TrainingSettings, self).num_steps(num_items)
 
     def steps_per_epoch(self, num_items: int) -> int:
-        return math.ceil(num_items / (self.batch_size * self.gradient_accumulation))
+        return part_of(TrainingSettings, self).steps_per_epoch(num_items)
 
     def warmup_steps(self, steps: int) -> int:
-        return math.ceil(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        return part_of(TrainingSettings, self).warmup_steps(steps)
+
+
+def in_parts(options: FinetuneOptions) -> FinetuneSettings:
+    """The options as a fine-tuning is given them."""
+    return FinetuneSettings(
+        data=part_of(DataSettings, options),
+        model=part_of(ModelSettings, options),
+        training=part_of(TrainingSettings, options),
+        record=RecordSettings(
+            options=options.to_json(),
+            log_steps=options.log_steps,
+            eval_steps=options.eval_steps,
+            save_steps=options.save_steps,
+            report_to=options.report_to,
+        ),
+    )
+
+
+def check_modality(options: FinetuneOptions, modality: str, model_type: str) -> None:
+    """Refuse settings of images for a model that reads text, and the other way round.
+
+    Args:
+        modality: "text" or "images", see `model_folder.read.modality`.
+
+    Raises:
+        SecateurError: names the first one that was given.
+    """
+    defaults = {one.name: one.default for one in fields(options)}
+    for name in NOT_FOR[modality]:
+        if getattr(options, name) != defaults[name]:
+            raise SecateurError(f"{option(name)}: a {model_type!r} model reads {modality}; leave it out")
 
 
 def option(name: str) -> str:

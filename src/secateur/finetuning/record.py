@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.environment import hardware, versions
 from secateur.finetuning.model import Loaded
-from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.settings import FinetuneSettings
 from secateur.finetuning.task import Task
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.tensor_files import FINETUNED
@@ -17,9 +17,10 @@ from secateur.version import __version__
 FORMAT, VERSION = "secateur-finetune", 1
 
 
-def known(folder: ModelFolder, loaded: Loaded, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+def known(folder: ModelFolder, loaded: Loaded, task: Task, settings: FinetuneSettings) -> dict[str, Any]:
     """What is known before the first step, as JSON."""
-    steps = options.num_steps(task.num_items)
+    training = settings.training
+    steps = training.num_steps(task.num_items)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -30,21 +31,21 @@ def known(folder: ModelFolder, loaded: Loaded, task: Task, options: FinetuneOpti
         "experts": {str(layer): count for layer, count in folder.counts.items()},
         "parameters": loaded.num_parameters,
         "trained_parameters": loaded.num_trained,
-        "router_aux_loss": _router_loss(folder, options),
+        "router_aux_loss": _router_loss(folder, settings.model.router_aux_loss),
         "steps": steps,
-        "warmup_steps": options.warmup_steps(steps),
-        "epochs": steps / options.steps_per_epoch(task.num_items),
+        "warmup_steps": training.warmup_steps(steps),
+        "epochs": steps / training.steps_per_epoch(task.num_items),
         "data": dict(task.about),
-        "options": options.to_json(),
+        "options": dict(settings.record.options),
         "versions": versions(),
         "hardware": hardware(),
     }
 
 
-def _router_loss(folder: ModelFolder, options: FinetuneOptions) -> dict[str, Any] | None:
+def _router_loss(folder: ModelFolder, asked: float | None) -> dict[str, Any] | None:
     """The weights of the losses that balance the experts, and who said so; None where there is none."""
-    if options.router_aux_loss is not None:
-        return {"from": "option", "router_aux_loss": options.router_aux_loss} if options.router_aux_loss else None
+    if asked is not None:
+        return {"from": "option", "router_aux_loss": asked} if asked else None
     config = folder.config.text
     names = ["importance_loss_coef", "load_loss_coef"]
     if getattr(config, "output_router_logits", False):

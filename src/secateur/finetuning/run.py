@@ -16,15 +16,15 @@ from transformers import PrinterCallback, TrainerState
 
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
-from secateur.families import describe_moe
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, written_beside
 from secateur.files.work_folder import Work, place_of_work, work_folder
 from secateur.finetuning.images import image_task
 from secateur.finetuning.model import LOGS, Loaded, check_trainable, load, write
-from secateur.finetuning.options import SCHEDULES, FinetuneOptions, option
+from secateur.finetuning.options import SCHEDULES, FinetuneOptions, check_modality, in_parts, option
 from secateur.finetuning.record import evaluations, known, losses, with_section
+from secateur.finetuning.settings import DataSettings, FinetuneSettings, ModelSettings, RecordSettings, TrainingSettings
 from secateur.finetuning.task import Task, size
 from secateur.finetuning.text import text_task
 from secateur.finetuning.trainer import (
@@ -47,7 +47,10 @@ from secateur.train.trainer_arguments import trainer_arguments
 from secateur.train.training_log import Progress
 
 WHAT = "finetuning"  # name of the work folder
-TASKS: dict[Modality, Callable[[ModelFolder, FinetuneOptions], Task]] = {"text": text_task, "images": image_task}
+TASKS: dict[Modality, Callable[[ModelFolder, DataSettings, ModelSettings], Task]] = {
+    "text": text_task,
+    "images": image_task,
+}
 MOMENTUM = 0.9  # of --optimizer sgd
 
 
@@ -82,28 +85,31 @@ def finetune(
         raise SecateurError(f"fine-tuning runs in one process, WORLD_SIZE is {world_size()}; start it without torchrun")
     if resume and restart:
         raise SecateurError("--resume and --restart: give one of the two")
-    check_logger(options.report_to)
+    settings = in_parts(options)
+    check_logger(settings.record.report_to)
     killed_last = resume and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
     if not killed_last:
         check_target(model, out)
     folder = read_model_folder(model)
     check_trainable(folder)
     with only_our_messages():
-        task = TASKS[modality_of(folder)](folder, options)
-        asked = _asked(folder, task, options)
+        modality = modality_of(folder)
+        check_modality(options, modality, folder.config.model_type)
+        task = TASKS[modality](folder, settings.data, settings.model)
+        asked = _asked(folder, task, settings.record)
         if killed_last:
             return _finished(out, asked, dry_run=dry_run)
-        loaded = _load(folder, task, options)
+        loaded = _load(folder, task, settings.model)
         if dry_run:
-            return known(folder, loaded, task, options)
+            return known(folder, loaded, task, settings)
         if resume and not place_of_work(out, WHAT).is_dir():
             raise SecateurError(f"--resume: nothing was left of a fine-tuning into {out}")
         with work_folder(out, restart=restart, what=WHAT) as work:
             check_target(model, out)  # another process may have been at it until now
             with _kept_for_resume(work):
                 run, checkpoint = _begin(work, asked, resume=resume)
-                record = known(folder, loaded, task, options) | _train(
-                    loaded, folder, task, options, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
+                record = known(folder, loaded, task, settings) | _train(
+                    loaded, folder, task, settings, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
                 )
                 with written_beside(out) as beside:
                     _write_all(loaded, folder, work, record, beside)
@@ -131,9 +137,9 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
     return record
 
 
-def _asked(folder: ModelFolder, task: Task, options: FinetuneOptions) -> dict[str, Any]:
+def _asked(folder: ModelFolder, task: Task, record: RecordSettings) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
-    plain = {"model": folder.files.state, "data": dict(task.about), "options": options.to_json()}
+    plain = {"model": folder.files.state, "data": dict(task.about), "options": record.options}
     asked: dict[str, Any] = json.loads(json.dumps(plain))
     return asked
 
@@ -191,27 +197,27 @@ def _write_all(loaded: Loaded, source: ModelFolder, work: Work, record: Mapping[
     atomic_write(folder / FINETUNED, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _load(folder: ModelFolder, task: Task, options: FinetuneOptions) -> Loaded:
-    loaded = load(folder, freeze=options.freeze, new_classes=task.images if options.new_head else None)
-    with _balanced(loaded, folder, options):  # what it refuses shows before the training
+def _load(folder: ModelFolder, task: Task, settings: ModelSettings) -> Loaded:
+    loaded = load(folder, freeze=settings.freeze, new_classes=task.images if settings.new_head else None)
+    with _balanced(loaded, folder, settings.router_aux_loss):  # what it refuses shows before the training
         return loaded
 
 
 @contextlib.contextmanager
-def _balanced(loaded: Loaded, folder: ModelFolder, options: FinetuneOptions) -> Iterator[list[BalanceCallback]]:
+def _balanced(loaded: Loaded, folder: ModelFolder, router_aux_loss: float | None) -> Iterator[list[BalanceCallback]]:
     """The balance loss of --router-aux-loss on a model, in place of that of its config."""
-    if options.router_aux_loss is None:
+    if router_aux_loss is None:
         yield []
         return
     loaded.model.config.get_text_config().output_router_logits = False
-    if not options.router_aux_loss:
+    if not router_aux_loss:
         yield []
         return
     handle = attach_balance(
         loaded.model,
         "mixtral",
-        blocks=describe_moe(loaded.model).blocks,
-        coefficient=options.router_aux_loss,
+        blocks=loaded.moe.blocks,
+        coefficient=router_aux_loss,
         model_type=folder.config.text.model_type,
     )
     try:
@@ -224,7 +230,7 @@ def _train(
     loaded: Loaded,
     source: ModelFolder,
     task: Task,
-    options: FinetuneOptions,
+    settings: FinetuneSettings,
     folder: Path,
     *,
     run: str,
@@ -232,27 +238,28 @@ def _train(
     on_progress: Progress,
 ) -> dict[str, Any]:
     """Train the model in place; returns what finetune.json says of it."""
-    steps = options.num_steps(task.num_items)
+    training = settings.training
+    steps = training.num_steps(task.num_items)
     spent = TrainingTime()
     log = FinetuneLog(
         task,
         run=run,
-        steps_per_epoch=options.steps_per_epoch(task.num_items),
+        steps_per_epoch=training.steps_per_epoch(task.num_items),
         spent=spent,
         on_progress=on_progress,
     )
-    sgd = (torch.optim.SGD, {"lr": options.learning_rate, "momentum": MOMENTUM})
-    with _balanced(loaded, source, options) as balance:
+    sgd = (torch.optim.SGD, {"lr": training.learning_rate, "momentum": MOMENTUM})
+    with _balanced(loaded, source, settings.model.router_aux_loss) as balance:
         trainer = FinetuneTrainer(
             spent=spent,
             model=loaded.model,
-            args=_arguments(task, options, folder, steps, is_new=checkpoint is None),
+            args=_arguments(task, training, settings.record, folder, steps, is_new=checkpoint is None),
             train_dataset=task.train,
             eval_dataset=dict(task.evaluation) or None,
             data_collator=task.collate,
             compute_metrics=accuracy if task.images else None,
             preprocess_logits_for_metrics=best_class if task.images else None,
-            optimizer_cls_and_kwargs=sgd if options.optimizer == "sgd" else None,
+            optimizer_cls_and_kwargs=sgd if training.optimizer == "sgd" else None,
             callbacks=[*balance, log],
         )
         trainer.remove_callback(PrinterCallback)
@@ -275,28 +282,30 @@ def _train(
     }
 
 
-def _arguments(task: Task, options: FinetuneOptions, folder: Path, steps: int, *, is_new: bool) -> Any:
+def _arguments(
+    task: Task, training: TrainingSettings, record: RecordSettings, folder: Path, steps: int, *, is_new: bool
+) -> Any:
     arguments = trainer_arguments(
         folder,
-        precision="bf16" if options.bf16 else "fp32",
-        seed=options.seed,
+        precision="bf16" if training.bf16 else "fp32",
+        seed=training.seed,
         max_steps=steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=task.eval_batch(options.batch_size),
-        gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps(steps),
-        lr_scheduler_type=SCHEDULES[options.schedule],
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=task.eval_batch(training.batch_size),
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps(steps),
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
         prediction_loss_only=task.images is None,
-        logging_steps=min(options.log_steps, steps),
+        logging_steps=min(record.log_steps, steps),
         eval_strategy="steps" if task.evaluation else "no",
-        eval_steps=options.eval_steps or steps,
+        eval_steps=record.eval_steps or steps,
         eval_on_start=bool(task.evaluation) and is_new,
-        save_strategy="steps" if options.save_steps else "no",
-        save_steps=options.save_steps or steps,
-        report_to=options.report_to,
+        save_strategy="steps" if record.save_steps else "no",
+        save_steps=record.save_steps or steps,
+        report_to=record.report_to,
     )
     if arguments.n_gpu > 1:
         raise SecateurError(

@@ -16,39 +16,33 @@ from secateur.data.corpus import Document
 from secateur.data.packing import BlockDataset, PackedTokens
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
-from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.settings import DataSettings, ModelSettings
 from secateur.finetuning.task import Task
 from secateur.model_folder.read.model_folder import ModelFolder
 
 LENGTH = 512
-IMAGES_ONLY = ("new_head", "augment")
 
 
-def text_task(folder: ModelFolder, options: FinetuneOptions) -> Task:
-    """The blocks that `options` name, by the model's own tokenizer.
+def text_task(folder: ModelFolder, data: DataSettings, model: ModelSettings) -> Task:
+    """The blocks that `data` names, by the model's own tokenizer.
 
     Raises:
-        SecateurError: no such text, too little of it, no tokenizer, or one that does not fit the model; settings of
-            images, or a loss that the model cannot have.
+        SecateurError: no such text, too little of it, no tokenizer, or one that does not fit the model; or a loss that
+            the model cannot have.
     """
-    for name in IMAGES_ONLY:
-        if getattr(options, name):
-            raise SecateurError(
-                f"--{name.replace('_', '-')}: a {folder.config.model_type!r} model reads text; leave it out"
-            )
-    if options.router_aux_loss and folder.config.kept:
+    if model.router_aux_loss and folder.config.kept:
         raise SecateurError(
             f"--router-aux-loss: {folder.files.path} has zero slots in layers {sorted(folder.config.kept)}, and a loss "
             "that balances experts would count the empty ones; leave it out, or give 0 for none"
         )
     config = folder.config.text
     longest = getattr(config, "max_position_embeddings", None)
-    length = options.sequence_length or min(LENGTH, longest or LENGTH)
+    length = data.sequence_length or min(LENGTH, longest or LENGTH)
     if longest is not None and length > longest:
         raise SecateurError(f"--sequence-length {length}: the model takes sequences of up to {longest} tokens")
     tokenizer = load_tokenizer(folder.files.path)
-    train = pack_domains(tokenizer, options.data, length, options)
-    evaluation = pack_domains(tokenizer, options.eval_data, length, options) if options.eval_data else {}
+    train = pack_domains(tokenizer, data.data, length, data)
+    evaluation = pack_domains(tokenizer, data.eval_data, length, data) if data.eval_data else {}
     for dataset in (*train.values(), *evaluation.values()):
         if (largest := int(dataset.blocks.max())) >= int(config.vocab_size):
             raise SecateurError(
@@ -65,7 +59,7 @@ def text_task(folder: ModelFolder, options: FinetuneOptions) -> Task:
 
 
 def pack_domains(
-    tokenizer: PreTrainedTokenizerBase, specs: Sequence[str], length: int, options: FinetuneOptions
+    tokenizer: PreTrainedTokenizerBase, specs: Sequence[str], length: int, settings: DataSettings
 ) -> dict[str, PackedTokens]:
     """Domain -> blocks of `length` tokens: its texts joined, the end-of-text token after each where there is one.
 
@@ -75,7 +69,7 @@ def pack_domains(
         SecateurError: a domain that has not one block.
     """
     texts: dict[str, list[Document | Chat]] = {}
-    for text in read_texts(specs, options.text_key, options.split):
+    for text in read_texts(specs, settings.text_key, settings.split):
         texts.setdefault(text.domain, []).append(text)
     return {domain: _pack(tokenizer, domain, mine, length) for domain, mine in sorted(texts.items())}
 
