@@ -113,7 +113,9 @@ class Trained:
 
     def __init__(self, options: PretrainOptions, counts: dict[int, int]) -> None:
         self.options = options
-        self.model: PreTrainedModel = make_model(options, model_config(options, None)).to(DEVICE)
+        self.model: PreTrainedModel = make_model(options.settings.model, model_config(options.settings.model, None)).to(
+            DEVICE
+        )
         moe = describe_moe(self.model)
         if counts:
             layers = {

@@ -143,7 +143,7 @@ class Training:
     def __init__(self, arguments: argparse.Namespace, data: PreparedData, seed: int, *, prune: bool) -> None:
         self.steps, self.prune_at, self.seed = arguments.steps, arguments.prune_at, seed
         set_seed(seed)
-        self.model = make_model(OPTIONS, model_config(OPTIONS, data.tokenizer))
+        self.model = make_model(OPTIONS.settings.model, model_config(OPTIONS.settings.model, data.tokenizer))
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

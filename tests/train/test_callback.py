@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from secateur import LAEPCallback, PhaseConstants, PruneEvent, Pruning, Rule, SecateurError
+from secateur.families import describe_moe
 from secateur.train.callback import REFUSED_ARGUMENTS
 from support.tiny_models import everything, tiny_model
 
@@ -412,6 +413,18 @@ def test_a_second_training_counts_anew(tmp_path: Path) -> None:
     assert (second.step, second.tokens) == (2, 2 * BATCH * LENGTH)
     assert second.parameters_before == first.parameters_after
     assert len(trainer.model._forward_pre_hooks) == 0
+
+
+def test_a_description_that_was_given_is_that_of_the_first_training_alone(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    callback = laep(target_params=0.9, at_step=2, moe=describe_moe(model))
+    trainer = trainer_of(tmp_path, callback, model=model, max_steps=3)
+    trainer.train()
+    (first,) = callback.events
+    trainer.train()
+    (second,) = callback.events
+    one, other = first.plan.layers[0], second.plan.layers[0]
+    assert other.experts_before == one.experts_after < one.experts_before
 
 
 def test_the_model_saved_by_the_trainer_loads_again(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.stats import RouterStats
+from secateur.train import laep as laep_module
 from secateur.train.distributed import job as job_module
 from secateur.train.events import PruneEvent
 from secateur.train.laep import LAEP
@@ -559,6 +560,19 @@ def test_nan_elsewhere_in_the_model_is_refused_as_what_it_is() -> None:
     with pytest.raises(SecateurError, match="logits are NaN or infinite at step 3: the run has diverged"):
         run.pruner.step()
     assert everything(run.model) == before
+
+
+def test_a_description_that_is_given_is_used_and_that_of_another_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, other = tiny_model("mixtral"), tiny_model("mixtral")
+    moe = describe_moe(model)
+    monkeypatch.setattr(laep_module, "describe_moe", lambda *_: pytest.fail("described again"))
+    pruner = LAEP(model, adamw(model), moe=moe)
+    assert pruner.moe is moe
+    pruner.detach()
+    with pytest.raises(SecateurError, match="moe: found the description of another model"):
+        LAEP(other, adamw(other), moe=moe)
 
 
 @pytest.mark.parametrize("goal", [{"target_params": 0.01}, {"target_params": 0.5, "min_experts": 6}])

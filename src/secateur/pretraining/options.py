@@ -169,7 +169,7 @@ class PretrainOptions:
                 rearrange=self.rearrangement(),
             ),
             record=RecordSettings(
-                config=self.to_json(),
+                options=self.to_json(),
                 log_steps=self.log_steps,
                 eval_steps=self.eval_steps,
                 save_steps=self.save_steps,

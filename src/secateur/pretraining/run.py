@@ -85,7 +85,7 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
         with folder.made() if launch.is_main() else contextlib.nullcontext(), _alone_in(folder):
             if launch.is_main():
                 folder.require_new()
-                write_json(folder.run, {"config": settings.record.config, "command": _command(), **_environment()})
+                write_json(folder.run, {"config": settings.record.options, "command": _command(), **_environment()})
             try:
                 data = _data(settings, folder, lambda: found.tokenizer, quiet=quiet)
             except Exception:
@@ -196,7 +196,7 @@ def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
     if launch.is_main() and not checkpoint:
         command = folder.read_run()["command"] if folder.run.exists() else _command()
         facts = {"model": model_facts(settings.model, moe), "data": shared.data.report}
-        write_json(folder.run, {"config": record.config, "command": command, **_environment(), **facts})
+        write_json(folder.run, {"config": record.options, "command": command, **_environment(), **facts})
     # asked to resume after its last step, the Trainer would make one more
     if not checkpoint or checkpoints.step_of(checkpoint) < training.steps:
         _train_steps(settings, folder, shared, moe, checkpoint, run=run)
@@ -326,7 +326,7 @@ def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrained
 
 def _identity(record: RecordSettings, data: PreparedData) -> str:
     """What tells the checkpoints of this run from those of another: its options and its tokens."""
-    options = {name: value for name, value in record.config.items() if name not in DEVICES}
+    options = {name: value for name, value in record.options.items() if name not in DEVICES}
     content = json.dumps([options, data.train.digest()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -97,9 +97,9 @@ class PruningSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSettings:
-    """When what is recorded. config: all options as they were given, for run.json."""
+    """When what is recorded. options: all of them as they were given, for run.json."""
 
-    config: Mapping[str, Any]
+    options: Mapping[str, Any]
     log_steps: int
     eval_steps: int
     save_steps: int

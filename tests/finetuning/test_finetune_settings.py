@@ -1,0 +1,65 @@
+"""Options of a fine-tuning are taken apart once, and its model is described once."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secateur.finetuning import model as model_module
+from secateur.finetuning import run as program
+from secateur.finetuning.options import NOT_FOR, FinetuneOptions, in_parts
+from support.small_finetunes import run, text_folder, text_options
+
+# another value than the default, where adding one to it makes none
+OTHERS: dict[str, dict[str, Any]] = {
+    "data": {"data": ("b.txt",)},
+    "eval_data": {"eval_data": ("c.txt",)},
+    "text_key": {"text_key": "body"},
+    "split": {"split": "test"},
+    "optimizer": {"optimizer": "sgd"},
+    "schedule": {"schedule": "linear"},
+    "freeze": {"freeze": ("gate",)},
+    "eval_steps": {"eval_data": ("c.txt",), "eval_steps": 3},
+    "sequence_length": {"sequence_length": 64},
+    "report_to": {"report_to": "wandb"},
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(FinetuneOptions)])
+def test_every_option_has_its_place_in_the_settings(name: str) -> None:
+    default = FinetuneOptions(data=("a.txt",))
+    before = getattr(default, name)
+    other = (not before) if isinstance(before, bool) else (before or 1) + 1 if name not in OTHERS else None
+    changed = FinetuneOptions(**{"data": ("a.txt",), **OTHERS.get(name, {name: other})})
+    assert getattr(changed, name) != before
+    settings = in_parts(changed)
+    parts = [getattr(settings, part.name) for part in fields(settings)]
+    values = [getattr(part, name) for part in parts if hasattr(part, name)]
+    assert values == [getattr(changed, name)] * len(values) != []
+
+
+def test_all_options_are_recorded_as_they_were_given() -> None:
+    options = FinetuneOptions(data=("a.txt",), freeze=("gate",), epochs=1.5)
+    assert in_parts(options).record.options == options.to_json()
+
+
+def test_what_is_not_for_a_modality_are_options() -> None:
+    assert {name for names in NOT_FOR.values() for name in names} < {field.name for field in fields(FinetuneOptions)}
+
+
+def test_a_finetuning_with_a_loss_of_the_routers_describes_its_model_once_and_its_options_are_taken_apart_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = text_folder(tmp_path)
+    described: list[Any] = []
+    taken: list[Any] = []
+    describe = model_module.describe_moe
+    monkeypatch.setattr(model_module, "describe_moe", lambda model: described.append(model) or describe(model))
+    monkeypatch.setattr(program, "in_parts", lambda options: taken.append(options) or in_parts(options))
+    assert not hasattr(program, "describe_moe")
+    record = run(root, tmp_path / "out", text_options(root, router_aux_loss=0.01))
+    assert record["router_aux_loss"] == {"from": "option", "router_aux_loss": 0.01}
+    assert len(described) == len(taken) == 1
