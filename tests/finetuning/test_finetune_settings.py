@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from secateur.finetuning import model as model_module
 from secateur.finetuning import run as program
 from secateur.finetuning.options import NOT_FOR, FinetuneOptions, in_parts
+from secateur.finetuning.trainer import FinetuneLog, TrainingTime
+from secateur.train import training_log
 from support.small_finetunes import run, text_folder, text_options
 
 # another value than the default, where adding one to it makes none
@@ -63,3 +66,19 @@ def test_a_finetuning_with_a_loss_of_the_routers_describes_its_model_once_and_it
     record = run(root, tmp_path / "out", text_options(root, router_aux_loss=0.01))
     assert record["router_aux_loss"] == {"from": "option", "router_aux_loss": 0.01}
     assert len(described) == len(taken) == 1
+
+
+def test_the_seconds_of_a_finetuning_are_those_from_the_begin_of_each_step_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = SimpleNamespace(seconds=10.0)
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: now.seconds)
+    spent = TrainingTime(seconds=5.0)
+    task: Any = SimpleNamespace(set_epoch=lambda epoch: None)
+    log: Any = FinetuneLog(task, run="r", steps_per_epoch=9, spent=spent, on_progress=lambda *done: None)
+    for step in (1, 2):
+        log.on_step_begin(None, SimpleNamespace(global_step=step - 1), None)
+        now.seconds += 2.0
+        log.on_step_end(None, SimpleNamespace(global_step=step, max_steps=2), None)
+        now.seconds += 100.0  # until the next batch is there
+    assert spent.seconds == 9.0
