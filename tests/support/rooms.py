@@ -68,8 +68,7 @@ ROOMS: dict[str, Room] = {
     "finetuning": Room(
         question="How does `secateur finetune` train a model folder, of text or of images, pruned or not?",
         may_import=_rooms(
-            "pretraining model_folder.rewrite model_folder.read train families models data environment version "
-            "files errors"
+            "model_folder.rewrite model_folder.read train families models data environment version files errors"
         ),
     ),
     "pretraining": Room(
