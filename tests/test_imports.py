@@ -212,7 +212,7 @@ def run(code: str, *arguments: str) -> str:
 
 
 def test_importing_secateur_loads_nothing_heavy() -> None:
-    code = "import sys, secateur; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    code = "import sys, secateur; print([name for name in ('torch', 'transformers', 'msgspec') if name in sys.modules])"
     assert run(code) == "[]"
 
 

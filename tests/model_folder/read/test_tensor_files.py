@@ -132,7 +132,7 @@ def test_a_tensor_that_is_there_twice_is_refused(folder: Path) -> None:
     header = json.dumps({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})[:-1]
     text = (header + "," + header[1:] + "}").encode()
     (folder / FIRST).write_bytes(struct.pack("<Q", len(text)) + text)
-    refused(folder, "lists a name twice")
+    refused(folder, "lists a key twice")
     save_file({name: torch.rand(3, 4) for name in NAMES}, folder / FIRST)
     refused(folder, f"the tensor .* is in {FIRST} and in {SECOND}")
 
