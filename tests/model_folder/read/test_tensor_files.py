@@ -132,7 +132,7 @@ def test_a_tensor_that_is_there_twice_is_refused(folder: Path) -> None:
     header = json.dumps({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})[:-1]
     text = (header + "," + header[1:] + "}").encode()
     (folder / FIRST).write_bytes(struct.pack("<Q", len(text)) + text)
-    refused(folder, "lists a key twice")
+    refused(folder, "lists a name twice")
     save_file({name: torch.rand(3, 4) for name in NAMES}, folder / FIRST)
     refused(folder, f"the tensor .* is in {FIRST} and in {SECOND}")
 
@@ -158,7 +158,7 @@ def test_json_that_is_none_is_refused(text: str, folder: Path) -> None:
     for name in ("config.json", INDEX):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(text.encode("utf-8", errors="surrogatepass"))
-        refused(folder, f"{name}: (not JSON|found)")
+        refused(folder, f"{name}: (not JSON|found|an object lists a key twice)")
         (folder / name).write_bytes(before)
 
 
