@@ -9,13 +9,18 @@ import itertools
 import json
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import read_json
+from secateur.files.records import Expert, Experts, Layer, Name, as_record
 
 FORMAT = "secateur-plan"
 VERSION = 1
@@ -25,8 +30,6 @@ REROUTE = "reroute"  # its rows of the router go too: tokens go to the next expe
 ZERO_SLOT = "zero-slot"  # the router stays as it is: what it sends there contributes nothing, other weights stay
 REMOVED = (REROUTE, ZERO_SLOT)
 MIXED = "mixed"  # of composed plans, in which both happen
-
-TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
@@ -219,32 +222,22 @@ class Plan:
         Raises:
             SecateurError: another format or version, a missing or unknown entry, or an invalid plan.
         """
-        top = _typed(data, dict, "plan")
-        found = (top.get("format"), top.get("version"))
-        if found != (FORMAT, VERSION) or isinstance(top.get("version"), bool):
-            raise SecateurError(f"plan: format and version are {found}, expected {(FORMAT, VERSION)}")
-        _keys(top, {"layers", "criterion"}, {"format", "version", "details", "stats_digest", "removed"}, "plan")
-        layers = {}
-        for name, entry in _typed(top["layers"], dict, "plan: layers").items():
-            where = f"plan, layer {name}"
-            if not name.isdecimal() or str(int(name)) != name:
-                raise SecateurError(f"plan: layer id is {name!r}, expected a whole number")
-            _keys(_typed(entry, dict, where), {"experts_before", "order"}, set(), where)
-            order = tuple(_typed(entry["order"], list, f"{where}: order"))
-            layers[int(name)] = LayerPlan(experts_before=entry["experts_before"], order=order)
-        details = _typed(top.get("details", {}), dict, "plan: details")
+        file = as_record(data, PlanFile, "plan")
         return cls(
-            layers=layers,
-            criterion=top["criterion"],
-            details=details,
-            stats_digest=top.get("stats_digest"),
-            removed=top.get("removed"),
+            layers={
+                layer: LayerPlan(experts_before=entry.experts_before, order=entry.order)
+                for layer, entry in file.layers.items()
+            },
+            criterion=file.criterion,
+            details=file.details,
+            stats_digest=file.stats_digest,
+            removed=file.removed,
         )
 
     def save(self, path: Path | str) -> None:
         """Write the plan as JSON, one line for each layer so that two plans can be compared line by line."""
         head = self.to_json()
-        layers = _typed(head.pop("layers"), dict, "layers")
+        layers: Any = head.pop("layers")
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in layers.items())
         start = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
         atomic_write(Path(path), f'{start},\n  "layers": {{\n{lines}\n  }}\n}}\n')
@@ -256,16 +249,31 @@ class Plan:
         Raises:
             SecateurError: the file cannot be read, is not strict JSON, or is not a valid plan; the message names it.
         """
+        where = f"plan file {path}"
+        data = read_json(Path(path), where=where, constants=False)
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
             return cls.from_json(data)
-        except OSError as error:
-            raise SecateurError(f"plan file {path}: cannot be read ({error.strerror})") from error
         except SecateurError as error:
-            raise SecateurError(f"plan file {path}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise SecateurError(f"plan file {path}: not JSON in UTF-8 ({error})") from error
+            raise SecateurError(f"{where}: {error}") from error
+
+
+class LayerEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A layer of a plan, as its file has it."""
+
+    experts_before: Experts
+    order: tuple[Expert, ...]
+
+
+class PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan as its file has it; what the entries must be together, `Plan` checks."""
+
+    format: Literal["secateur-plan"]
+    version: Literal[1]
+    criterion: Name
+    layers: dict[Layer, LayerEntry]
+    details: dict[str, Any] = {}
+    stats_digest: str | None = None
+    removed: str | None = None
 
 
 def _validate_layer(layer: int, plan: LayerPlan) -> None:
@@ -276,11 +284,11 @@ def _validate_layer(layer: int, plan: LayerPlan) -> None:
     outside = sorted({old for old in plan.order if not 0 <= old < plan.experts_before})
     if outside:
         raise SecateurError(
-            f"plan, layer {layer}: expert ids {outside} are out of range, expected 0 to {plan.experts_before - 1}"
+            f"plan, layer {layer}: expert ids {outside!r:.200} are out of range, "
+            f"expected 0 to {plan.experts_before - 1}"
         )
-    if len(set(plan.order)) != len(plan.order):
-        twice = sorted({old for old in plan.order if plan.order.count(old) > 1})
-        raise SecateurError(f"plan, layer {layer}: expert ids {twice} are listed more than once, expected once")
+    if twice := sorted(old for old, times in Counter(plan.order).items() if times > 1):
+        raise SecateurError(f"plan, layer {layer}: expert ids {twice!r:.200} are listed more than once, expected once")
 
 
 def _index(value: Any, name: str) -> int:
@@ -306,29 +314,6 @@ def _as_json(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
     raise SecateurError(f"plan: {name} is {value!r}, expected something JSON can hold")
-
-
-def _typed(value: object, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise SecateurError(f"{name}: found {value!r:.80}, expected {TYPE_NAMES[kind]}")
-    return value
-
-
-def _keys(entry: dict[str, Any], required: set[str], optional: set[str], name: str) -> None:
-    missing, unknown = required - entry.keys(), entry.keys() - required - optional
-    if missing or unknown:
-        raise SecateurError(f"{name}: missing entries {sorted(missing)}, unknown entries {sorted(unknown)}")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entry = dict(pairs)
-    if len(entry) != len(pairs):
-        raise SecateurError(f"an object lists a key twice: {[key for key, _ in pairs]}")
-    return entry
-
-
-def _refuse_constant(name: str) -> None:
-    raise SecateurError(f"found {name}, which is not JSON")
 
 
 def layer_plan(plan: Plan, counts: Mapping[int, int], layer: int) -> LayerPlan:

@@ -119,7 +119,7 @@ def edit(folders: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"version": 2}, "expected secateur-undo, version 1"),
-        ({"plan": {}}, "format and version"),
+        ({"plan": {}}, "'format' is missing"),
         (
             {"plan": PLAN.to_json() | {"layers": {"0": {"experts_before": 8, "order": [0]}}}},
             "is missing|bytes, expected",
