@@ -140,16 +140,29 @@ LAYER = {"num_tokens": 1, "token_count": [1]}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "expected format, version and layers"),
-        ({"format": "secateur-stats", "version": 3, "layers": {"0": LAYER}}, "format and version are"),
-        ({"format": "secateur-stats", "version": True, "layers": {"0": LAYER}}, "format and version are"),
-        ({"format": "secateur-stats", "version": 1, "layers": {"00": LAYER}}, "layer id is '00'"),
-        ({"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "x": 1}}}, "layer 0: found"),
-        ({"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "norm_sum": [1.0]}}}, "layer 0: found"),
-        ({"format": "secateur-stats", "version": 2, "layers": {"0": {"norm_sum": [1.0]}}}, "layer 0: found"),
-        ({"format": "secateur-stats", "version": 2, "layers": {"0": {**LAYER, "norm_sum": ["1"]}}}, "norm_sum is '1'"),
-        ({"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "token_count": 3.5}}}, "count is 3.5"),
-        ({"format": "secateur-stats", "version": 1, "layers": [LAYER]}, "layers is"),
+        ([], r"statistics: found \[\], expected an object"),
+        ({"format": "secateur-stats", "version": 3, "layers": {"0": LAYER}}, "'version' is 3, expected one of 1, 2"),
+        ({"format": "secateur-stats", "version": True, "layers": {"0": LAYER}}, "'version' is True, expected 1"),
+        ({"format": "secateur", "version": 2, "layers": {"0": LAYER}}, "'format' is 'secateur', expected 'secateur-st"),
+        ({"format": "secateur-stats", "version": 1, "layers": {"00": LAYER}}, "'layers' has the key '00'"),
+        ({"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "x": 1}}}, "'layers.0.x' is unknown"),
+        (
+            {"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "norm_sum": [1.0]}}},
+            "'layers.0.norm_sum' is unknown, expected num_tokens, token_count",
+        ),
+        (
+            {"format": "secateur-stats", "version": 2, "layers": {"0": {"norm_sum": [1.0]}}},
+            "'layers.0.num_tokens' is missing",
+        ),
+        (
+            {"format": "secateur-stats", "version": 2, "layers": {"0": {**LAYER, "norm_sum": ["1"]}}},
+            r"'layers.0.norm_sum\[0\]' is '1', expected a number",
+        ),
+        (
+            {"format": "secateur-stats", "version": 1, "layers": {"0": {**LAYER, "token_count": 3.5}}},
+            "'layers.0.token_count' is 3.5, expected a list",
+        ),
+        ({"format": "secateur-stats", "version": 1, "layers": [LAYER]}, "'layers' is .*, expected an object"),
     ],
 )
 def test_damaged_json_is_refused(data: Any, message: str) -> None:
@@ -168,8 +181,12 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     contents = [
         ({"weight": torch.ones(2)}, {}, "format is None"),
         ({"weight": torch.ones(2)}, format_, "unknown tensor weight"),
-        ({"layers.0.token_count": torch.tensor([1])}, format_, "layer 0: found"),
-        ({"layers.0.token_count": torch.ones(1), "layers.0.num_tokens": torch.tensor([1])}, format_, "count is 1.0"),
+        ({"layers.0.token_count": torch.tensor([1])}, format_, "'layers.0.num_tokens' is missing"),
+        (
+            {"layers.0.token_count": torch.ones(1), "layers.0.num_tokens": torch.tensor([1])},
+            format_,
+            r"count\[0\]' is 1.0",
+        ),
         ({"layers.0.norm_sum": torch.ones(1, dtype=torch.float64)}, format_, "unknown tensor layers.0.norm_sum"),
     ]
     for tensors, metadata, message in contents:

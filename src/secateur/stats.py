@@ -14,8 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import parse_json
+from secateur.files.records import Count, Layer, as_record
 from secateur.files.safetensors_header import with_sorted_metadata
 
 FORMAT = "secateur-stats"
 COUNTS = ("num_tokens", "token_count")
-# (E,) float64 sum -> how two windows of it merge. A new sum is one line here and one field of LayerStats.
+# (E,) float64 sum -> how two windows of it merge. A new sum is one line here and one field of LayerStats and SumsEntry.
 SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weight_sum": torch.add,
     "norm_sum": torch.add,
@@ -176,23 +179,21 @@ class RouterStats:
 
     def emptied(self) -> RouterStats:
         """Statistics of the same layers, experts and sums in which nothing was counted."""
-        zeros = {
-            layer: {name: [0] * layer_observer.num_experts for name in ("token_count", *layer_observer.sums)}
-            for layer, layer_observer in self.layers.items()
-        }
         return RouterStats(
-            layers={layer: _layer(f"layer {layer}", {"num_tokens": 0, **entry}) for layer, entry in zeros.items()}
+            layers={
+                layer: LayerStats(
+                    num_tokens=0,
+                    token_count=torch.zeros_like(stats.token_count),
+                    **{name: torch.zeros_like(value) for name, value in stats.sums.items()},
+                )
+                for layer, stats in self.layers.items()
+            }
         )
 
     @classmethod
     def from_loads(cls, loads: Mapping[int, Sequence[int]], num_tokens: int) -> RouterStats:
         """`loads` is layer -> tokens of each expert; every layer saw `num_tokens` tokens."""
-        return cls(
-            layers={
-                layer: _layer(f"layer {layer}", {"num_tokens": num_tokens, "token_count": counts})
-                for layer, counts in loads.items()
-            }
-        )
+        return cls(layers={layer: _counted(layer, counts, num_tokens) for layer, counts in loads.items()})
 
     def loads(self) -> dict[int, list[int]]:
         """Layer -> tokens of each expert."""
@@ -218,22 +219,9 @@ class RouterStats:
         Raises:
             SecateurError: another format or version, a missing or unknown entry, or an invalid count.
         """
-        if not isinstance(data, dict) or data.keys() != {"format", "version", "layers"}:
-            raise SecateurError(f"statistics: found {data!r:.80}, expected format, version and layers")
-        found = (data["format"], data["version"])
-        if found not in [(FORMAT, version) for version in VERSIONS] or isinstance(data["version"], bool):
-            raise SecateurError(f"statistics: format and version are {found}, expected {FORMAT}, {_listed(VERSIONS)}")
-        names = VERSIONS[data["version"]]
-        if not isinstance(data["layers"], dict):
-            raise SecateurError(f"statistics: layers is {data['layers']!r:.80}, expected an object")
-        layers = {}
-        for name, entry in data["layers"].items():
-            if not re.fullmatch("0|[1-9][0-9]*", str(name)):
-                raise SecateurError(f"statistics: layer id is {name!r}, expected a whole number")
-            if not isinstance(entry, dict) or not set(COUNTS) <= entry.keys() <= set(names):
-                raise SecateurError(f"statistics, layer {name}: found {entry!r:.80}, expected {_listed(names)}")
-            layers[int(name)] = _layer(f"statistics, layer {name}", entry)
-        return cls(layers=layers)
+        is_first = isinstance(data, dict) and data.get("version") == 1
+        file: CountsFile | SumsFile = as_record(data, CountsFile if is_first else SumsFile, "statistics")
+        return cls(layers={layer: _as_stats(layer, entry) for layer, entry in file.layers.items()})
 
     def save(self, path: Path | str, about: Mapping[str, Any] | None = None) -> None:
         """Write the statistics as safetensors: `layers.N.num_tokens` (1,), and (E,) for all else, `layers.N.FIELD`.
@@ -271,10 +259,12 @@ class RouterStats:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return cls._from_tensors(metadata.get("format"), tensors), json.loads(metadata.get("about", "null"))
+            return cls._from_tensors(metadata.get("format"), tensors), parse_json(
+                metadata.get("about", "null"), "about"
+            )
         except SecateurError as error:
             raise SecateurError(f"statistics file {path}: {error}") from error
-        except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
+        except (OSError, safetensors.SafetensorError, ValueError) as error:
             raise SecateurError(f"statistics file {path}: cannot be read ({error})") from error
 
     @classmethod
@@ -287,28 +277,64 @@ class RouterStats:
             match = re.fullmatch(r"layers\.([^.]+)\.([^.]+)", name)
             if match is None or match[2] not in VERSIONS[formats[found]]:
                 raise SecateurError(f"unknown tensor {name}")
-            value = tensor.tolist()
-            parts.setdefault(match[1], {})[match[2]] = value[0] if match[2] == "num_tokens" and value else value
+            is_one = match[2] == "num_tokens" and tensor.shape == (1,)
+            parts.setdefault(match[1], {})[match[2]] = tensor.item() if is_one else tensor.tolist()
         return cls.from_json({"format": FORMAT, "version": formats[found], "layers": parts})
 
 
-def _layer(name: str, entry: Mapping[str, Any]) -> LayerStats:
-    lists = {key: list(value) if isinstance(value, Sequence) else [value] for key, value in entry.items()}
-    for key, values in lists.items():
-        allowed: Any = int if key in COUNTS else int | float
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, allowed):
-                what = "a token count" if key == "token_count" else key
-                kind = "an integer" if key in COUNTS else "a number"
-                raise SecateurError(f"{name}: {what} is {value!r}, expected {kind}")
+class CountsEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A layer in a file of version 1; what its entries must be together, `LayerStats` checks."""
+
+    num_tokens: Count
+    token_count: list[Count]
+
+
+class SumsEntry(CountsEntry, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A layer in a file of version 2."""
+
+    weight_sum: list[float] | None = None
+    norm_sum: list[float] | None = None
+    norm_square_sum: list[float] | None = None
+    weighted_norm_sum: list[float] | None = None
+    max_activation: list[float] | None = None
+
+
+class CountsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Statistics as JSON, version 1."""
+
+    format: Literal["secateur-stats"]
+    version: Literal[1]
+    layers: dict[Layer, CountsEntry]
+
+
+class SumsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Statistics as JSON, version 2."""
+
+    format: Literal["secateur-stats"]
+    version: Literal[1, 2]  # 1 is read as CountsFile; it is here for the message about another one
+    layers: dict[Layer, SumsEntry]
+
+
+def _as_stats(layer: int, entry: CountsEntry) -> LayerStats:
+    lists = {name: getattr(entry, name, None) for name in SUMS}
     try:
         return LayerStats(
-            num_tokens=entry["num_tokens"],
-            token_count=torch.tensor(lists["token_count"], dtype=torch.int64),
-            **{key: torch.tensor(lists[key], dtype=torch.float64) for key in SUMS if key in lists},
+            num_tokens=entry.num_tokens,
+            token_count=torch.tensor(entry.token_count, dtype=torch.int64),
+            **{name: torch.tensor(values, dtype=torch.float64) for name, values in lists.items() if values is not None},
         )
+    except SecateurError as error:
+        raise SecateurError(f"statistics, layer {layer}: {error}") from None
+
+
+def _counted(layer: int, counts: Sequence[int], num_tokens: int) -> LayerStats:
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise SecateurError(f"layer {layer}: a token count is {count!r}, expected an integer")
+    try:
+        return LayerStats(num_tokens=num_tokens, token_count=torch.tensor(counts, dtype=torch.int64))
     except (ValueError, OverflowError, RuntimeError) as error:
-        raise SecateurError(f"{name}: {error}") from None
+        raise SecateurError(f"layer {layer}: {error}") from None
 
 
 def _checked_sum(name: str, value: Tensor, count: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,13 @@ from typing import Any
 
 import pytest
 
+from secateur import stats
+from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
+from secateur.files.json import read_json
+from secateur.observation.observation import Observation
 from secateur.plans import Plan
+from secateur.stats import RouterStats
 
 # What is put in place of each value of a record, by name.
 WRONG: dict[str, Any] = {
@@ -41,7 +47,8 @@ ALWAYS_WRONG: dict[str, Any] = {
 }
 ANYTHING = frozenset({*WRONG, "missing", "unknown key"})
 TEXTS = frozenset({"text", "empty text"})
-NUMBERS = frozenset({"-1", "1.5", "2**63"})
+POSITIVE = frozenset({"1.5", "2**63"})
+NUMBERS = frozenset({"-1", *POSITIVE})
 NOT_FINITE = frozenset({"nan", "infinity"})
 OPTIONAL = frozenset({"null", "missing"})
 MORE_KEYS = frozenset({"unknown key"})
@@ -91,6 +98,65 @@ PLAN = {
     "layers": {"0": {"experts_before": 4, "order": [1, 0]}, "3": {"experts_before": 2, "order": [0]}},
 }
 
+COUNTS = {"format": "secateur-stats", "version": 1, "layers": {"0": {"num_tokens": 3, "token_count": [1, 2]}}}
+SUMS = {
+    "format": "secateur-stats",
+    "version": 2,
+    "layers": {
+        "0": {
+            "num_tokens": 3,
+            "token_count": [1, 2],
+            "weight_sum": [0.5, 1.0],
+            "norm_sum": [1.0, 2.0],
+            "norm_square_sum": [1.0, 2.0],
+            "weighted_norm_sum": [0.5, 0.25],
+            "max_activation": [1.0, 2.0],
+        }
+    },
+}
+FACTS = {
+    "model_type": "qwen3_moe",
+    "digest": "ab",
+    "top_k": 2,
+    "num_groups": 1,
+    "min_experts": 2,
+    "total_bytes": 1000,
+    "has_one_count": False,
+    "num_experts": {"0": 2},
+    "bytes_per_expert": {"0": 10},
+}
+SIGNED = ("weight_sum", "weighted_norm_sum")
+
+
+def write_about(path: Path, about: bytes) -> None:
+    """Statistics of one layer with two experts, and what they are of: text in the header of the file."""
+    tensors = {
+        "layers.0.token_count": ([2], struct.pack("<2q", 1, 2)),
+        "layers.0.num_tokens": ([1], struct.pack("<q", 3)),
+    }
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "secateur-stats/1", "about": about.decode("utf-8", errors="surrogateescape")}
+    }
+    end = 0
+    for name, (shape, data) in tensors.items():
+        header[name] = {"dtype": "I64", "shape": shape, "data_offsets": [end, end := end + len(data)]}
+    text = json.dumps(header).encode()
+    write_over(path, struct.pack("<Q", len(text)) + text + b"".join(data for _, data in tensors.values()))
+
+
+def read_json_text(read: Callable[[Any], object]) -> Callable[[Path], object]:
+    """A reader of a file for what reads a JSON value that came from elsewhere."""
+
+    def read_file(path: Path) -> object:
+        data = read_json(path)
+        try:
+            return read(data)
+        except SecateurError as error:
+            raise SecateurError(f"{path}: {error}") from error
+
+    return read_file
+
+
 RECORDS = {
     "plan": Record(
         file="plan.json",
@@ -105,6 +171,36 @@ RECORDS = {
             "layers.0": frozenset({"missing"}),
             "layers.3": frozenset({"missing"}),
         },
+    ),
+    "counts": Record(file="stats.json", sample=COUNTS, read=read_json_text(RouterStats.from_json)),
+    "sums": Record(
+        file="stats.json",
+        sample=SUMS,
+        read=read_json_text(RouterStats.from_json),
+        accepts={f"layers.0.{name}": OPTIONAL for name in stats.SUMS}
+        | {f"layers.0.{name}[{expert}]": POSITIVE for name in stats.SUMS for expert in range(2)}
+        | {f"layers.0.{name}[{expert}]": NUMBERS for name in SIGNED for expert in range(2)},
+    ),
+    "origin of statistics": Record(
+        file="stats.safetensors",
+        sample={"model": FACTS, "data": {"seed": 0}},
+        read=Observation.load,
+        accepts={
+            "": frozenset({"null"}),
+            "model": frozenset({"null"}),
+            "model.model_type": TEXTS,
+            "model.digest": TEXTS,
+            "model.has_one_count": frozenset({"true"}),
+            "data": frozenset({"object", "unknown key"}),
+            "data.": ANYTHING,
+        },
+        write=write_about,
+    ),
+    "facts of a model": Record(
+        file="facts.json",
+        sample=FACTS,
+        read=read_json_text(ModelFacts.from_json),
+        accepts={"model_type": TEXTS, "digest": TEXTS, "has_one_count": frozenset({"true"})},
     ),
 }
 

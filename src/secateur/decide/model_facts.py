@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from secateur.decide.limits import Limits, limits_of
 from secateur.errors import SecateurError
-
-NUMBERS = ("top_k", "num_groups", "min_experts", "total_bytes")
-TEXTS = ("model_type", "digest")
-FLAG = "has_one_count"
-BY_LAYER = ("num_experts", "bytes_per_expert")
+from secateur.files.records import Experts, Layer, Positive, as_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +24,20 @@ class ModelFacts:
 
     model_type: str
     digest: str
-    top_k: int
-    num_groups: int
-    min_experts: int
-    total_bytes: int
+    top_k: Positive
+    num_groups: Positive
+    min_experts: Positive
+    total_bytes: Positive
     has_one_count: bool
-    num_experts: Mapping[int, int]
-    bytes_per_expert: Mapping[int, int]
+    num_experts: Mapping[Layer, Experts]
+    bytes_per_expert: Mapping[Layer, Positive]
+
+    def __post_init__(self) -> None:
+        if self.num_experts.keys() != self.bytes_per_expert.keys():
+            raise SecateurError(
+                f"bytes_per_expert is of layers {sorted(self.bytes_per_expert)!r:.80}, "
+                f"expected those of num_experts, {sorted(self.num_experts)!r:.80}"
+            )
 
     @property
     def sizes(self) -> Sizes:
@@ -52,8 +54,9 @@ class ModelFacts:
         )
 
     def to_json(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in (*TEXTS, *NUMBERS, FLAG)}
-        return plain | {name: {str(layer): n for layer, n in getattr(self, name).items()} for name in BY_LAYER}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        by_layer = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+        return values | {name: {str(layer): n for layer, n in value.items()} for name, value in by_layer.items()}
 
     @classmethod
     def from_json(cls, data: Any) -> ModelFacts:
@@ -62,36 +65,7 @@ class ModelFacts:
         Raises:
             SecateurError: a missing or unknown entry, or one of another kind; or layers that disagree.
         """
-        names = {*TEXTS, *NUMBERS, FLAG, *BY_LAYER}
-        if not isinstance(data, dict) or data.keys() != names:
-            raise SecateurError(f"facts of a model: found {data!r:.80}, expected {', '.join(sorted(names))}")
-        wrong = [name for name in TEXTS if not isinstance(data[name], str)]
-        wrong += [name for name in NUMBERS if not _is_count(data[name])]
-        wrong += [FLAG] * (not isinstance(data[FLAG], bool))
-        wrong += [name for name in BY_LAYER if not _is_by_layer(data[name])]
-        if wrong or data["num_experts"].keys() != data["bytes_per_expert"].keys():
-            name = wrong[0] if wrong else "bytes_per_expert"
-            raise SecateurError(f"facts of a model: {name} is {data[name]!r:.80}, expected {_expected(name)}")
-        by_layer = {name: {int(layer): count for layer, count in data[name].items()} for name in BY_LAYER}
-        return cls(**{**data, **by_layer})
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_by_layer(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        re.fullmatch("0|[1-9][0-9]*", layer) and _is_count(count) for layer, count in value.items()
-    )
-
-
-def _expected(name: str) -> str:
-    if name in BY_LAYER:
-        return "layers and whole numbers above 0, the same layers in both"
-    if name == FLAG:
-        return "true or false"
-    return "a text" if name in TEXTS else "a whole number above 0"
+        return as_record(data, cls, "facts of a model")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ A type is a msgspec.Struct or a dataclass whose fields are annotated, with the r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -120,8 +121,13 @@ def _is_like(value: Any, kind: Any) -> bool:
 
 def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
     """(type, is it required) of each field of a record; empty for other types."""
-    kind = _bare(kind)
-    if not isinstance(kind, type) or not (issubclass(kind, msgspec.Struct) or dataclasses.is_dataclass(kind)):
+    bare = _bare(kind)
+    return _fields_of(bare) if isinstance(bare, type) else {}
+
+
+@functools.cache
+def _fields_of(kind: type) -> dict[str, tuple[Any, bool]]:
+    if not issubclass(kind, msgspec.Struct) and not dataclasses.is_dataclass(kind):
         return {}
     hints = get_type_hints(kind, include_extras=True)
     if issubclass(kind, msgspec.Struct):

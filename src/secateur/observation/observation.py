@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
+from secateur.files.records import as_record
 from secateur.stats import RouterStats
 
 
@@ -45,9 +48,15 @@ class Observation:
         if about is None:
             return cls(stats=stats)
         try:
-            if not isinstance(about, dict) or about.keys() != {"model", "data"} or not isinstance(about["data"], dict):
-                raise SecateurError(f"found {about!r:.80}, expected model and data")
-            model = None if about["model"] is None else ModelFacts.from_json(about["model"])
-            return cls(stats=stats, model=model, data=about["data"])
+            origin = as_record(about, Origin, "about")
+            model = None if origin.model is None else ModelFacts.from_json(origin.model)
+            return cls(stats=stats, model=model, data=origin.data)
         except SecateurError as error:
             raise SecateurError(f"statistics file {path}: {error}") from error
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a statistics file says beside the statistics; of the model, `ModelFacts.from_json` checks it."""
+
+    model: dict[str, Any] | None
+    data: dict[str, Any]
