@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from secateur.decide.rule import Rule
     from secateur.plans import Plan
     from secateur.stats import RouterStats
+    from secateur.surgery.events import PruneEvent
     from secateur.surgery.zero_slots import remove_into_zero_slots_
     from secateur.train.callback import LAEPCallback
-    from secateur.train.events import PruneEvent
     from secateur.train.laep import LAEP
     from secateur.train.phases import PhaseConstants
     from secateur.train.schedule import Pruning
@@ -43,7 +43,7 @@ _HOMES = {
     "LAEPCallback": "secateur.train.callback",
     "PhaseConstants": "secateur.train.phases",
     "Plan": "secateur.plans",
-    "PruneEvent": "secateur.train.events",
+    "PruneEvent": "secateur.surgery.events",
     "Pruning": "secateur.train.schedule",
     "RouterStats": "secateur.stats",
     "Rule": "secateur.decide.rule",

@@ -220,8 +220,10 @@ class RouterStats:
             SecateurError: another format or version, a missing or unknown entry, or an invalid count.
         """
         is_first = isinstance(data, dict) and data.get("version") == 1
-        file: CountsFile | SumsFile = as_record(data, CountsFile if is_first else SumsFile, "statistics")
-        return cls(layers={layer: _as_stats(layer, entry) for layer, entry in file.layers.items()})
+        entries: Mapping[int, CountsEntry] = (
+            as_record(data, CountsFile, "statistics") if is_first else as_record(data, SumsFile, "statistics")
+        ).layers
+        return cls(layers={layer: _as_stats(layer, entry) for layer, entry in entries.items()})
 
     def save(self, path: Path | str, about: Mapping[str, Any] | None = None) -> None:
         """Write the statistics as safetensors: `layers.N.num_tokens` (1,), and (E,) for all else, `layers.N.FIELD`.

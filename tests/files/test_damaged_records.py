@@ -5,7 +5,6 @@ A new record is one row of RECORDS: a whole sample, what reads it, and what may 
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
@@ -24,7 +23,13 @@ from secateur.errors import SecateurError
 from secateur.files.json import read_json
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
+from secateur.pretraining.options import PretrainOptions
+from secateur.pretraining.run_folder import RunFolder
+from secateur.reporting.run_data import read_run
+from secateur.reporting.run_files import read_loads, read_metrics, read_summary
 from secateur.stats import RouterStats
+from secateur.surgery.events import read_events
+from support.run_folders import run_json
 
 # What is put in place of each value of a record, by name.
 WRONG: dict[str, Any] = {
@@ -33,7 +38,7 @@ WRONG: dict[str, Any] = {
     "-1": -1,
     "1.5": 1.5,
     "2**63": 2**63,
-    "huge": 10**4000,
+    "huge": 10**400,
     "nan": math.nan,
     "infinity": math.inf,
     "text": "x",
@@ -52,6 +57,7 @@ NUMBERS = frozenset({"-1", *POSITIVE})
 NOT_FINITE = frozenset({"nan", "infinity"})
 OPTIONAL = frozenset({"null", "missing"})
 MORE_KEYS = frozenset({"unknown key"})
+MAYBE = NUMBERS | NOT_FINITE | OPTIONAL  # of a number that a run need not have
 
 Steps = tuple[str | int, ...]
 
@@ -71,7 +77,7 @@ class Record:
         sample: a whole one, small, with every key that there is.
         read: reads it, given the path of the file.
         accepts: damage that is none: {path as in messages, "" being the whole: names of WRONG, "missing", "unknown
-            key"}; a path that ends with "." stands for all beneath it.
+            key"}; a path that ends with "." or "[" stands for all beneath it.
         write: puts the damaged text where `read` finds it; as the file itself if nothing is given.
         is_line: the file is of lines, and the record is one.
     """
@@ -84,7 +90,9 @@ class Record:
     is_line: bool = False
 
     def is_accepted(self, path: str, name: str) -> bool:
-        beneath = any(key.endswith(".") and path.startswith(key) and name in self.accepts[key] for key in self.accepts)
+        beneath = any(
+            key.endswith((".", "[")) and path.startswith(key) and name in self.accepts[key] for key in self.accepts
+        )
         return beneath or name in self.accepts.get(path, ())
 
 
@@ -125,6 +133,25 @@ FACTS = {
     "num_experts": {"0": 2},
     "bytes_per_expert": {"0": 10},
 }
+EVENT = {
+    "step": 10,
+    "tokens": 100,
+    "reason": "stable",
+    "plan": PLAN | {"layers": {"0": {"experts_before": 3, "order": [2, 0]}}},
+    "loads": {"0": [3, 1, 2]},
+    "layers": {"0": {"experts_before": 3, "experts_after": 2, "dropped": [1], "rerouted_share": 0.5}},
+    "parameters_before": 30,
+    "parameters_after": 20,
+    "memory_before": {"parameters_bytes": 1, "optimizer_bytes": 2},
+    "memory_after": {"parameters_bytes": 1, "optimizer_bytes": 2},
+    "alpha": 0.4,
+    "beta": None,
+    "surgery_seconds": 0.5,
+    "oracle_max_abs_difference": 0.0,
+    "placement": {"0": {"num_ranks": 2, "balance_before": 1.5, "balance_after": 1.0, "over_bound": 1.0, "moved": 1}},
+    "experts_before": 3,
+}
+MEASURED = ("loss", "tokens_per_second", "load_max_over_mean", "learning_rate", "grad_norm", "parameters")
 SIGNED = ("weight_sum", "weighted_norm_sum")
 
 
@@ -196,6 +223,118 @@ RECORDS = {
         },
         write=write_about,
     ),
+    "settings of a run": Record(
+        file="run.json",
+        sample={"config": PretrainOptions(overrides={"top_k": 2}).to_json()},
+        read=lambda path: RunFolder(path.parent).read_options(),
+        accepts={
+            "": MORE_KEYS,
+            "config.": ANYTHING - {"missing", "unknown key"},
+            "config.overrides": MORE_KEYS,
+            "config.overrides.top_k": frozenset({"missing"}),
+        },
+    ),
+    "model of a run": Record(
+        file="run.json",
+        sample=run_json(1000, {0: 2, 1: 2}),
+        read=lambda path: read_run(path.parent),
+        accepts={
+            "": MORE_KEYS,
+            **dict.fromkeys(("secateur", "command", "data", "config", "versions", "hardware"), frozenset({"missing"})),
+            **dict.fromkeys(("secateur", "command", "command[", "data", "data."), ANYTHING),
+            **dict.fromkeys(("config.", "versions.", "hardware."), ANYTHING),
+            **dict.fromkeys(("config", "versions", "hardware"), frozenset({"object", "missing"}) | MORE_KEYS),
+            "model": MORE_KEYS,
+            "model.model_type": TEXTS,
+            **dict.fromkeys(("model.attention", "model.layers", "model.top_k"), ANYTHING),
+            "model.experts.0": frozenset({"missing"}),
+            "model.experts.1": frozenset({"missing"}),
+        },
+    ),
+    "event": Record(
+        file="events.json",
+        sample=[EVENT],
+        read=read_events,
+        accepts={
+            "[0]": MORE_KEYS,
+            "[0].alpha": NUMBERS | {"null"},
+            "[0].beta": NUMBERS | {"null"},
+            "[0].surgery_seconds": NUMBERS,
+            "[0].oracle_max_abs_difference": NUMBERS | {"null"},
+            "[0].plan.criterion": frozenset({"text"}),
+            "[0].plan.details": frozenset({"missing", "object", "unknown key"}),
+            "[0].plan.details.": ANYTHING,
+            "[0].plan.stats_digest": TEXTS | OPTIONAL,
+            "[0].plan.removed": OPTIONAL,
+            "[0].layers.0": MORE_KEYS,
+            "[0].layers.0.rerouted_share": NUMBERS,
+            "[0].memory_before": MORE_KEYS,
+            "[0].memory_after": MORE_KEYS,
+            "[0].placement": OPTIONAL,
+            "[0].placement.0": frozenset({"missing", "unknown key"}),
+            "[0].placement.0.balance_before": NUMBERS,
+            "[0].placement.0.balance_after": NUMBERS,
+            "[0].placement.0.over_bound": NUMBERS,
+            "[0].experts_before": ANYTHING,
+        },
+    ),
+    "training line": Record(
+        file="metrics.jsonl",
+        sample={"kind": "train", "step": 1, "tokens": 2, "seconds": 0.5, "phase": "stable"}
+        | dict.fromkeys(MEASURED, 1.5),
+        read=lambda path: list(read_metrics(path)),
+        accepts={"": MORE_KEYS, "seconds": MAYBE}
+        | dict.fromkeys(MEASURED, MAYBE)
+        | dict.fromkeys(("learning_rate", "grad_norm", "parameters"), ANYTHING),
+        is_line=True,
+    ),
+    "validation line": Record(
+        file="metrics.jsonl",
+        sample={
+            "kind": "eval",
+            "step": 1,
+            "tokens": 2,
+            "validation_loss": 1.5,
+            "validation_loss_by_domain": {"a": 1.5},
+        },
+        read=lambda path: list(read_metrics(path)),
+        accepts={
+            "": MORE_KEYS,
+            "validation_loss": MAYBE,
+            "validation_loss_by_domain": frozenset({"missing", "unknown key"}),
+            "validation_loss_by_domain.a": MAYBE,
+        },
+        is_line=True,
+    ),
+    "loads line": Record(
+        file="loads.jsonl",
+        sample={"step": 1, "tokens": 2, "layers": {"0": [1, 2], "1": [3, 4]}},
+        read=lambda path: list(read_loads(path)),
+        accepts={"": MORE_KEYS, "layers.0": frozenset({"missing"}), "layers.1": frozenset({"missing"})},
+        is_line=True,
+    ),
+    "summary": Record(
+        file="summary.json",
+        sample={
+            "finished": True,
+            "steps": 10,
+            "tokens": 20,
+            "parameters": 30,
+            "tokens_per_second": {"before": 1.5, "after": 2.5},
+            "validation_loss": 1.5,
+            "validation_loss_by_domain": {"a": 1.5},
+            "seconds": 1.5,
+            "peak_memory_bytes": 10,
+        },
+        read=read_summary,
+        accepts={
+            "": MORE_KEYS,
+            "tokens_per_second": MORE_KEYS | {"object"},
+            **dict.fromkeys(("tokens_per_second.before", "tokens_per_second.after", "validation_loss"), MAYBE),
+            **dict.fromkeys(("validation_loss_by_domain.a", "seconds", "peak_memory_bytes"), MAYBE),
+            "validation_loss_by_domain": frozenset({"missing", "unknown key"}),
+        },
+    ),
     "facts of a model": Record(
         file="facts.json",
         sample=FACTS,
@@ -219,12 +358,15 @@ def in_words(steps: Steps) -> str:
 
 def replaced(sample: Any, steps: Steps, value: Any) -> bytes:
     """The text of `sample` with another value at `steps`."""
-    whole = [copy.deepcopy(sample)]
+    whole = [sample]
     parent: Any = whole
-    for step in (0, *steps)[:-1]:
+    *ahead, last = (0, *steps)
+    for step in ahead:
         parent = parent[step]
-    parent[(0, *steps)[-1]] = value
-    return json.dumps(whole[0]).encode()
+    before, parent[last] = parent[last], value
+    text = json.dumps(whole[0]).encode()
+    parent[last] = before
+    return text
 
 
 def damages(sample: Any) -> Iterator[tuple[str, str, bytes]]:

@@ -19,7 +19,7 @@ from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions
 from secateur.pretraining.preflight import plan_of_run
 from secateur.pretraining.run import pretrain
-from secateur.train.events import PruneEvent
+from secateur.surgery.events import PruneEvent
 from support.small_corpus import write_jsonl
 from support.small_runs import (
     LOOSE,

@@ -115,7 +115,7 @@ def filled(tmp_path: Path) -> RunFolder:
         append_line(folder.metrics, {"kind": "train", "step": step, "seconds": step / 4})
         append_line(folder.loads, {"step": step, "layers": {"0": [step]}})
         losses = {"validation_loss": step / 2, "validation_loss_by_domain": {"a": step / 2}}
-        append_line(folder.metrics, {"kind": "eval", "step": step, "seconds": step / 4, **losses})
+        append_line(folder.metrics, {"kind": "eval", "step": step, "tokens": step, "seconds": step / 4, **losses})
     return folder
 
 

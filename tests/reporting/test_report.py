@@ -162,7 +162,8 @@ def test_the_cut_is_one_line_only_where_the_idlest_go(tmp_path: Path) -> None:
     loads, lines = [[1, 9, 2, 8, 7, 3, 6, 5]], []
     for order in ((7, 6, 4, 3, 1), (0, 2, 5)):
         plan = Plan(layers={0: LayerPlan(experts_before=8, order=order)}, criterion="laep")
-        event = two_events()[0] | {"plan": plan.to_json(), "experts_after": len(order)}
+        layer = {"experts_before": 8, "experts_after": len(order), "dropped": plan.layers[0].dropped}
+        event = two_events()[0] | {"plan": plan.to_json(), "layers": {"0": layer | {"rerouted_share": 0.5}}}
         (read,) = read_run(tiny_run(tmp_path / f"{len(order)}", loads, events=[event])).events
         dashed = [line for line in cut_figure(read, LIGHT).axes[0].lines if line.is_dashed()]
         lines.append([np.asarray(line.get_xdata()).tolist() for line in dashed])

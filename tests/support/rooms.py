@@ -130,15 +130,15 @@ ROOMS: dict[str, Room] = {
     ),
     "reporting": Room(
         question="What did a pre-training run do? Figures, numbers and one HTML page, made from its folder.",
-        may_import=_rooms("placement plans files errors"),
+        may_import=_rooms("surgery placement plans files errors"),
     ),
     "surgery": Room(
         question="How is a plan applied to a live model and its optimizer, and is the result right?",
-        may_import=_rooms("observation families modeling_secateur expert_axis plans errors"),
+        may_import=_rooms("observation families modeling_secateur expert_axis plans files errors"),
     ),
     "observation": Room(
         question="What did the experts of a live model do?",
-        may_import=_rooms("families decide stats errors"),
+        may_import=_rooms("families decide stats files errors"),
     ),
     "families": Room(
         question=(
@@ -183,7 +183,7 @@ ROOMS: dict[str, Room] = {
     ),
     "decide": Room(
         question="Which experts stay? From statistics and a goal to a plan.",
-        may_import=_rooms("criteria plans stats errors"),
+        may_import=_rooms("criteria plans stats files errors"),
     ),
     "criteria": Room(
         question="How is each expert of a layer scored? One function a criterion.",

@@ -196,12 +196,15 @@ def two_events() -> list[dict[str, Any]]:
     for step, size, order, loads in steps:
         plan = Plan(layers={0: LayerPlan(experts_before=size, order=order)}, criterion="laep")
         memory = {"parameters_bytes": 10, "optimizer_bytes": 20}
+        dropped = [old for old in range(size) if old not in order]
         counts = {"experts_before": size, "experts_after": len(order)}
+        layer = counts | {"dropped": dropped, "rerouted_share": sum(loads[old] for old in dropped) / sum(loads)}
         events.append(
             {"step": step, "tokens": 10 * step, "reason": "step", "plan": plan.to_json(), "loads": {"0": loads}}
             | counts
-            | {"parameters_before": 100 * size, "parameters_after": 100 * len(order), "layers": {"0": counts}}
-            | {"memory_before": memory, "memory_after": memory, "rerouted_share": 0.1, "alpha": None, "beta": "inf"}
+            | {"parameters_before": 100 * size, "parameters_after": 100 * len(order), "layers": {"0": layer}}
+            | {"memory_before": memory, "memory_after": memory, "rerouted_share": layer["rerouted_share"]}
+            | {"alpha": None, "beta": "inf", "surgery_seconds": 0.5, "oracle_max_abs_difference": None}
         )
     return events
 

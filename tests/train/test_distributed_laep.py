@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.stats import RouterStats
+from secateur.surgery.events import PruneEvent
 from secateur.train.callback import LAEPCallback
-from secateur.train.events import PruneEvent
 from secateur.train.laep import LAEP
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement

@@ -21,9 +21,9 @@ from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.stats import RouterStats
+from secateur.surgery.events import PruneEvent
 from secateur.train import laep as laep_module
 from secateur.train.distributed import job as job_module
-from secateur.train.events import PruneEvent
 from secateur.train.laep import LAEP
 from secateur.train.phases import PhaseConstants, StablePhaseDetector
 from secateur.train.schedule import Pruning

@@ -158,10 +158,10 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _check_same(out: Path, given: dict[str, Any]) -> None:
-    from secateur.pretraining.options import DEVICES, PretrainOptions, option
+    from secateur.pretraining.options import DEVICES, option
     from secateur.pretraining.run_folder import RunFolder
 
-    saved = PretrainOptions.from_json(RunFolder(out).read_run()["config"])
+    saved = RunFolder(out).read_options()
     for name, value in given.items():
         if name not in DEVICES and getattr(saved, name) != value:
             raise SecateurError(

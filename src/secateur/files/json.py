@@ -76,10 +76,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def read_lines(path: Path, *, until_cut: bool = False) -> Iterator[tuple[str, Any]]:
     """The (name, value) of each line of a .jsonl file, the name being "FILE:LINE" for messages.
 
     A last line without a line end that is not JSON is what a killed writer leaves: it is dropped.
+
+    Args:
+        until_cut: end without an error at any line that is not JSON, as a writer leaves it that goes on after a kill.
 
     Raises:
         SecateurError: the file cannot be read, or as `parse_json` for another line.
@@ -90,7 +93,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     value = parse_json(line, f"{path}:{number}")
                 except SecateurError:
-                    if line.endswith(b"\n") or len(line) > MAX_JSON:
+                    if not until_cut and (line.endswith(b"\n") or len(line) > MAX_JSON):
                         raise
                     return
                 yield f"{path}:{number}", value

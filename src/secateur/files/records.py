@@ -131,7 +131,7 @@ def _fields_of(kind: type) -> dict[str, tuple[Any, bool]]:
         return {}
     hints = get_type_hints(kind, include_extras=True)
     if issubclass(kind, msgspec.Struct):
-        return {field.name: (hints[field.name], field.required) for field in msgspec.structs.fields(kind)}
+        return {field.encode_name: (hints[field.name], field.required) for field in msgspec.structs.fields(kind)}
     missing = dataclasses.MISSING
     return {
         field.name: (hints[field.name], field.default is missing and field.default_factory is missing)

@@ -10,6 +10,7 @@ from typing import Any
 
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
+from secateur.files.records import as_record
 from secateur.pretraining.settings import (
     BalanceSettings,
     DataSettings,
@@ -249,8 +250,8 @@ class PretrainOptions:
                 f"the saved configuration is not of this release: unknown settings {sorted(set(data) - known)}, "
                 f"missing settings {sorted(known - set(data))}"
             )
-        alpha = None if data["alpha"] is None else float(data["alpha"])
-        return cls(**{**data, "data": tuple(data["data"]), "prune": tuple(data["prune"]), "alpha": alpha})
+        alpha = math.inf if data["alpha"] == "inf" else data["alpha"]
+        return as_record({**data, "alpha": alpha}, cls, "the saved configuration")
 
 
 _DEFAULTS = {one.name: one.default for one in fields(PretrainOptions)}

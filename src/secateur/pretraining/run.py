@@ -108,7 +108,7 @@ def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool =
         OSError: see `pretrain`.
     """
     folder = RunFolder(out)
-    options = PretrainOptions.from_json(folder.read_run()["config"])
+    options = folder.read_options()
     # the number of data ranks is what the job has, unless it is given
     settings = replace(options, **{"fsdp": None, **(devices or {})}).settings
     try:

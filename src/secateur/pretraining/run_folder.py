@@ -9,12 +9,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import read_lines, read_object
+from secateur.files.records import Count, Finite, as_record
 from secateur.plans import Plan
-from secateur.train.events import PruneEvent
+from secateur.pretraining.options import PretrainOptions
+from secateur.reporting.run_files import EvalPoint, RunFile
+from secateur.surgery.events import PruneEvent, read_events
 
 
 class RunFolder:
@@ -93,27 +99,35 @@ class RunFolder:
                 self.lock.unlink(missing_ok=True)
 
     def read_run(self) -> dict[str, Any]:
-        """run.json of a run that was started before.
+        """run.json of a run that was started before; what its entries hold is checked.
 
         Raises:
-            SecateurError: there is none, or it cannot be read.
+            SecateurError: there is none, it cannot be read, or something is wrong in it.
         """
-        try:
-            content = json.loads(self.run.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SecateurError(f"{self.path}: nothing to resume, its run.json is not readable: {error}") from error
-        if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-            raise SecateurError(f"{self.run}: expected the settings of a run ('config')")
+        if not self.run.is_file():
+            raise SecateurError(f"{self.path}: nothing to resume, found no run.json in it")
+        content = read_object(self.run)
+        as_record(content, RunFile, str(self.run))
         return content
+
+    def read_options(self) -> PretrainOptions:
+        """The settings of a run that was started before. Raises as `read_run`."""
+        saved = self.read_run()["config"]
+        try:
+            return PretrainOptions.from_json(saved)
+        except SecateurError as error:
+            raise SecateurError(f"{self.run}: {error}") from error
 
     def write_events(self, events: Iterable[PruneEvent]) -> None:
         write_json(self.events, [event.to_json() for event in events])
 
     def whole_plan(self) -> Plan:
         """All prunings so far as one plan, from the experts the run began with."""
-        before = {int(layer): count for layer, count in self.read_run()["model"]["experts"].items()}
-        events = [PruneEvent.from_json(event) for event in json.loads(self.events.read_text(encoding="utf-8"))]
-        return functools.reduce(Plan.compose, (event.plan for event in events), Plan.identity(before))
+        model = as_record(self.read_run(), RunFile, str(self.run)).model
+        if model is None:
+            raise SecateurError(f"{self.run}: 'model' is missing, expected the model of the run")
+        plans = (event.plan for event, _ in read_events(self.events))
+        return functools.reduce(Plan.compose, plans, Plan.identity(model.experts))
 
     def flush_logs(self) -> None:
         """Put the lines of the logs on the disk."""
@@ -124,17 +138,31 @@ class RunFolder:
 
     def eval_at(self, step: int) -> dict[str, Any] | None:
         """The validation after `step`: "validation_loss" and "validation_loss_by_domain"; None if there was none."""
-        lines = [line for line in _whole_lines(self.metrics) if line["kind"] == "eval" and line["step"] == step]
-        return {key: lines[-1][key] for key in ("validation_loss", "validation_loss_by_domain")} if lines else None
+        points = [
+            as_record(line, EvalPoint, str(self.metrics))
+            for logged, line in _whole_lines(self.metrics)
+            if (logged.kind, logged.step) == ("eval", step)
+        ]
+        if not points:
+            return None
+        return {"validation_loss": points[-1].validation_loss, "validation_loss_by_domain": points[-1].by_domain}
 
     def rewind(self, step: int) -> float:
         """Drop all lines after `step` from the logs; returns the training seconds of the last line that stays."""
         seconds = 0.0
         for path in (self.metrics, self.loads):
-            lines = [line for line in _whole_lines(path) if line["step"] <= step]
-            atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
-            seconds = max([seconds, *(line["seconds"] for line in lines if "seconds" in line)])
+            kept = [(logged, line) for logged, line in _whole_lines(path) if logged.step <= step]
+            atomic_write(path, "".join(json.dumps(line) + "\n" for _, line in kept))
+            seconds = max([seconds, *(logged.seconds for logged, _ in kept)])
         return seconds
+
+
+class Logged(msgspec.Struct, frozen=True, kw_only=True):
+    """What every line of a log says: of which kind it is, in metrics.jsonl, and when it was written."""
+
+    step: Count
+    kind: Literal["train", "eval"] | None = None
+    seconds: Finite = 0.0
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
@@ -155,11 +183,7 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # a kill may cut the last line short; what follows a cut line is after the checkpoint
-            break
-    return lines
+def _whole_lines(path: Path) -> list[tuple[Logged, Any]]:
+    """The lines up to one that a kill has cut short: what follows that is after the checkpoint."""
+    lines = read_lines(path, until_cut=True) if path.exists() else ()
+    return [(as_record(line, Logged, where), line) for where, line in lines]

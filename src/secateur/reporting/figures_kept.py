@@ -17,7 +17,7 @@ from secateur.reporting.theme import TEXT, Theme, new_figure, style
 def kept_title(run: RunData) -> str:
     """What the bars show, in one line."""
     kept = {len(ids) for ids in run.first_ids(len(run.events)).values()}
-    before, after = sum(run.experts.values()), run.events[-1].experts_after
+    before, after = sum(run.model.experts.values()), run.events[-1].experts_after
     each = f"each layer keeps {min(kept)}" if len(kept) == 1 else f"layers keep {min(kept)} to {max(kept)}"
     return f"{after} of {before} experts stay; {each}"
 
@@ -27,12 +27,12 @@ def kept_figure(run: RunData, theme: Theme) -> Figure:
     figure = new_figure(theme, kept_title(run), height=3.0)
     axes = figure.add_subplot()
     style(axes, theme, x="layer", y="experts")
-    layers = list(run.experts)
+    layers = list(run.model.experts)
     kept = [len(ids) for _, ids in sorted(run.first_ids(len(run.events)).items())]
     places = range(len(layers))
     axes.bar(
         places,
-        list(run.experts.values()),
+        list(run.model.experts.values()),
         width=0.72,
         facecolor="none",
         edgecolor=theme.dropped,

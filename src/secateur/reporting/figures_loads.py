@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from secateur.reporting.numbers import ascending, chosen_layers, dropped_share, load_history
-from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.numbers import ascending, chosen_layers, dropped_share, limit, load_history
+from secateur.reporting.run_data import RunData
 from secateur.reporting.theme import SMALL, TEXT, Theme, event_lines, new_figure, note, style, token_axis
 from secateur.reporting.words import share
+from secateur.surgery.events import PruneEvent
 
 FAINTEST = 1 / 1024
 
@@ -39,7 +40,7 @@ def _spread(run: RunData) -> float | None:
 
 def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
     """One heat map a layer: tokens across, first expert ids up, colour = load over mean load; blank = dropped."""
-    layers = chosen_layers(list(run.experts))
+    layers = chosen_layers(list(run.model.experts))
     columns = 2 if len(layers) > 1 else 1
     rows = math.ceil(len(layers) / columns)
     figure = new_figure(theme, load_over_time_title(run), height=1.2 + 1.75 * rows)
@@ -58,7 +59,7 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
         if run.windows:
             image = axes.pcolormesh(
                 history.edges,
-                np.arange(run.experts[layer] + 1) - 0.5,
+                np.arange(run.model.experts[layer] + 1) - 0.5,
                 np.maximum(history.ratio, FAINTEST / 4),
                 cmap="viridis",
                 norm=scale,
@@ -66,7 +67,7 @@ def load_over_time_figure(run: RunData, theme: Theme) -> Figure:
             )
         else:
             note(axes, theme, "no window yet")
-        axes.set_ylim(-0.5, run.experts[layer] - 0.5)
+        axes.set_ylim(-0.5, run.model.experts[layer] - 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         token_axis(axes, run.windows[-1].tokens if run.windows else run.tokens)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -104,14 +105,14 @@ def _ratio(value: float) -> str:
     return f"{value:g}" if value >= 1 else f"1/{round(1 / value)}"
 
 
-def cut_title(event: Event) -> str:
+def cut_title(event: PruneEvent) -> str:
     """What the cut figure shows, in one line."""
     dropped = event.experts_before - event.experts_after
     part = share(event.rerouted_share)
     return f"Step {event.step}: {dropped} of {event.experts_before} experts go, with {part} of the load"
 
 
-def cut_figure(event: Event, theme: Theme) -> Figure:
+def cut_figure(event: PruneEvent, theme: Theme) -> Figure:
     """For each layer, the loads from idlest to busiest and their running sum, the limits, and the cut that was made."""
     layers = chosen_layers(list(event.loads))
     figure = new_figure(theme, cut_title(event), height=0.9 + 1.6 * len(layers))
@@ -124,7 +125,7 @@ def cut_figure(event: Event, theme: Theme) -> Figure:
     return figure
 
 
-def _sorted_loads(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
+def _sorted_loads(axes: Axes, theme: Theme, event: PruneEvent, layer: int) -> None:
     loads = event.loads[layer]
     style(axes, theme, title=f"layer {layer}: {len(_dropped(event, layer))} of {len(loads)} dropped", y="load / mean")
     if not sum(loads):
@@ -138,7 +139,7 @@ def _sorted_loads(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(relative) / floor < 1e4 else (1,), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-    alpha = event.limit("alpha", layer)
+    alpha = limit(event, "alpha", layer)
     axes.set_ylim(min(floor * 0.8, (alpha[0] if alpha else 1) / 3), max(relative) * 1.5)
     _experts(axes, theme, event, layer, [max(relative[expert], floor) for expert in order])
     if min(loads) == 0:
@@ -148,7 +149,7 @@ def _sorted_loads(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
         _limit_text(axes, theme, "alpha", *alpha)
 
 
-def _running_sum(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
+def _running_sum(axes: Axes, theme: Theme, event: PruneEvent, layer: int) -> None:
     loads, part = event.loads[layer], dropped_share(event, layer)
     style(axes, theme, title="" if part is None else f"{share(part)} of the load goes", y="running sum")
     if part is None:
@@ -159,7 +160,7 @@ def _running_sum(axes: Axes, theme: Theme, event: Event, layer: int) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     axes.set_ylim(-0.02, 1.03)
     _experts(axes, theme, event, layer, sums.tolist())
-    beta = event.limit("beta", layer)
+    beta = limit(event, "beta", layer)
     if beta is not None:
         axes.axhline(beta[0], color=theme.limit, linewidth=1.2)
         _limit_text(axes, theme, "beta", *beta)
@@ -171,12 +172,12 @@ def _limit_text(axes: Axes, theme: Theme, name: str, value: float, given: bool) 
     axes.text(0.02, 0.95, text, transform=axes.transAxes, color=theme.limit, fontsize=TEXT, ha="left", va="top")
 
 
-def _dropped(event: Event, layer: int) -> set[int]:
+def _dropped(event: PruneEvent, layer: int) -> set[int]:
     plan = event.plan.layers.get(layer)
     return set(plan.dropped) if plan else set()
 
 
-def _experts(axes: Axes, theme: Theme, event: Event, layer: int, values: list[float]) -> None:
+def _experts(axes: Axes, theme: Theme, event: PruneEvent, layer: int, values: list[float]) -> None:
     """A mark for each expert from the idlest on, and the line between dropped and kept.
 
     Where the two are mixed there is no such line, and the marks tell.

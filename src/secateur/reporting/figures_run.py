@@ -143,7 +143,7 @@ def _before_and_after(run: RunData, pace: Speed) -> list[tuple[str, float, float
     sizes = (first.parameters_before, last.parameters_after)
     rows.append(("Parameters", *sizes, (count(sizes[0]), count(sizes[1]))))
     for key, name in (("parameters_bytes", "Parameter memory"), ("optimizer_bytes", "Optimizer memory")):
-        before, after = first.memory_before[key], last.memory_after[key]
+        before, after = getattr(first.memory_before, key), getattr(last.memory_after, key)
         rows.append((name, before, after, (memory(before), memory(after))))
     return rows
 

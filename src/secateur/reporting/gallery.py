@@ -9,11 +9,12 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from secateur.reporting import figures_kept, figures_loads, figures_run
-from secateur.reporting.numbers import chosen_layers, dropped_share
+from secateur.reporting.numbers import chosen_layers, dropped_share, placed, rule_in_words
 from secateur.reporting.ranks import max_over_mean, rank_balance
-from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.run_data import RunData
 from secateur.reporting.theme import Theme
 from secateur.reporting.words import count, share
+from secateur.surgery.events import PruneEvent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def _loss(run: RunData) -> Entry:
 
 
 def _load_over_time(run: RunData) -> Entry:
-    shown, layers = chosen_layers(list(run.experts)), list(run.experts)
+    shown, layers = chosen_layers(list(run.model.experts)), list(run.model.experts)
     some = f" {len(shown)} of the {len(layers)} layers are shown." if len(shown) < len(layers) else ""
     return Entry(
         name="load_over_time",
@@ -71,10 +72,10 @@ def _load_over_time(run: RunData) -> Entry:
     )
 
 
-def _cut(event: Event, number: int, num_events: int) -> Entry:
+def _cut(event: PruneEvent, number: int, num_events: int) -> Entry:
     layers, shown = list(event.loads), chosen_layers(list(event.loads))
     some = f" {len(shown)} of the {len(layers)} layers are shown." if len(shown) < len(layers) else ""
-    rule = f" The rule: {event.rule}. Alpha is on the mean load (left), beta on the running sum (right)."
+    rule = f" The rule: {rule_in_words(event)}. Alpha is on the mean load (left), beta on the running sum (right)."
     parts = "; ".join(f"layer {layer} loses {share(dropped_share(event, layer))} of its load" for layer in shown)
     return Entry(
         name=f"cut_{number}",
@@ -94,7 +95,9 @@ def _kept(run: RunData) -> Entry:
         heading="Experts kept in each layer",
         caption="Whole bar: experts at the start of the run; solid part: experts after the last pruning.",
         alternative=f"{figures_kept.kept_title(run)}. "
-        + "; ".join(f"layer {layer}: {run.experts[layer]} before, {number} after" for layer, number in kept.items())
+        + "; ".join(
+            f"layer {layer}: {run.model.experts[layer]} before, {number} after" for layer, number in kept.items()
+        )
         + ".",
         draw=partial(figures_kept.kept_figure, run),
     )
@@ -120,7 +123,7 @@ def _ranks(run: RunData) -> Entry:
         for ranks in balance.ranks
     )
     source = "the loads the last change was decided on" if run.events else "the loads of the last window"
-    ran = next((event.placement.num_ranks for event in reversed(run.events) if event.placement), None)
+    ran = next((one.num_ranks for event in reversed(run.events) if (one := placed(event))), None)
     own = f"the run itself placed its experts on {ran} ranks" if ran else "the run itself did not place its experts"
     return Entry(
         name="rank_loads",

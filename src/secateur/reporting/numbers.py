@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.files.limits import MAX_FLOAT
 from secateur.reporting.ranks import balance_json, rank_balance
-from secateur.reporting.run_data import EvalPoint, Event, RunData
+from secateur.reporting.run_data import RunData
+from secateur.reporting.run_files import EvalPoint
+from secateur.surgery.events import BALANCES, PruneEvent
 
 MOST_LAYERS = 8
 
@@ -23,6 +27,18 @@ class Speed:
     before: float | None
     after: float | None
     source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedEvent:
+    """Experts on ranks, means over the layers: busiest rank over the mean in the old and new order, the new one over
+    its lower bound; and how many experts changed their rank."""
+
+    num_ranks: int
+    balance_before: float
+    balance_after: float
+    over_bound: float
+    moved: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +85,50 @@ def chosen_layers(layers: list[int]) -> list[int]:
     return [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]
 
 
-def ascending(loads: tuple[int, ...]) -> list[int]:
+def ascending(loads: Sequence[int]) -> list[int]:
     """Expert ids from the idlest to the busiest; of two equal ones the higher id first, as LAEP drops them."""
     return sorted(range(len(loads)), key=lambda expert: (loads[expert], -expert))
 
 
-def dropped_share(event: Event, layer: int) -> float | None:
+def dropped_share(event: PruneEvent, layer: int) -> float | None:
     """Share of a layer's routed tokens that went to the experts it loses; None when nothing was routed."""
     loads = event.loads[layer]
     dropped = event.plan.layers[layer].dropped if layer in event.plan.layers else ()
     return sum(loads[expert] for expert in dropped) / sum(loads) if sum(loads) else None
 
 
+def rule_in_words(event: PruneEvent) -> str:
+    """What decided, as the user gave it: "target_params 0.67" or "alpha 0.4, beta 0.1"."""
+    given = event.plan.details.get("rule")
+    entries = given if isinstance(given, dict) else {"alpha": event.alpha, "beta": event.beta}
+    words = [f"{key} {value}" for key, value in entries.items() if value not in (None, False, True)]
+    return ", ".join(words) or event.plan.criterion
+
+
+def limit(event: PruneEvent, name: str, layer: int) -> tuple[float, bool] | None:
+    """The alpha or beta of a layer's cut, and whether it was given (else a goal came to it); None if off."""
+    given = {"alpha": event.alpha, "beta": event.beta}[name]
+    if given is not None:
+        return given, True
+    layers = event.plan.details.get("layers")
+    one = layers.get(str(layer)) if isinstance(layers, dict) else None
+    value = one.get(name) if isinstance(one, dict) and event.alpha is None and event.beta is None else None
+    return (float(value), False) if isinstance(value, int | float) and 0 < value <= MAX_FLOAT else None
+
+
+def placed(event: PruneEvent) -> PlacedEvent | None:
+    """How an event placed the experts of all layers, None where it did not."""
+    layers = list((event.placement or {}).values())
+    if not layers:
+        return None
+    means = {name: sum(getattr(one, name) for one in layers) / len(layers) for name in (*BALANCES, "over_bound")}
+    return PlacedEvent(num_ranks=layers[0].num_ranks, moved=sum(one.moved for one in layers), **means)
+
+
 def load_history(run: RunData, layer: int) -> LoadHistory:
     """The loads of one layer in all windows, whatever the numbering was at the time."""
     edges = np.array([0, *(window.tokens for window in run.windows)], dtype=np.float64)
-    ratio = np.full((run.experts[layer], len(run.windows)), np.nan)
+    ratio = np.full((run.model.experts[layer], len(run.windows)), np.nan)
     numbering = [run.first_ids(n)[layer] for n in range(len(run.events) + 1)]
     for column, window in enumerate(run.windows):
         loads = np.array(window.layers[layer], dtype=np.float64)
@@ -99,7 +143,8 @@ def speed(run: RunData) -> Speed:
     The first logged step of each part is left out: it holds the warm-up or the pruning.
     """
     if run.summary:
-        return Speed(before=run.summary.before, after=run.summary.after, source="summary.json")
+        pace = run.summary.tokens_per_second
+        return Speed(before=pace.before, after=pace.after, source="summary.json")
     first = run.prunings[0].step if run.prunings else math.inf
     last = run.prunings[-1].step if run.prunings else math.inf
     before = [point.tokens_per_second for point in run.train if point.step < first][1:]
@@ -153,12 +198,12 @@ def report_json(run: RunData) -> dict[str, Any]:
     content = {
         "finished": run.summary is not None,
         "tokens": run.tokens,
-        "events": [_event_json(event) for event in run.events],
+        "events": [_event_json(event, record) for event, record in zip(run.events, run.event_records, strict=True)],
         "validation_loss": end.validation_loss if end else None,
         "validation_loss_by_domain": end.by_domain if end else {},
         "tokens_per_second": {"before": pace.before, "after": pace.after},
         "tokens_per_second_source": pace.source,
-        "parameters": run.events[-1].parameters_after if run.events else run.parameters,
+        "parameters": run.events[-1].parameters_after if run.events else run.model.parameters,
         "peak_memory_bytes": run.summary.peak_memory_bytes if run.summary else None,
         "control": _control_json(run.control, versus) if run.control else None,
         "balance_step": balance.step,
@@ -172,11 +217,10 @@ def report_json(run: RunData) -> dict[str, Any]:
     return strict
 
 
-def _event_json(event: Event) -> dict[str, Any]:
+def _event_json(event: PruneEvent, record: dict[str, Any]) -> dict[str, Any]:
     """The record as it was written, without the two long parts that events.json keeps."""
-    return {key: value for key, value in event.record.items() if key not in ("plan", "loads")} | {
-        "criterion": event.plan.criterion,
-    }
+    short = {key: value for key, value in record.items() if key not in ("plan", "loads")}
+    return short | {"criterion": event.plan.criterion}
 
 
 def _control_json(control: RunData, versus: Comparison | None) -> dict[str, Any]:

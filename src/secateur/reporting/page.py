@@ -10,16 +10,17 @@ from typing import Any
 
 from secateur.reporting.gallery import Entry
 from secateur.reporting.html import document, section, table
-from secateur.reporting.numbers import compare, dropped_share, last_eval, speed
+from secateur.reporting.numbers import compare, dropped_share, last_eval, placed, rule_in_words, speed
 from secateur.reporting.ranks import RankBalance, max_over_mean, rank_balance
-from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.run_data import RunData
 from secateur.reporting.theme import DARK, LIGHT
 from secateur.reporting.words import NBSP, change, count, loss, memory, share, signed, summary_paragraph
+from secateur.surgery.events import PruneEvent
 
 
 def render(run: RunData, entries: Sequence[Entry], images: Mapping[tuple[str, str], bytes]) -> str:
     """The page. `images` holds the PNG of each (entry name, theme name)."""
-    title = f"Secateur: pre-training {run.model_type}"
+    title = f"Secateur: pre-training {run.model.model_type}"
     state = "" if run.summary else '<p class="note">This run is not finished: everything below is as of now.</p>'
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -57,17 +58,17 @@ def _png_size(content: bytes) -> tuple[int, int]:
 
 def _key_numbers(run: RunData) -> str:
     """What there was, what there is and the change; a run without pruning has one column."""
-    pace, num_experts = speed(run), sum(run.experts.values())
+    pace, num_experts = speed(run), sum(run.model.experts.values())
     if not run.prunings:
-        rows = [["experts in all layers", count(num_experts)], ["parameters", count(run.parameters)]]
+        rows = [["experts in all layers", count(num_experts)], ["parameters", count(run.model.parameters)]]
         return table(("", "now"), [*rows, ["tokens per second", count(pace.before) if pace.before else "unknown"]])
     first, last = run.prunings[0], run.prunings[-1]
     rows = [
         _key_row("experts in all layers", num_experts, last.experts_after, count),
-        _key_row("parameters", run.parameters, last.parameters_after, count),
+        _key_row("parameters", run.model.parameters, last.parameters_after, count),
     ]
     for key, name in (("parameters_bytes", "parameter memory"), ("optimizer_bytes", "optimizer memory")):
-        rows.append(_key_row(name, first.memory_before[key], last.memory_after[key], memory))
+        rows.append(_key_row(name, getattr(first.memory_before, key), getattr(last.memory_after, key), memory))
     rows.append(_key_row("tokens per second", pace.before, pace.after, count))
     return table(("", "before", "after", "change"), rows)
 
@@ -133,18 +134,18 @@ def _events(run: RunData) -> str:
     )
 
 
-def _event_row(event: Event) -> list[str]:
+def _event_row(event: PruneEvent) -> list[str]:
     return [
         str(event.step),
         count(event.tokens),
         event.reason,
-        event.rule,
+        rule_in_words(event),
         _from_to(str(event.experts_before), str(event.experts_after)),
         f"{_from_to(count(event.parameters_before), count(event.parameters_after))} "
         f"({change(event.parameters_before, event.parameters_after)})",
         share(event.rerouted_share),
-        "unknown" if event.surgery_seconds is None else f"{event.surgery_seconds:.2f}{NBSP}s",
-        "not run" if event.oracle is None else f"{event.oracle:g}",
+        f"{event.surgery_seconds:.2f}{NBSP}s",
+        "not run" if event.oracle_max_abs_difference is None else f"{event.oracle_max_abs_difference:g}",
     ]
 
 
@@ -152,7 +153,7 @@ def _from_to(before: str, after: str) -> str:
     return f"{before}{NBSP}\N{RIGHTWARDS ARROW}{NBSP}{after}"
 
 
-def _event_layers(event: Event) -> str:
+def _event_layers(event: PruneEvent) -> str:
     rows = [
         [
             str(layer),
@@ -168,8 +169,8 @@ def _event_layers(event: Event) -> str:
 
 
 def _rearrangements(run: RunData) -> str:
-    placed = [(event, event.placement) for event in run.events if event.placement]
-    if not placed:
+    events = [(event, one) for event in run.events if (one := placed(event))]
+    if not events:
         return ""
     head = ("step", "at", "ranks", "old order", "rearranged", "over lower bound", "experts moved", "time")
     rows = [
@@ -179,9 +180,9 @@ def _rearrangements(run: RunData) -> str:
             str(one.num_ranks),
             *(f"{value:.3f}" for value in (one.balance_before, one.balance_after, one.over_bound)),
             str(one.moved),
-            "unknown" if event.surgery_seconds is None else f"{event.surgery_seconds:.2f}{NBSP}s",
+            f"{event.surgery_seconds:.2f}{NBSP}s",
         ]
-        for event, one in placed
+        for event, one in events
     ]
     return f"<p>Busiest rank over the mean, mean over the layers.</p>\n{table(head, rows)}"
 

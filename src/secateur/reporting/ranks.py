@@ -62,7 +62,7 @@ def _current_loads(run: RunData) -> tuple[int | None, dict[int, list[int]]]:
     """Step and loads in the current numbering."""
     if run.events:
         event = run.events[-1]
-        plans = {layer: event.plan.layers.get(layer) for layer in run.experts}
+        plans = {layer: event.plan.layers.get(layer) for layer in run.model.experts}
         kept = {layer: plan.order if plan else range(len(event.loads[layer])) for layer, plan in plans.items()}
         return event.step, {layer: [event.loads[layer][old] for old in order] for layer, order in kept.items()}
     if run.windows:

@@ -2,144 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.errors import SecateurError
-from secateur.files.fields import Fields, as_fields, read_json, read_lines, read_object
+from secateur.files.json import read_object
+from secateur.files.records import as_record
 from secateur.plans import Plan
-
-PRUNING_REASONS = ("stable", "step", "tokens")
-REASONS = (*PRUNING_REASONS, "rearrange")
-BALANCES = ("balance_before", "balance_after", "over_bound")
-PHASES = ("transition", "stable", "pruned")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainPoint:
-    """One logged training step. Numbers that were not finite are None."""
-
-    step: int
-    tokens: int
-    loss: float | None
-    tokens_per_second: float | None
-    load_max_over_mean: float | None
-    phase: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalPoint:
-    """One validation: mean loss in nats a token, over all domains and for each."""
-
-    step: int
-    tokens: int
-    validation_loss: float | None
-    by_domain: dict[str, float | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadWindow:
-    """Tokens per expert of one statistics window that ended at `step`, in the numbering of that time."""
-
-    where: str
-    step: int
-    tokens: int
-    layers: dict[int, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacedEvent:
-    """Experts on ranks, means over the layers: busiest rank over the mean in the old and new order, the new one over
-    its lower bound; and how many experts changed their rank."""
-
-    num_ranks: int
-    balance_before: float
-    balance_after: float
-    over_bound: float
-    moved: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """One pruning or rearrangement: the decision, the loads it was made on (numbering before it), what it changed.
-
-    placement: of the kept experts on expert-parallel ranks, None where the run did not place them.
-    """
-
-    step: int
-    tokens: int
-    reason: str
-    plan: Plan
-    loads: dict[int, tuple[int, ...]]
-    parameters_before: int
-    parameters_after: int
-    experts_before: int
-    experts_after: int
-    rerouted_share: float | None
-    alpha: float | None
-    beta: float | None
-    memory_before: dict[str, int]
-    memory_after: dict[str, int]
-    surgery_seconds: float | None
-    oracle: float | None
-    placement: PlacedEvent | None
-    record: dict[str, Any]
-
-    @property
-    def rule(self) -> str:
-        """What decided, as the user gave it: "target_params 0.67" or "alpha 0.4, beta 0.1"."""
-        given = self.plan.details.get("rule")
-        fields = given if isinstance(given, dict) else {"alpha": self.alpha, "beta": self.beta}
-        words = [f"{key} {value}" for key, value in fields.items() if value not in (None, False, True)]
-        return ", ".join(words) or self.plan.criterion
-
-    def limit(self, name: str, layer: int) -> tuple[float, bool] | None:
-        """The alpha or beta of a layer's cut, and whether it was given (else a goal came to it); None if off."""
-        given = {"alpha": self.alpha, "beta": self.beta}[name]
-        if given is not None:
-            return given, True
-        layers = self.plan.details.get("layers")
-        one = layers.get(str(layer)) if isinstance(layers, dict) else None
-        value = one.get(name) if isinstance(one, dict) and self.alpha is None and self.beta is None else None
-        return (float(value), False) if isinstance(value, int | float) and value > 0 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a finished run says of itself. `before` and `after` are tokens per second."""
-
-    validation_loss: float | None
-    validation_loss_by_domain: dict[str, float | None]
-    before: float | None
-    after: float | None
-    steps: int
-    tokens: int
-    seconds: float | None
-    parameters: int
-    peak_memory_bytes: float | None
+from secateur.reporting.run_files import (
+    EvalPoint,
+    LoadWindow,
+    RunFile,
+    RunModel,
+    Summary,
+    TrainPoint,
+    read_loads,
+    read_metrics,
+    read_summary,
+)
+from secateur.surgery.events import REARRANGE, PruneEvent, read_events
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run folder. `summary` is None while the run is not finished, `control` without a run to compare with."""
+    """A run folder. `summary` is None while the run is not finished, `control` without a run to compare with.
+
+    info: run.json, and event_records: the events, as they were written.
+    """
 
     info: dict[str, Any]
-    model_type: str
-    parameters: int
-    experts: dict[int, int]
+    model: RunModel
     train: tuple[TrainPoint, ...]
     evals: tuple[EvalPoint, ...]
     windows: tuple[LoadWindow, ...]
-    events: tuple[Event, ...]
+    events: tuple[PruneEvent, ...]
+    event_records: tuple[dict[str, Any], ...]
     summary: Summary | None
     control: RunData | None
 
     @property
-    def prunings(self) -> tuple[Event, ...]:
+    def prunings(self) -> tuple[PruneEvent, ...]:
         """The events that dropped experts."""
-        return tuple(event for event in self.events if event.reason in PRUNING_REASONS)
+        return tuple(event for event in self.events if event.reason != REARRANGE)
 
     @property
     def tokens(self) -> int:
@@ -149,7 +55,7 @@ class RunData:
 
     def first_ids(self, num_events: int) -> dict[int, tuple[int, ...]]:
         """For each layer the first id of every expert that is left after `num_events` events, in current order."""
-        plan = Plan.identity(self.experts)
+        plan = Plan.identity(self.model.experts)
         for event in self.events[:num_events]:
             plan = plan.compose(event.plan)
         return {layer: entry.order for layer, entry in plan.layers.items()}
@@ -173,147 +79,50 @@ def _read(folder: Path, *, control: RunData | None) -> RunData:
     if not (folder / "run.json").is_file():
         raise SecateurError(f"{folder}: no run.json found, expected the folder of a `secateur pretrain` run")
     info = read_object(folder / "run.json")
-    model, _versions, _hardware = (info.part(key) for key in ("model", "versions", "hardware"))
-    logged = list(read_lines(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").exists() else []
-    kinds = {kind: [line for line in logged if line.text("kind", READERS) == kind] for kind in READERS}
-    windows = list(read_lines(folder / "loads.jsonl")) if (folder / "loads.jsonl").exists() else []
+    model = as_record(info, RunFile, str(folder / "run.json")).model
+    if model is None:
+        raise SecateurError(f"{folder / 'run.json'}: 'model' is missing, expected the model of the run")
+    names = ("metrics.jsonl", "loads.jsonl", "events.json", "summary.json")
+    metrics, loads, events, summary = (folder / name for name in names)
+    logged = list(read_metrics(metrics)) if metrics.exists() else []
+    windows = _in_order(list(read_loads(loads)) if loads.exists() else [])
+    done = read_events(events) if events.exists() else []
     run = RunData(
-        info=info.data,
-        model_type=model.text("model_type"),
-        parameters=model.integer("parameters"),
-        experts=model.by_layer("experts", Fields.integer),
-        train=_series(kinds["train"], _train_point),
-        evals=_series(kinds["eval"], _eval_point),
-        windows=_series(windows, _load_window),
-        events=_events(folder / "events.json"),
-        summary=_summary(folder / "summary.json"),
+        info=info,
+        model=model,
+        train=_points(_in_order([(where, point) for where, point in logged if isinstance(point, TrainPoint)])),
+        evals=_points(_in_order([(where, point) for where, point in logged if isinstance(point, EvalPoint)])),
+        windows=_points(windows),
+        events=tuple(event for event, _ in done),
+        event_records=tuple(record for _, record in done),
+        summary=read_summary(summary) if summary.exists() else None,
         control=control,
     )
-    if not run.experts:
-        raise model.error("experts", "at least one layer with experts")
-    _check_events(run, str(folder / "events.json"))
-    _check_windows(run)
+    _check_events(run, str(events))
+    _check_windows(run, [where for where, _ in windows])
     return run
 
-
-def _train_point(line: Fields) -> TrainPoint:
-    return TrainPoint(
-        step=line.integer("step"),
-        tokens=line.integer("tokens"),
-        loss=line.number("loss"),
-        tokens_per_second=line.number("tokens_per_second"),
-        load_max_over_mean=line.number("load_max_over_mean"),
-        phase=line.text("phase", PHASES),
-    )
-
-
-def _eval_point(line: Fields) -> EvalPoint:
-    return EvalPoint(
-        step=line.integer("step"),
-        tokens=line.integer("tokens"),
-        validation_loss=line.number("validation_loss"),
-        by_domain=line.numbers("validation_loss_by_domain"),
-    )
-
-
-def _load_window(line: Fields) -> LoadWindow:
-    layers = line.by_layer("layers", Fields.integers)
-    return LoadWindow(where=line.where, step=line.integer("step"), tokens=line.integer("tokens"), layers=layers)
-
-
-READERS = {"train": _train_point, "eval": _eval_point}
 
 Point = TypeVar("Point", TrainPoint, EvalPoint, LoadWindow)
 
 
-def _series(lines: list[Fields], take: Callable[[Fields], Point]) -> tuple[Point, ...]:
+def _points(named: list[tuple[str, Point]]) -> tuple[Point, ...]:
+    return tuple(point for _, point in named)
+
+
+def _in_order(named: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
     """The points in order of their steps. A resumed run logs the steps after its checkpoint again: the later count."""
-    series: list[Point] = []
-    for line in lines:
-        point = take(line)
-        while series and series[-1].step >= point.step:
+    series: list[tuple[str, Point]] = []
+    for where, point in named:
+        while series and series[-1][1].step >= point.step:
             series.pop()
-        if series and series[-1].tokens >= point.tokens:
-            raise line.error("tokens", f"more than the {series[-1].tokens} of step {series[-1].step}")
-        series.append(point)
-    return tuple(series)
-
-
-def _events(path: Path) -> tuple[Event, ...]:
-    if not path.exists():
-        return ()
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise SecateurError(f"{path}: found {records!r:.80}, expected a list of events")
-    return tuple(_event(as_fields(record, f"{path}, event {index}")) for index, record in enumerate(records, start=1))
-
-
-def _event(record: Fields) -> Event:
-    try:
-        plan = Plan.from_json(record.require("plan"))
-    except SecateurError as error:
-        raise SecateurError(f"{record.where}: {error}") from error
-    return Event(
-        step=record.integer("step"),
-        tokens=record.integer("tokens"),
-        reason=record.text("reason", REASONS),
-        plan=plan,
-        loads=record.by_layer("loads", Fields.integers),
-        parameters_before=record.integer("parameters_before"),
-        parameters_after=record.integer("parameters_after"),
-        experts_before=record.integer("experts_before"),
-        experts_after=record.integer("experts_after"),
-        rerouted_share=record.number("rerouted_share"),
-        alpha=record.number("alpha"),
-        beta=record.number("beta"),
-        memory_before=_memory(record.part("memory_before")),
-        memory_after=_memory(record.part("memory_after")),
-        surgery_seconds=record.number("surgery_seconds"),
-        oracle=record.number("oracle_max_abs_difference"),
-        placement=_placement(record) if record.data.get("placement") is not None else None,
-        record=record.data | {"layers": record.part("layers").data},
-    )
-
-
-def _placement(record: Fields) -> PlacedEvent:
-    layers = record.by_layer("placement", Fields.part)
-    if not layers:
-        raise record.error("placement", "an entry for each layer")
-    means: dict[str, Any] = {}
-    for name in BALANCES:
-        values = [layer.number(name) for layer in layers.values()]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            raise record.error("placement", f"a finite number as {name} of every layer")
-        means[name] = sum(known) / len(known)
-    ranks = {layer.integer("num_ranks") for layer in layers.values()}
-    if len(ranks) != 1:
-        raise record.error("placement", "one number of ranks for all layers")
-    return PlacedEvent(num_ranks=ranks.pop(), moved=sum(layer.integer("moved") for layer in layers.values()), **means)
-
-
-def _memory(part: Fields) -> dict[str, int]:
-    return {key: part.integer(key) for key in ("parameters_bytes", "optimizer_bytes")}
-
-
-def _summary(path: Path) -> Summary | None:
-    if not path.exists():
-        return None
-    summary = read_object(path)
-    if summary.require("finished") is not True:
-        return None
-    speed = summary.part("tokens_per_second")
-    return Summary(
-        validation_loss=summary.number("validation_loss"),
-        validation_loss_by_domain=summary.numbers("validation_loss_by_domain"),
-        before=speed.number("before"),
-        after=speed.number("after"),
-        steps=summary.integer("steps"),
-        tokens=summary.integer("tokens"),
-        seconds=summary.number("seconds"),
-        parameters=summary.integer("parameters"),
-        peak_memory_bytes=summary.number("peak_memory_bytes"),
-    )
+        before = series[-1][1] if series else None
+        if before and before.tokens >= point.tokens:
+            raise SecateurError(
+                f"{where}: 'tokens' is {point.tokens}, expected more than the {before.tokens} of step {before.step}"
+            )
+        series.append((where, point))
+    return series
 
 
 def _check_events(run: RunData, where: str) -> None:
@@ -337,13 +146,13 @@ def _check_events(run: RunData, where: str) -> None:
                 raise SecateurError(f"{name}: {key} is {found}, but the plans make it {sum(counts.values())}")
 
 
-def _check_windows(run: RunData) -> None:
+def _check_windows(run: RunData, names: list[str]) -> None:
     counts = [{layer: len(ids) for layer, ids in run.first_ids(n).items()} for n in range(len(run.events) + 1)]
-    for window in run.windows:
-        _check_loads(window.layers, counts[run.events_before(window.step)], window.where)
+    for where, window in zip(names, run.windows, strict=True):
+        _check_loads(window.layers, counts[run.events_before(window.step)], where)
 
 
-def _check_loads(loads: dict[int, tuple[int, ...]], experts: dict[int, int], where: str) -> None:
+def _check_loads(loads: Mapping[int, Sequence[int]], experts: dict[int, int], where: str) -> None:
     found = {layer: len(load) for layer, load in loads.items()}
     if found != experts:
         raise SecateurError(f"{where}: found loads of {found} (layer: experts), expected {experts}")

@@ -6,7 +6,8 @@ import math
 
 from secateur.reporting.numbers import Comparison, compare, last_eval, speed
 from secateur.reporting.ranks import RankBalance, max_over_mean, rank_balance
-from secateur.reporting.run_data import Event, RunData
+from secateur.reporting.run_data import RunData
+from secateur.surgery.events import PruneEvent
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 NBSP = "\N{NO-BREAK SPACE}"
@@ -61,7 +62,7 @@ def loss(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-def event_sentence(event: Event) -> str:
+def event_sentence(event: PruneEvent) -> str:
     """What one pruning did."""
     dropped = event.experts_before - event.experts_after
     return (
@@ -91,12 +92,13 @@ def summary_paragraph(run: RunData) -> str:
     """The run in a few sentences that an engineer can check against the tables below them."""
     state = "finished after" if run.summary else "is not finished; it has seen"
     sentences = [
-        f"This {run.model_type} model of {len(run.experts)} layers with experts {state} {count(run.tokens)} tokens."
+        f"This {run.model.model_type} model of {len(run.model.experts)} layers with experts {state} "
+        f"{count(run.tokens)} tokens."
     ]
     sentences += [event_sentence(event) for event in run.prunings]
     if not run.prunings:
         ending = "No expert was dropped" if run.summary else "No expert has been dropped so far"
-        sentences.append(f"{ending}: all {sum(run.experts.values())} experts are in place.")
+        sentences.append(f"{ending}: all {sum(run.model.experts.values())} experts are in place.")
     pace = speed(run)
     if pace.before and pace.after:
         sentences.append(

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from secateur.errors import SecateurError
-from secateur.train.events import PruneEvent
+from secateur.surgery.events import PruneEvent
 from secateur.train.laep import LAEP
 from secateur.train.schedule import as_prunings
 

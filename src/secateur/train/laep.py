@@ -30,12 +30,12 @@ from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe, logits_of
 from secateur.plans import Plan
 from secateur.stats import RouterStats
+from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.surgery.module import check_model, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
 from secateur.surgery.oracle import barred_experts
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
-from secateur.train.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning, as_prunings, check_count, check_goal

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from secateur.errors import SecateurError
 from secateur.placement import METHODS, Placement, balance, place, rank_loads
 from secateur.plans import LayerPlan, Plan
-from secateur.train.events import LayerPlacement
+from secateur.surgery.events import LayerPlacement
 from secateur.train.schedule import check_count
 
 

@@ -1,13 +1,25 @@
-"""PruneEvent: what one pruning did, as a value that logs, files and the report share."""
+"""PruneEvent: what one pruning did to a live model, as a value that training, files and the report share.
+
+It is here, and needs no torch, because the report reads it too, and must not know how a model is trained.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from secateur.plans import Plan
-from secateur.stats import RouterStats
+import msgspec
+
+from secateur.errors import SecateurError
+from secateur.files.json import read_json
+from secateur.files.limits import SHOWN
+from secateur.files.records import Count, Expert, Experts, Finite, Layer, Positive, as_record
+from secateur.plans import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from secateur.stats import RouterStats
 
 REARRANGE = "rearrange"  # the reason of an event that drops nothing
 BALANCES = ("balance_before", "balance_after")
@@ -17,18 +29,18 @@ BALANCES = ("balance_before", "balance_after")
 class Memory:
     """Bytes held by parameters and by optimizer state."""
 
-    parameters_bytes: int
-    optimizer_bytes: int
+    parameters_bytes: Count
+    optimizer_bytes: Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerEvent:
     """One layer of a pruning. rerouted_share: share of its routed tokens whose expert went."""
 
-    experts_before: int
-    experts_after: int
-    dropped: tuple[int, ...]
-    rerouted_share: float
+    experts_before: Experts
+    experts_after: Experts
+    dropped: tuple[Expert, ...]
+    rerouted_share: Finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +51,11 @@ class LayerPlacement:
     over_bound: busiest rank over its lower bound. moved: experts that changed their rank.
     """
 
-    num_ranks: int
-    balance_before: float
-    balance_after: float
-    over_bound: float
-    moved: int
+    num_ranks: Positive
+    balance_before: Finite
+    balance_after: Finite
+    over_bound: Finite
+    moved: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +104,7 @@ class PruneEvent:
         gone = sum(
             self.loads[layer][old] for layer, layer_observer in self.layers.items() for old in layer_observer.dropped
         )
-        return gone / total
+        return gone / total if total else 0.0
 
     def describe(self) -> str:
         """One line for a log."""
@@ -135,24 +147,77 @@ class PruneEvent:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruneEvent:
-        """The inverse of `to_json`."""
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
-        placement = fields["placement"]
-        return cls(
-            **fields
-            | {
-                "plan": Plan.from_json(data["plan"]),
-                "placement": placement
-                and {int(layer): LayerPlacement(**placed_layer) for layer, placed_layer in placement.items()},
-                "loads": {int(layer): loads for layer, loads in data["loads"].items()},
-                "layers": {
-                    int(layer): LayerEvent(**{**one, "dropped": tuple(one["dropped"])})
-                    for layer, one in data["layers"].items()
-                },
-                "memory_before": Memory(**data["memory_before"]),
-                "memory_after": Memory(**data["memory_after"]),
-            }
-        )
+        """The inverse of `to_json`.
+
+        Raises:
+            SecateurError: something is missing, of another kind or out of range; or plan, layers and loads disagree.
+        """
+        return _event(data, "event")
+
+
+class EventFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A `PruneEvent` as a file has it. What follows from the rest stands beside these entries and is not read."""
+
+    step: Count
+    tokens: Count
+    reason: Literal["stable", "step", "tokens", "rearrange"]
+    plan: dict[str, Any]
+    loads: dict[Layer, list[Count]]
+    layers: dict[Layer, LayerEvent]
+    parameters_before: Positive
+    parameters_after: Positive
+    memory_before: Memory
+    memory_after: Memory
+    alpha: Finite | Literal["inf"] | None
+    beta: Finite | Literal["inf"] | None
+    surgery_seconds: Finite
+    oracle_max_abs_difference: Finite | None
+    placement: dict[Layer, LayerPlacement] | None = None
+
+
+def read_events(path: Path) -> list[tuple[PruneEvent, dict[str, Any]]]:
+    """The events of an events.json, in order, each with its record as it was written.
+
+    Raises:
+        SecateurError: the file cannot be read or holds something else; the message names it and the event.
+    """
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise SecateurError(f"{path}: found {records!r:.{SHOWN}}, expected a list of events")
+    return [(_event(record, f"{path}, event {number}"), record) for number, record in enumerate(records, start=1)]
+
+
+def _event(data: Any, where: str) -> PruneEvent:
+    file = as_record(data, EventFile, where)
+    try:
+        plan = Plan.from_json(file.plan)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
+    said, planned = _counts(file.layers), _counts(plan.layers)
+    for layer in sorted(said.keys() | planned.keys()):
+        found, expected = said.get(layer), planned.get(layer)
+        if found != expected:
+            raise SecateurError(
+                f"{where}: experts before, after and dropped of layer {layer} are {found!r:.{SHOWN}} in 'layers', "
+                f"expected {expected!r:.{SHOWN}} as in 'plan'"
+            )
+    for layer, layer_plan in plan.layers.items():
+        num_loads = len(file.loads.get(layer, ()))
+        if num_loads != layer_plan.experts_before:
+            raise SecateurError(
+                f"{where}: the plan starts from {layer_plan.experts_before} experts in layer {layer}, but there are "
+                f"{num_loads} loads"
+            )
+    if len({one.num_ranks for one in (file.placement or {}).values()}) > 1:
+        raise SecateurError(f"{where}: 'placement' is of several numbers of ranks, expected one for all layers")
+    off = {name: None for name in ("alpha", "beta") if getattr(file, name) == "inf"}
+    return PruneEvent(
+        **{**msgspec.structs.asdict(file), **off, "plan": plan, "loads": dict(sorted(file.loads.items()))}
+    )
+
+
+def _counts(layers: Mapping[int, LayerEvent] | Mapping[int, LayerPlan]) -> dict[int, tuple[Any, ...]]:
+    return {layer: (one.experts_before, one.experts_after, one.dropped) for layer, one in layers.items()}
 
 
 def layer_events(plan: Plan, stats: RouterStats) -> dict[int, LayerEvent]:
