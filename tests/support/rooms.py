@@ -134,7 +134,7 @@ ROOMS: dict[str, Room] = {
     ),
     "surgery": Room(
         question="How is a plan applied to a live model and its optimizer, and is the result right?",
-        may_import=_rooms("observation families modeling_secateur expert_axis plans files errors"),
+        may_import=_rooms("observation families modeling_secateur expert_axis plans stats files errors"),
     ),
     "observation": Room(
         question="What did the experts of a live model do?",
