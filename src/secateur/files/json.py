@@ -104,12 +104,13 @@ def read_lines(path: Path, *, until_cut: bool = False) -> Iterator[tuple[str, An
 def _check_depth(value: Any) -> None:
     """So that nothing which walks the value later runs into Python's limit."""
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise SecateurError(TOO_DEEP)
         inner = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
         level = [part for part in inner if isinstance(part, dict | list)]
-    raise SecateurError(TOO_DEEP)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
