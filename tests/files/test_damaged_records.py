@@ -11,13 +11,14 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from secateur import stats
+from secateur.data.packing import PackedTokens
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
 from secateur.files.json import read_json
@@ -29,6 +30,7 @@ from secateur.reporting.run_data import read_run
 from secateur.reporting.run_files import read_loads, read_metrics, read_summary
 from secateur.stats import RouterStats
 from secateur.surgery.events import read_events
+from secateur.train.phases import PhaseConstants, StablePhaseDetector
 from support.run_folders import run_json
 
 # What is put in place of each value of a record, by name.
@@ -155,20 +157,30 @@ MEASURED = ("loss", "tokens_per_second", "load_max_over_mean", "learning_rate", 
 SIGNED = ("weight_sum", "weighted_norm_sum")
 
 
-def write_about(path: Path, about: bytes) -> None:
-    """Statistics of one layer with two experts, and what they are of: text in the header of the file."""
-    tensors = {
-        "layers.0.token_count": ([2], struct.pack("<2q", 1, 2)),
-        "layers.0.num_tokens": ([1], struct.pack("<q", 3)),
-    }
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "secateur-stats/1", "about": about.decode("utf-8", errors="surrogateescape")}
-    }
+def write_header(path: Path, tensors: Mapping[str, tuple[str, list[int], bytes]], texts: Mapping[str, str]) -> None:
+    """A safetensors file with {name: (dtype, shape, data)} and texts beside them."""
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
     end = 0
-    for name, (shape, data) in tensors.items():
-        header[name] = {"dtype": "I64", "shape": shape, "data_offsets": [end, end := end + len(data)]}
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + len(data)]}
     text = json.dumps(header).encode()
-    write_over(path, struct.pack("<Q", len(text)) + text + b"".join(data for _, data in tensors.values()))
+    write_over(path, struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values()))
+
+
+def write_about(path: Path, about: bytes) -> None:
+    """Statistics of one layer with two experts, and in the header what they are of."""
+    tensors = {
+        "layers.0.token_count": ("I64", [2], struct.pack("<2q", 1, 2)),
+        "layers.0.num_tokens": ("I64", [1], struct.pack("<q", 3)),
+    }
+    texts = {"format": "secateur-stats/1", "about": about.decode("utf-8", errors="surrogateescape")}
+    write_header(path, tensors, texts)
+
+
+def write_packed(path: Path, about: bytes) -> None:
+    """Two packed blocks of two tokens."""
+    tensors = {"blocks": ("I32", [2, 2], bytes(16))}
+    write_header(path, tensors, {"secateur": about.decode("utf-8", errors="surrogateescape")})
 
 
 def read_json_text(read: Callable[[Any], object]) -> Callable[[Path], object]:
@@ -333,6 +345,29 @@ RECORDS = {
             **dict.fromkeys(("tokens_per_second.before", "tokens_per_second.after", "validation_loss"), MAYBE),
             **dict.fromkeys(("validation_loss_by_domain.a", "seconds", "peak_memory_bytes"), MAYBE),
             "validation_loss_by_domain": frozenset({"missing", "unknown key"}),
+        },
+    ),
+    "packed tokens": Record(
+        file="train.safetensors",
+        sample={"format": "secateur-tokens", "version": 1, "num_documents": 1}
+        | {"num_dropped": 0, "tokens_by_domain": {"a": 4}},
+        read=PackedTokens.load,
+        accepts={
+            "": MORE_KEYS,
+            "tokens_by_domain": MORE_KEYS,
+            "tokens_by_domain.a": frozenset({"missing"}),
+        },
+        write=write_packed,
+    ),
+    "phase detector": Record(
+        file="trainer_state.json",
+        sample={"format": "secateur-phase-detector", "version": 1, "constants": asdict(PhaseConstants())}
+        | {"previous": {"0": [1, 2]}, "streak": {"0": 1}},
+        read=read_json_text(StablePhaseDetector().restore),
+        accepts={
+            "": MORE_KEYS,
+            "previous.0": frozenset({"missing"}),
+            "streak.0": frozenset({"missing"}),
         },
     ),
     "facts of a model": Record(

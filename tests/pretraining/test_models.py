@@ -91,8 +91,8 @@ def test_a_model_that_cannot_be_named_is_refused(changes: dict[str, Any], named:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "not readable as JSON"),
-        ("{", "not readable as JSON"),
+        ("", "not JSON in UTF-8"),
+        ("{", "not JSON in UTF-8"),
         ("[]", "model_type"),
         ("{}", "model_type"),
         ('{"model_type": "no_such_family"}', "no_such_family"),

@@ -448,7 +448,11 @@ def test_weights_that_lie_unaligned_in_a_mapped_file_are_moved_and_keep_their_bi
 
 
 WRONG_STATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "version 7, expected": ({}, {"version": 7}),
+    "'version' is 7, expected 2": ({}, {"version": 7}),
+    "LAEP state: 'num_steps' is -1, expected a whole number": ({}, {"num_steps": -1}),
+    "event: 'step' is missing": ({}, {"events": [{}]}),
+    "plan: 'format' is missing": ({}, {"plan": {}}),
+    "LAEP state, watch: 'num_tokens' is missing": ({}, {"watch": {}}),
     "of a model with experts .*0: 4.*load the model from the checkpoint": ({}, {"counts": {"0": 4, "1": 8, "2": 8}}),
     "other settings.*'window_steps': 2.*'window_steps': 3": ({"window_steps": 3}, {}),
     "other settings.*target_params=0.8.*target_params=0.5": ({"target_params": 0.5}, {}),

@@ -179,11 +179,11 @@ def test_constants_out_of_range_are_refused_by_name(arguments: dict[str, Any], m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "format and version are"),
-        ({"version": 2}, "format and version are"),
+        ({"format": "other"}, "'format' is 'other', expected 'secateur-phase-detector'"),
+        ({"version": 2}, "'version' is 2, expected 1"),
         ({"constants": {"windows": 4}}, "the saved constants are"),
-        ({"previous": 3}, "damaged"),
-        ({"streak": {"x": 1}}, "damaged"),
+        ({"previous": 3}, "'previous' is 3, expected an object"),
+        ({"streak": {"x": 1}}, "'streak' has the key 'x', expected a layer id"),
     ],
 )
 def test_a_foreign_state_is_refused(change: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from secateur.commands.exits import fail
 from secateur.errors import SecateurError
+from secateur.files.json import parse_json
 
 # options of the command line that are not settings of a run
 NOT_SETTINGS = ("out", "resume", "dry_run", "json_output", "quiet", "overrides")
@@ -152,8 +153,8 @@ def _field(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise SecateurError(f"--set {text!r}: expected field=value")
     try:
-        return key, json.loads(value)
-    except ValueError:
+        return key, parse_json(value, f"--set {key}")
+    except SecateurError:
         return key, value
 
 

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -26,6 +27,8 @@ from secateur.data.split import Progress
 from secateur.data.tokenizer import separator
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import parse_json
+from secateur.files.records import Count, as_record
 
 FORMAT = "secateur-tokens"
 VERSION = 1
@@ -75,22 +78,30 @@ class PackedTokens:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("secateur", "{}"))
-                if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-                    raise SecateurError(
-                        f"{path}: found format {header.get('format')!r} version {header.get('version')!r}, "
-                        f"expected {FORMAT!r} version {VERSION}"
-                    )
+                about = parse_json((file.metadata() or {}).get("secateur", "{}"), str(path))
+                header = as_record(about, PackedHeader, str(path))
                 blocks = file.get_tensor("blocks")
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError) as error:
             raise SecateurError(f"{path}: not a readable file of packed tokens ({error})") from error
+        if blocks.dtype != torch.int32 or blocks.dim() != 2:
+            raise SecateurError(f"{path}: found blocks {blocks.dtype} {tuple(blocks.shape)}, expected (N, S) of int32")
         return cls(
             blocks=blocks,
-            num_documents=header["num_documents"],
+            num_documents=header.num_documents,
             num_tokens=blocks.numel(),
-            num_dropped=header["num_dropped"],
-            tokens_by_domain=header["tokens_by_domain"],
+            num_dropped=header.num_dropped,
+            tokens_by_domain=header.tokens_by_domain,
         )
+
+
+class PackedHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file of packed tokens says beside the blocks."""
+
+    format: Literal["secateur-tokens"]
+    version: Literal[1]
+    num_documents: Count
+    num_dropped: Count
+    tokens_by_domain: dict[str, Count]
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from secateur.data.tokenizer import check_vocabulary_fits, load_tokenizer, separator
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
+from secateur.files.json import read_json
 from secateur.modeling_secateur import MODEL_TYPE, ExpertLayout, read_pruned_config
 from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.pretraining.settings import ModelSettings
@@ -165,10 +165,7 @@ def _preset(
 
 
 def _read_config(path: Path, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SecateurError(f"--config {path}: not readable as JSON: {error}") from error
+    content = read_json(path, where=f"--config {path}")
     if not isinstance(content, dict) or "model_type" not in content:
         raise SecateurError(f"--config {path}: expected a transformers config.json with a model_type")
     return _from_dict(content, overrides, f"--config {path}")

@@ -28,6 +28,7 @@ from secateur.data.prepare import PreparedData, load_prepared, prepare, save_pre
 from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
+from secateur.files.json import read_object
 from secateur.modeling_secateur import ExpertLayout
 from secateur.pretraining.arguments import training_arguments
 from secateur.pretraining.models import given_tokenizer, load_model, load_moe, make_model, model_config, model_facts
@@ -148,7 +149,7 @@ def _report(folder: RunFolder) -> Any:
     write_report(folder.path)
     for name in ("report.json", "plan.json"):
         shutil.copyfile(folder.path / name, folder.model / name)
-    return json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+    return read_object(folder.path / "report.json")
 
 
 def _data(

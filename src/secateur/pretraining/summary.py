@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from typing import Any
 
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.pretraining.run_folder import RunFolder
+from secateur.reporting.numbers import known_median
+from secateur.reporting.run_files import TrainPoint, read_metrics
+from secateur.surgery.events import read_events
 
 
 def run_summary(
@@ -22,13 +23,12 @@ def run_summary(
     Raises:
         SecateurError: the logs do not have the end of the run.
     """
-    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    events = json.loads(folder.events.read_text(encoding="utf-8"))
-    first, last = (events[0]["step"], events[-1]["step"]) if events else (steps, steps)
+    train = [point for _, point in read_metrics(folder.metrics) if isinstance(point, TrainPoint)]
+    changes = [event.step for event, _ in read_events(folder.events)]
+    first, last = (changes[0], changes[-1]) if changes else (steps, steps)
     # The first interval has warm-up in it, and the one that holds a pruning is of both models.
-    before = [line["tokens_per_second"] for line in train[1:] if line["step"] < first]
-    after = [line["tokens_per_second"] for line in train if line["step"] >= last + log_steps]
+    before = [point.tokens_per_second for point in train[1:] if point.step < first]
+    after = [point.tokens_per_second for point in train if changes and point.step >= last + log_steps]
     last_eval = folder.eval_at(steps)
     if last_eval is None:
         raise SecateurError(f"{folder.metrics}: found no validation after step {steps}, the last of the run")
@@ -36,12 +36,12 @@ def run_summary(
         "finished": True,
         **last_eval,
         "tokens_per_second": {
-            "before": statistics.median(before) if before else None,
-            "after": statistics.median(after) if after and events else None,
+            "before": known_median(before),
+            "after": known_median(after),
         },
         "steps": steps,
         "tokens": steps * tokens_per_step,
-        "seconds": train[-1]["seconds"] if train else 0.0,
+        "seconds": train[-1].seconds if train else 0.0,
         "parameters": parameters,
         "peak_memory_bytes": peak_memory_bytes(),
     }

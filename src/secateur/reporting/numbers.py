@@ -149,10 +149,11 @@ def speed(run: RunData) -> Speed:
     last = run.prunings[-1].step if run.prunings else math.inf
     before = [point.tokens_per_second for point in run.train if point.step < first][1:]
     after = [point.tokens_per_second for point in run.train if point.step > last][1:]
-    return Speed(before=_median(before), after=_median(after), source="metrics.jsonl")
+    return Speed(before=known_median(before), after=known_median(after), source="metrics.jsonl")
 
 
-def _median(values: list[float | None]) -> float | None:
+def known_median(values: list[float | None]) -> float | None:
+    """The median of the values that are known; None where none is."""
     known = [value for value in values if value is not None]
     return median(known) if known else None
 

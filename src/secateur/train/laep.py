@@ -19,8 +19,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from secateur.decide.rule import decide
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe, logits_of
+from secateur.files.records import Count, Experts, Layer, as_record
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
@@ -42,6 +44,19 @@ from secateur.train.schedule import Pruning, as_prunings, check_count, check_goa
 from secateur.train.watch import LoadWatch
 
 STATE_VERSION = 2
+
+
+class LAEPState(msgspec.Struct, frozen=True, kw_only=True):
+    """What `LAEP.state_dict` gives; plan, events and watch check their parts themselves."""
+
+    version: Literal[2]
+    num_steps: Count
+    settings: dict[str, Any]
+    watch: dict[str, Any]
+    events: list[dict[str, Any]]
+    plan: dict[str, Any]
+    counts: dict[Layer, Experts]
+    checksums: dict[str, int]
 
 
 class LAEP:
@@ -191,33 +206,31 @@ class LAEP:
         """Continue where `state_dict` was taken; the model must hold the weights of the same moment.
 
         Raises:
-            SecateurError: the state is of another version or schedule, or of a model with other expert counts or
-                weights. Nothing was changed.
+            SecateurError: the state is damaged, of another version or schedule, or of a model with other expert counts
+                or weights. Nothing was changed.
         """
-        if state.get("version") != STATE_VERSION:
-            raise SecateurError(f"LAEP state: version {state.get('version')!r}, expected {STATE_VERSION}")
-        counts = {int(layer): count for layer, count in state["counts"].items()}
-        if counts != self.moe.counts:
+        saved = as_record(state, LAEPState, "LAEP state")
+        events = [PruneEvent.from_json(event) for event in saved.events]
+        plan = Plan.from_json(saved.plan)
+        if saved.counts != self.moe.counts:
             raise SecateurError(
-                f"LAEP state is of a model with experts {counts}, this model has {self.moe.counts}: load the model "
-                "from the checkpoint itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
+                f"LAEP state is of a model with experts {saved.counts}, this model has {self.moe.counts}: load the "
+                "model from the checkpoint itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
             )
-        if state["settings"] != self._settings():
+        if saved.settings != self._settings():
             raise SecateurError(
-                f"LAEP state is of a run with other settings: {state['settings']}, this run has {self._settings()}"
+                f"LAEP state is of a run with other settings: {saved.settings}, this run has {self._settings()}"
             )
         checksums = self._job.checksums(self.moe)
-        wrong = [name for name, value in state["checksums"].items() if checksums.get(name) != value]
+        wrong = [name for name, value in saved.checksums.items() if checksums.get(name) != value]
         if wrong:
             raise SecateurError(
                 f"{len(wrong)} expert tensors, e.g. {wrong[0]}, are not those of the moment this LAEP state was taken. "
                 "Trainer does not load experts that a checkpoint stores one by one: load the model from the checkpoint "
                 "itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
             )
-        self._watch.load_state_dict(state["watch"])  # the last check
-        self.num_steps = state["num_steps"]
-        self.events = [PruneEvent.from_json(event) for event in state["events"]]
-        self.plan = Plan.from_json(state["plan"])
+        self._watch.load_state_dict(saved.watch)  # the last check
+        self.num_steps, self.events, self.plan = saved.num_steps, events, plan
 
     def _settings(self) -> dict[str, Any]:
         """What a state must agree with; the detector checks its own constants."""

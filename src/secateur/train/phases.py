@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from secateur.decide.laep_rule import check_loads, exact
 from secateur.errors import SecateurError
+from secateur.files.records import Count, Layer, as_record
 
 FORMAT = "secateur-phase-detector"
 VERSION = 1
@@ -166,20 +169,22 @@ class StablePhaseDetector:
         Raises:
             SecateurError: the state is of another format, or of a detector with other constants.
         """
-        found = (state.get("format"), state.get("version"))
-        if found != (FORMAT, VERSION):
-            raise SecateurError(f"phase detector: format and version are {found}, expected {(FORMAT, VERSION)}")
-        if state.get("constants") != asdict(self.constants):
+        saved = as_record(state, DetectorState, "phase detector")
+        if saved.constants != asdict(self.constants):
             raise SecateurError(
-                f"phase detector: the saved constants are {state.get('constants')}, "
-                f"but this run uses {asdict(self.constants)}"
+                f"phase detector: the saved constants are {saved.constants}, but this run uses {asdict(self.constants)}"
             )
-        try:
-            previous = {int(layer): [int(load) for load in counts] for layer, counts in state["previous"].items()}
-            streak = {int(layer): int(count) for layer, count in state["streak"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SecateurError(f"phase detector: the saved state is damaged ({error!r})") from error
-        self._previous, self._streak = previous, streak
+        self._previous, self._streak = saved.previous, saved.streak
+
+
+class DetectorState(msgspec.Struct, frozen=True, kw_only=True):
+    """What `StablePhaseDetector.state` gives."""
+
+    format: Literal["secateur-phase-detector"]
+    version: Literal[1]
+    constants: dict[str, Any]
+    previous: dict[Layer, list[Count]]
+    streak: dict[Layer, Count]
 
 
 def _check_lengths(a: Sequence[float], b: Sequence[float]) -> None:

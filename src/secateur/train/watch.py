@@ -6,7 +6,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from secateur.families import MoEModel
+from secateur.files.records import Count, as_record
 from secateur.observation.loads import LoadCounter
 from secateur.stats import RouterStats
 from secateur.train.distributed.job import Job
@@ -105,19 +108,21 @@ class LoadWatch:
         """Continue where `state_dict` was taken, on any number of ranks.
 
         Raises:
-            SecateurError: the state is of a detector with other constants. Nothing was changed.
+            SecateurError: the state is damaged, or of a detector with other constants. Nothing was changed.
         """
-        self._detector.restore(state["detector"])
-        self.num_tokens = state["num_tokens"]
+        saved = as_record(state, WatchState, "LAEP state, watch")
+        window = None if saved.open_window is None else RouterStats.from_json(saved.open_window)
+        windows = [RouterStats.from_json(one) for one in saved.windows]
+        self._detector.restore(saved.detector)
+        self.num_tokens = saved.num_tokens
         self._open_window(self._moe)
-        self._steps_in_window = state["steps_in_window"]
-        if state["open_window"] is not None:
-            window = RouterStats.from_json(state["open_window"])
+        self._steps_in_window = saved.steps_in_window
+        if window is not None:
             # the sum over the ranks is what was saved; one of those that are summed carries it on
             self._counter.load(window if self._job.ranks.carries else window.emptied())
         self._windows.clear()
-        self._windows.extend(RouterStats.from_json(window) for window in state["windows"])
-        self.is_stable = state["stable"]
+        self._windows.extend(windows)
+        self.is_stable = saved.stable
 
     def _open_window(self, moe: MoEModel) -> None:
         self._moe = moe
@@ -127,6 +132,17 @@ class LoadWatch:
     def _close_open_window(self) -> None:
         if not self._counter.is_empty:  # a fixed step may fall inside a window
             self.num_tokens += _tokens(self._job.sum(self._counter.read()))
+
+
+class WatchState(msgspec.Struct, frozen=True, kw_only=True):
+    """What `LoadWatch.state_dict` gives; the statistics and the detector check their parts themselves."""
+
+    num_tokens: Count
+    steps_in_window: Count
+    open_window: dict[str, Any] | None
+    windows: list[dict[str, Any]]
+    detector: dict[str, Any]
+    stable: bool
 
 
 def _tokens(stats: RouterStats) -> int:
