@@ -537,6 +537,13 @@ def test_file_that_holds_no_packed_tokens_is_refused(tmp_path: Path) -> None:
     save_file({"blocks": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(SecateurError, match=r"other.safetensors: 'format' is missing, found \[\]"):
         PackedTokens.load(tmp_path / "other.safetensors")
+    about = {"format": "secateur-tokens", "version": 1, "num_documents": 1, "num_dropped": 0, "tokens_by_domain": {}}
+    for blocks in (torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64)):
+        save_file({"blocks": blocks}, tmp_path / "blocks.safetensors", metadata={"secateur": json.dumps(about)})
+        with pytest.raises(
+            SecateurError, match=r"blocks.safetensors: found blocks torch.int.* expected \(N, S\) of in"
+        ):
+            PackedTokens.load(tmp_path / "blocks.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-2])
     for name in ("torn", "missing"):
         with pytest.raises(SecateurError, match=f"{name}.safetensors: not a readable file of packed tokens"):

@@ -6,6 +6,7 @@ A new record is one row of RECORDS: a whole sample, what reads it, and what may 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -82,6 +83,7 @@ class Record:
             key"}; a path that ends with "." or "[" stands for all beneath it.
         write: puts the damaged text where `read` finds it; as the file itself if nothing is given.
         is_line: the file is of lines, and the record is one.
+        every: only every so-manyth damage is tried, for a record of many fields.
     """
 
     file: str
@@ -90,6 +92,7 @@ class Record:
     accepts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     write: Callable[[Path, bytes], object] = write_over
     is_line: bool = False
+    every: int = 1
 
     def is_accepted(self, path: str, name: str) -> bool:
         beneath = any(
@@ -245,6 +248,7 @@ RECORDS = {
             "config.overrides": MORE_KEYS,
             "config.overrides.top_k": frozenset({"missing"}),
         },
+        every=5,
     ),
     "model of a run": Record(
         file="run.json",
@@ -439,7 +443,7 @@ def test_every_damage_is_an_error_that_names_the_file(name: str, tmp_path: Path)
     record = RECORDS[name]
     path = tmp_path / record.file
     wrong = []
-    for place, damage, text in damages(record.sample):
+    for place, damage, text in itertools.islice(damages(record.sample), 0, None, record.every):
         record.write(path, text + b"\n" * record.is_line)
         try:
             record.read(path)

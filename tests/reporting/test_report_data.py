@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.reporting.numbers import compare, load_history, report_json, smooth
+from secateur.reporting.numbers import compare, limit, load_history, report_json, smooth
 from secateur.reporting.run_data import read_run
 from secateur.reporting.words import summary_paragraph
+from secateur.surgery.events import PruneEvent
 from support.run_folders import STEP_TOKENS, lines_of, make_run, tiny_run, two_events
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -150,3 +151,33 @@ def test_smoothing_keeps_a_constant_and_never_leaves_the_range() -> None:
     values = [float(i % 7) for i in range(400)]
     assert all(0 <= value <= 6 for value in smooth(values))
     assert smooth([1.0, 5.0]) == [1.0, 5.0]
+
+
+def test_layers_are_in_order_whatever_the_order_in_the_files(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path / "run", [[1, 2], [3, 4, 5]])
+    for name, at in (("run.json", ("model", "experts")), ("loads.jsonl", ("layers",))):
+        data = part = json.loads((folder / name).read_text())
+        for key in at[:-1]:
+            part = part[key]
+        part[at[-1]] = dict(reversed(part[at[-1]].items()))
+        (folder / name).write_text(json.dumps(data) + "\n")
+    run = read_run(folder)
+    assert list(run.model.experts.items()) == [(0, 2), (1, 3)]
+    assert list(run.windows[0].layers.items()) == [(0, (1, 2)), (1, (3, 4, 5))]
+
+
+def test_numbers_that_are_not_finite_are_none(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path / "run", [[1, 2]])
+    point = {"kind": "train", "step": 5, "tokens": 50, "loss": math.inf, "load_max_over_mean": 1.5, "phase": "stable"}
+    (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+    (train,) = read_run(folder).train
+    assert (train.loss, train.load_max_over_mean, train.tokens_per_second) == (None, 1.5, None)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.25, (0.25, False)), (0, None), ("inf", None), (10**400, None)])
+def test_a_limit_that_a_goal_came_to_is_shown_where_it_is_a_number(value: object, shown: object) -> None:
+    event = two_events()[0] | {"beta": None}
+    event["plan"]["details"] = {"layers": {"0": {"alpha": value}}}
+    read = PruneEvent.from_json(event)
+    assert limit(read, "alpha", 0) == shown
+    assert limit(read, "alpha", 1) is None
