@@ -184,6 +184,14 @@ def test_it_says_what_the_plan_does(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_an_expert_that_no_token_reached_and_that_stays_is_not_said_to_go(run: Run, tmp_path: Path) -> None:
+    layers = {0: layer([9, 0, 0, 0]), 1: layer([9, 7, 5, 9])}  # of the three, the one with the lowest id stays
+    words = [stats_file(tmp_path, layers), "--criterion", "frequency", "--keep", "2", "--dry-run"]
+    found = json.loads(run(*words, "--json")[1])
+    assert (found["never_routed"], found["never_routed_dropped"]) == (3, 2)
+    assert "never routed to: 3 experts, 2 of them go" in run(*words)[1]
+
+
 def test_different_counts_come_with_what_cannot_serve_them(run: Run, stats: Path) -> None:
     assert "vLLM" in run(stats, "--keep", "0:3,3:2", "--dry-run")[1]
     assert "vLLM" not in run(stats, "--keep", "3", "--dry-run")[1]

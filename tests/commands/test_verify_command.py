@@ -131,6 +131,17 @@ def test_a_missing_and_an_unexpected_tensor_fail(folders: Path) -> None:
     assert "model.extra.weight" in checks[2].detail
 
 
+def test_the_same_bytes_of_another_type_fail(folders: Path) -> None:
+    for path in (folders / "out").glob("*.safetensors"):
+        tensors = load_file(path)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"].view(torch.int32)
+            save_file(tensors, path, metadata={"format": "pt"})
+    checks = verify_model(folders / "source", folders / "out", num_tokens=0)
+    assert [check.passed for check in checks[:2]] == [True, False]
+    assert "1 tensors are not: model.norm.weight is I32 [32], unlike model.norm.weight" in checks[1].detail
+
+
 def test_what_was_not_looked_at_is_said(
     folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

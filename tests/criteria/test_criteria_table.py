@@ -179,6 +179,12 @@ def test_the_quantile_decides_where_many_are_large() -> None:
     assert super_experts(maxima(values[100:], values[:100])) == {2: (99,)}
 
 
+def test_a_part_of_a_layer_is_not_looked_at_for_super_experts() -> None:
+    layers = [[1.0] * 100 for _ in range(5)]  # three quarters of them are 3.75 layers
+    layers[2][7] = layers[3][3] = 1000.0
+    assert super_experts(maxima(*layers)) == {6: (7,)}
+
+
 def test_equal_maxima_are_no_outliers() -> None:
     assert super_experts(maxima([2.0] * 4, [2.0] * 4)) == {}
 

@@ -26,7 +26,7 @@ from secateur.data.batch import Batch
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
 from secateur.files.work_folder import place_of_work
-from secateur.finetuning.model import load
+from secateur.finetuning.model import kept_files, load
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains
@@ -105,6 +105,18 @@ def test_the_loss_after_the_last_step_is_that_of_the_folder(root: Path, tuned: P
     batches = [Batch(input_ids=one.long()) for one in blocks.values()]
     (found,) = evaluate([tuned], batches, [domain for domain, one in blocks.items() for _ in one])
     assert record_of(tuned)["evaluations"][-1]["loss"] == pytest.approx(found["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["report.json", "report.html", "verify.json", "finetune.json", "observed/stats.safetensors"]
+)
+def test_what_was_said_of_other_weights_is_not_carried_along(name: str, root: Path, tmp_path: Path) -> None:
+    source = copy_of(root, tmp_path)
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("{}")
+    kept = [str(relative) for relative in kept_files(read_model_folder(source))]
+    assert name not in kept
+    assert {"plan.json", "more/notes.txt", "tokenizer.json"} <= set(kept)
 
 
 def test_what_lay_beside_the_weights_is_kept_and_what_is_no_longer_true_is_not(root: Path, tuned: Path) -> None:
@@ -199,6 +211,20 @@ def test_stock_transformers_loads_a_tuned_model_of_different_layers(root: Path, 
     environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == [str(expected), "False"], done.stderr
+
+
+def test_the_measured_loss_is_that_of_the_labels_alone(root: Path, tmp_path: Path) -> None:
+    source = copy_of(root, tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps(config | {"output_router_logits": True, "router_aux_loss_coef": 0.5})
+    )
+    options = text_options(root, eval_data=text_options(root).data, steps=1, batch_size=64)
+    (before, _) = run(tmp_path, tmp_path / "out", options)["evaluations"]
+    blocks = blocks_of(root)
+    batches = [Batch(input_ids=one.long()) for one in blocks.values()]
+    (found,) = evaluate([root / "source"], batches, [domain for domain, one in blocks.items() for _ in one])
+    assert before["loss"] == pytest.approx(found["loss"], abs=1e-5)  # with the routers' losses it is 1 more
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import probe_counts
-from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel
+from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel, sparse_mlp
 from secateur.models.vmoe.losses import importance_loss, load_loss
 from secateur.observation.activations import LayerObserver
 from secateur.observation.loads import LoadCounter
@@ -175,6 +175,27 @@ def test_the_balance_loss_is_the_weighted_sum_over_layers(monkeypatch: pytest.Mo
         for logits in seen
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_the_noise_of_an_ensemble_is_one_over_the_experts_of_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vmoe("ensemble", router_noise_std=2.0).train()  # two members of four experts
+    plain: list[Tensor] = []
+    noisy: list[Tensor] = []
+    for block in describe_moe(model).blocks.values():
+        block.router.register_forward_hook(lambda module, args, output: plain.append(output))
+    route = sparse_mlp.route
+    monkeypatch.setattr(
+        sparse_mlp, "route", lambda logits, *rest, **more: noisy.append(logits) or route(logits, *rest, **more)
+    )
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    model(random_images(2))
+    assert len(plain) == len(noisy) == 2
+    for slots, found in zip(plain, noisy, strict=True):
+        rows = slots.view(
+            4, 17, 2, 4
+        )  # rows of the batch, members of an image after one another; tokens; members; experts
+        own = torch.cat([rows[row, :, row % 2] for row in range(4)])
+        torch.testing.assert_close(found, own + 2.0 / 4)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

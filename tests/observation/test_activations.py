@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -331,6 +331,37 @@ def test_experts_with_a_norm_of_their_own_are_observed_behind_it(implementation:
     for name, factor in (("norm_sum", 3), ("norm_square_sum", 9), ("weight_sum", 1), ("max_activation", 3)):
         before, after = (one.sums[name].tolist() for one in results)
         assert after == pytest.approx([factor * value for value in before], rel=1e-5), name
+
+
+class Ones(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+def test_norms_of_narrow_outputs_are_taken_and_added_up_wide() -> None:
+    model = vivid("mixtral").to(torch.bfloat16)
+    experts = describe_moe(model).blocks[0].experts
+    experts.has_post_expert_norm, experts.post_expert_norm = True, Ones()
+    observer = LayerObserver(describe_moe(model).blocks[0])
+    observer.start()
+    with torch.no_grad():
+        experts(torch.ones(999, 32, dtype=torch.bfloat16), torch.tensor([[0, 1]] * 999), torch.full((999, 2), 0.5))
+    stats = observer.read()
+    norm = float(torch.tensor(32.0).sqrt())  # of 32 ones, in float32: bfloat16 has 5.65625, float32 sums lose digits
+    assert stats.sums["norm_sum"][:2].tolist() == pytest.approx([999 * norm] * 2, rel=1e-12)
+    assert stats.sums["weighted_norm_sum"][:2].tolist() == pytest.approx([999 * norm / 2] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "is_noticed"), [(1.01, False), (1.05, True)])
+def test_outputs_that_miss_a_fiftieth_of_the_layers_output_are_noticed(factor: float, is_noticed: bool) -> None:
+    block = describe_moe(vivid("mixtral")).blocks[0]
+    original = block.experts.forward
+    block.experts.forward = lambda *args: factor * original(*args)
+    observer = LayerObserver(block)
+    observer.start()
+    message = "the observed outputs do not add up" if is_noticed else None
+    with torch.no_grad(), pytest.raises(SecateurError, match=message) if message else nullcontext():
+        block.experts(torch.randn(6, 32), torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5))
 
 
 def test_rows_in_another_order_than_expected_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

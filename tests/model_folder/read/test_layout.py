@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read.config import REFUSED, read_config
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.config_json import edited_config
 from support.model_folders import config_of, gathered, plan_of, same_bytes, tensors_of, write
 from support.odd_folders import deepseek, llama4, on_disk, qwen3_5, with_mtp
 from support.tiny_models import NUM_EXPERTS, TOP_K
@@ -94,10 +96,19 @@ def test_mxfp4_blocks_and_scales_follow_the_experts(tmp_path: Path) -> None:
 
 
 def test_experts_that_the_quantisation_names_by_number_are_refused(tmp_path: Path) -> None:
-    listed = {"quant_method": "test", "ignore": ["model.layers.1.mlp.experts.3.up_proj"]}
-    source = write(tmp_path / "source", *deepseek(quantization_config=listed))
-    with pytest.raises(SecateurError, match=r"names single experts \(mlp.experts.3.up_proj"):
-        apply_to_model(source, PLAN, tmp_path / "out")
+    names = {
+        "model.layers.1.mlp.experts.3.up_proj": r"names single experts \(mlp.experts.3.up_proj",
+        r"re:.*mlp.experts\.3\.up_proj": "names single experts",
+        r"re:model\.layers\.1\.mlp\.experts\.3\.up_proj": "names single experts",
+    }
+    for number, (name, message) in enumerate(names.items()):
+        listed = {"quant_method": "test", "ignore": [name]}
+        source = write(tmp_path / f"source {number}", *deepseek(quantization_config=listed))
+        with pytest.raises(SecateurError, match=message):
+            apply_to_model(source, PLAN, tmp_path / "out")
+    every = {"quant_method": "test", "ignore": [r"re:.*mlp\.experts\.[0-9]+\.up_proj", "model.layers.1.mlp.gate"]}
+    source = write(tmp_path / "source", *deepseek(quantization_config=every))
+    apply_to_model(source, PLAN, tmp_path / "out", dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +186,18 @@ def test_layers_for_further_tokens_have_counts_of_their_own(prefix: str, tmp_pat
         checks = verify_model(source, tmp_path / folder, num_tokens=0)
         assert [check.passed for check in checks[:2]] == [True, True], checks
         assert found(tmp_path / folder).counts == {1: 4, 2: 4}
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"])
+def test_config_json_says_0_layers_for_further_tokens_once_they_are_dropped(key: str, tmp_path: Path) -> None:
+    source = found(write(tmp_path / "source", *with_mtp("model.layers.3.")))
+    for outer, inner in ((1, None), (None, 1), (1, 1)):
+        config = {**source.files.config, key: outer, "text_config": {key: inner, "others": 1}}
+        folder = replace(source, files=replace(source.files, config=config))
+        for mtp, number in (("drop", 0), ("whole", 1)):
+            after = edited_config(folder, PLAN, mtp)
+            assert after[key] == (outer and number)
+            assert after["text_config"] == {key: inner and number, "others": 1}
 
 
 def test_a_layer_for_further_tokens_without_its_router_is_refused(tmp_path: Path) -> None:

@@ -121,6 +121,18 @@ def test_all_files_beside_the_weights_are_carried_over_and_weights_in_other_form
     assert "<table>" in after["report.html"].decode()
 
 
+def test_what_was_true_of_the_source_alone_is_not_carried_over(source: Path, tmp_path: Path) -> None:
+    for name in ("finetune.json", "verify.json", "report.json", "report.html", "observed/stats.safetensors"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("of the source\n")
+    (source / "modeling_secateur.py").write_text("of the source\n")
+    report = apply_to_model(source, PLAN, tmp_path / "out")
+    assert not [name for name, content in contents(tmp_path / "out").items() if content == b"of the source\n"]
+    new = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert new.isdisjoint({"finetune.json", "verify.json", "observed/stats.safetensors", "modeling_secateur.py"})
+    assert set(report["files_copied"]) <= new - {"report.json", "report.html", "README.md", "plan.json"}
+
+
 def test_the_card_keeps_the_head_on_top_and_the_original_below(source: Path, tmp_path: Path) -> None:
     apply_to_model(source, DIFFERENT, tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()

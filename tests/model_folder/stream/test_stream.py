@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from secateur.model_folder.stream.relay import Relay
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import DiskStates, MemoryStates, States
 from support.model_folders import INDEX, saved
-from support.streamed_runs import found_in, random_data
+from support.streamed_runs import RAGGED, found_in, random_data
 
 BATCHES = random_data().batches(2)
 
@@ -324,3 +324,82 @@ def test_layers_out_of_order_or_left_out_are_refused() -> None:
             relay.run(0, None, lambda: trunk.layers[1](torch.ones(1)), checks=True)
         with pytest.raises(SecateurError, match="0 of 3 decoder layers were called, expected all"):
             relay.run(0, None, lambda: None, checks=True)
+
+
+def test_a_layer_that_is_left_out_on_the_way_to_the_head_is_noticed() -> None:
+    trunk = Trunk(lambda number, seen: (seen[-1],), Plain)
+    relay = Relay(trunk.layers, "tensor")
+    with relay.installed(), pytest.raises(SecateurError, match="2 of 3 decoder layers were called, expected all"):
+        relay.run(3, torch.ones(1), lambda: trunk.layers[1](trunk.layers[0](torch.ones(1))), checks=True)
+
+
+def test_a_model_that_goes_on_where_its_last_layer_ended_the_forward_is_noticed() -> None:
+    trunk = Trunk(lambda number, seen: (seen[-1],), Plain)
+    relay = Relay(trunk.layers, "tensor")
+
+    def swallowing() -> None:
+        with suppress(Exception):
+            trunk(torch.ones(1))
+
+    with relay.installed(), pytest.raises(SecateurError, match="decoder layers were called, expected all"):
+        relay.run(2, torch.ones(1), swallowing, checks=True)
+
+
+def with_one_more(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return args, {**kwargs, "more": object()}
+
+
+def test_what_else_a_layer_is_called_with_is_looked_at_in_the_first_batch(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path / "model")
+    streamed = StreamedModel(found_in(tmp_path / "model"))
+    streamed.text.model.layers[1].register_forward_pre_hook(with_one_more, with_kwargs=True)
+    with pytest.raises(SecateurError, match="decoder layer 1 gets `more`, a object; layers of this model exchange"):
+        streamed.run_layers(BATCHES, MemoryStates())
+
+
+@pytest.mark.parametrize("is_padding", [True, False])
+def test_padding_may_be_no_number_and_a_token_may_not(is_padding: bool, tmp_path: Path) -> None:
+    saved("mixtral", tmp_path / "model")
+    streamed, states, shapes = StreamedModel(found_in(tmp_path / "model")), MemoryStates(), []
+    batches = random_data(RAGGED).batches(2)
+
+    @contextmanager
+    def visit(layer: int, module: nn.Module) -> Iterator[Callable[[Batch], None]]:
+        wrong: list[Tensor] = []
+
+        def spoil(mlp: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.masked_fill(wrong.pop()[..., None], torch.nan)
+
+        def before(batch: Batch) -> None:
+            assert batch.attention_mask is not None
+            wrong.append(batch.attention_mask.bool() != is_padding)
+
+        if layer < 2:
+            yield lambda batch: None
+            return
+        handle = module.mlp.register_forward_hook(spoil)  # type: ignore[union-attr]
+        yield before
+        handle.remove()
+
+    if not is_padding:
+        with pytest.raises(SecateurError, match="what decoder layer 2 hands on is not finite"):
+            streamed.run_layers(batches, states, visit=visit)
+        return
+    streamed.run_layers(batches, states, visit=visit)
+    streamed.run_head(batches, states, use=lambda index, batch, logits: shapes.append(logits.shape[1]))
+    assert states.get(3, 0)[1, 7:].isnan().all()
+    assert shapes == [12, 12, 5]
+
+
+def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path / "model")
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        if "lm_head.weight" in tensors:
+            tensors["lm_head.weight"][5] = torch.inf
+
+    change(tmp_path / "model", spoil)
+    streamed, states = StreamedModel(found_in(tmp_path / "model")), MemoryStates()
+    streamed.run_layers(BATCHES, states)
+    with pytest.raises(SecateurError, match="its logits are not finite, or need more than the last layer"):
+        streamed.run_head(BATCHES, states, use=lambda index, batch, logits: None)

@@ -17,6 +17,7 @@ from secateur.surgery.config_json import with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+DOT = r"\\*\."  # in JSON of names that are regular expressions a dot may come behind backslashes
 
 
 def edited_config(folder: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _check_mtp(folder: ModelFolder, after: Mapping[int, int], count: int, mtp: s
 def _check_no_numbers(config: Mapping[str, Any], folder: ModelFolder) -> None:
     text = json.dumps([config.get(key) for key in ("quantization_config", "compression_config")])
     for before in folder.layout.own:
-        if found := re.search(re.escape(before) + r"(\.|\\+\.)[0-9]+[^\"]*", text):
+        if found := re.search(DOT.join([*map(re.escape, before.split(".")), r"[0-9]+[^\"]*"]), text):
             raise SecateurError(
                 f"config.json: its quantization_config names single experts ({found[0]:.80}), whose numbers change; "
                 "no rule for that exists"
