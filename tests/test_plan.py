@@ -189,3 +189,21 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, old: str, new: str, m
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match=r"plan file .*absent.json: cannot be read"):
         Plan.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        (None, None, None),
+        (None, "reroute", "reroute"),
+        ("reroute", None, "reroute"),
+        ("zero-slot", "zero-slot", "zero-slot"),
+        (None, "zero-slot", "mixed"),
+        ("zero-slot", None, "mixed"),
+    ],
+)
+def test_a_composed_plan_removes_as_both_do_and_a_plan_that_does_not_say_re_routes(
+    first: str | None, second: str | None, both: str | None
+) -> None:
+    plans = [plan_of({0: (4, [0, 1, 2])}, removed=first), plan_of({0: (3, [0, 1])}, removed=second)]
+    assert plans[0].compose(plans[1]).removed == both

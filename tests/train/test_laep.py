@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
+from secateur.plans import LayerPlan, Plan
 from secateur.stats import RouterStats
 from secateur.surgery.events import PruneEvent
 from secateur.train import laep as laep_module
 from secateur.train.distributed import job as job_module
 from secateur.train.laep import LAEP
 from secateur.train.phases import PhaseConstants, StablePhaseDetector
+from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning
 from support.tiny_models import everything, random_tokens, tiny_model
 
@@ -639,3 +641,12 @@ def test_evaluation_between_steps_changes_no_count() -> None:
             evaluated.model(input_ids=random_tokens(2, 8, seed=99))
     assert event is not None
     assert event.loads == expected.loads
+
+
+def test_an_expert_has_moved_where_its_rank_is_another_one_by_the_old_and_the_new_number_of_experts() -> None:
+    kept = LayerPlan(experts_before=8, order=(0, 2, 3, 7))  # of ranks 0, 0, 0 and 1; now two on each
+    plan, placements = rearranged(
+        Plan(layers={1: kept}, criterion="test"), {1: [1] * 8}, Rearrangement(ranks=2), num_ranks=2, num_groups=1
+    )
+    assert plan.layers[1] == kept  # all loads are alike, so they stand as they did
+    assert placements[1].moved == 1

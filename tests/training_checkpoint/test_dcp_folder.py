@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from secateur.plans import Plan
 from secateur.surgery.config_json import with_counts
 from secateur.training_checkpoint import apply
 from secateur.training_checkpoint.apply import apply_to_checkpoint
+from secateur.training_checkpoint.compare import verify_written
+from secateur.training_checkpoint.stored import StoredCheckpoint
 from support.dcp_checkpoints import PLAN, save, save_shards, tensors_of, trained, training_state
 from support.tiny_models import tiny_config
 
@@ -309,3 +312,10 @@ def test_every_alias_of_the_count_changes_and_nothing_else() -> None:
         "ffn_config": {"moe_num_experts": 4},
     }
     assert config["num_experts"] == 8
+
+
+def test_entries_at_other_places_of_the_state_dict_are_not_the_same_checkpoint() -> None:
+    empty = StoredCheckpoint(tensors={}, paths={"w": ("model", "w")}, files=frozenset())
+    verify_written(empty, empty, {})
+    with pytest.raises(SecateurError, match="verify: the entries are at other places of the state dict"):
+        verify_written(empty, replace(empty, paths={"w": ("w",)}), {})

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from secateur.errors import SecateurError
 from secateur.training_checkpoint.apply import apply_to_checkpoint
 from secateur.training_checkpoint.metadata import read_dcp
-from secateur.training_checkpoint.stored import Chunk, StoredBytes, whole_tensor
+from secateur.training_checkpoint.stored import Chunk, StoredBytes, bytes_of, whole_tensor
 from secateur.training_checkpoint.stubs import ALLOWED, Stub, read_stubs
 from support.dcp_checkpoints import PLAN, save, tensors_of
 
@@ -291,3 +291,10 @@ def test_a_folder_with_a_truncated_file_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match=r"cannot be read|is damaged"):
         apply_to_checkpoint(source, PLAN, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_entry_may_end_where_its_file_ends_and_not_after_it(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(10))
+    assert bytes_of(tmp_path / "f", 4, 6, "w") == StoredBytes(path=tmp_path / "f", start=4, length=6)
+    with pytest.raises(SecateurError, match=r"w is at bytes 4 \+ 7, but the file has 10"):
+        bytes_of(tmp_path / "f", 4, 7, "w")

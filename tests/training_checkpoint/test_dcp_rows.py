@@ -52,6 +52,13 @@ def test_rows_in_any_order_come_together_from_a_grid_of_chunks(
     assert torch.equal(read_rows(tensor, rows), VALUES[rows])
 
 
+def test_no_chunk_gives_a_row_of_the_next_one_whichever_is_read_last(tmp_path: Path) -> None:
+    tensor = in_grid(tmp_path / "f", VALUES)
+    backwards = stored(VALUES, list(tensor.chunks)[::-1])
+    for rows in ([3], [6, 3, 2, 0], [2, 3, 4]):
+        assert torch.equal(read_rows(backwards, rows), VALUES[rows])
+
+
 def test_a_range_is_the_same_as_its_list(tmp_path: Path) -> None:
     tensor = in_grid(tmp_path / "f", VALUES)
     for first in range(7):
