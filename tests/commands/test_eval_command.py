@@ -87,6 +87,15 @@ def test_padding_is_not_counted_whatever_its_logits() -> None:
     assert float(found.loss[1]) == pytest.approx(float(cross_entropy(logits[1, 1:4], ids[1, 2:], reduction="sum")))
 
 
+def test_the_last_token_of_a_vocabulary_is_measured_and_the_one_after_it_is_refused(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path / "model")
+    ids = torch.tensor([[1, VOCABULARY - 1]])
+    (found,) = evaluate([tmp_path / "model"], [Batch(input_ids=ids)], ["one"])
+    assert found["tokens"] == 1
+    with pytest.raises(SecateurError, match=f"a token of id {VOCABULARY}, but its vocabulary is {VOCABULARY}"):
+        evaluate([tmp_path / "model"], [Batch(input_ids=ids + 1)], ["one"])
+
+
 def test_a_loss_that_is_no_number_and_blocks_without_tokens_are_refused() -> None:
     with pytest.raises(SecateurError, match="the loss of block 1 is nan"):
         losses((1.0, 2), (float("nan"), 2))

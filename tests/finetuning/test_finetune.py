@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,7 +30,7 @@ from secateur.files.work_folder import place_of_work
 from secateur.finetuning.model import kept_files, load
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import WHAT
-from secateur.finetuning.text import pack_domains
+from secateur.finetuning.text import pack_domains, text_task
 from secateur.model_folder.evaluation.on_text import evaluate
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
@@ -379,6 +380,17 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_named(root: Path, tmp_path: 
     load_tokenizer(root / "source").save_pretrained(tmp_path / "source")
     with pytest.raises(SecateurError, match=r"makes a token of id \d+, but its vocabulary is 64"):
         run(tmp_path, tmp_path / "out", text_options(root))
+
+
+def test_the_largest_token_of_the_data_is_in_a_vocabulary_that_is_one_larger(root: Path, tmp_path: Path) -> None:
+    largest = max(int(blocks.max()) for blocks in blocks_of(root).values())
+    source = copy_of(root, tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    for size in (largest + 1, largest):
+        (source / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+        message = rf"makes a token of id {largest}, but its vocabulary is {size}" if size == largest else None
+        with pytest.raises(SecateurError, match=message) if message else contextlib.nullcontext():
+            text_task(read_model_folder(source), text_options(root))
 
 
 def test_the_command_says_what_it_would_do_and_does_it(root: Path, tmp_path: Path) -> None:
