@@ -280,6 +280,7 @@ def test_epochs_are_turned_into_steps(root: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert options.warmup_steps(100) == 10
     assert FinetuneOptions(data=("x",), warmup=7).warmup_steps(100) == 7
+    assert FinetuneOptions(data=("x",), warmup=1).warmup_steps(100) == 1  # a step, and not all of them
 
 
 def test_the_learning_rate_rises_and_falls_as_asked(root: Path, tmp_path: Path) -> None:

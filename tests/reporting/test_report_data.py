@@ -67,6 +67,17 @@ def test_an_expert_keeps_its_first_id_through_two_prunings(tmp_path: Path) -> No
     assert balance["last_window"]["before"] == 5 / 4
 
 
+def test_the_speed_of_an_unfinished_run_leaves_out_warm_up_and_prunings(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path / "run", [[1, 9, 2, 8, 7, 3, 6, 5]], events=two_events())  # prunings at 20 and 40
+    speeds = {5: 1, 10: 20, 15: 22, 20: 90, 30: 2, 40: 3, 45: 4, 50: 30, 55: 36}
+    lines = [
+        {"kind": "train", "step": step, "tokens": 10 * step, "phase": "stable", "tokens_per_second": speed}
+        for step, speed in speeds.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report_json(read_run(folder))["tokens_per_second"] == {"before": 21, "after": 33}
+
+
 def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", control=False, num_layers=1)
     whole = read_run(folder)

@@ -254,7 +254,7 @@ def quantised(folder: Path) -> Plan:
 
 REFUSED: dict[str, tuple[Callable[[Path], Plan], dict[str, Any], str]] = {
     "quantised": (quantised, {}, "zero slots: the model is quantised, and transformers then computes experts by code"),
-    "ranks": (lambda folder: zero_slot_plan((0,)), {"expert_parallel": 4}, "such experts are not split over ranks"),
+    "ranks": (lambda folder: zero_slot_plan((0,)), {"expert_parallel": 2}, "such experts are not split over ranks"),
     "no such layer": (lambda folder: zero_slot_plan((7,)), {}, "layer 7 is not a MoE layer"),
     "another count": (
         lambda folder: Plan(layers={0: LayerPlan(experts_before=9, order=(0,))}, criterion="t", removed="zero-slot"),
