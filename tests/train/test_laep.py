@@ -172,6 +172,18 @@ def test_an_empty_schedule_only_watches() -> None:
     assert run.pruner.load_max_over_mean == pytest.approx(expected)
 
 
+def test_how_uneven_loads_are_is_said_of_the_last_window() -> None:
+    run = Run(prunings=[])
+    seen = []
+    for stop in (2, 4):
+        run.go(stop - 2, stop)
+        assert run.pruner.last_window is not None
+        loads = run.pruner.last_window.loads().values()
+        seen.append(sum(max(one) / (sum(one) / 8) for one in loads) / 3)
+        assert run.pruner.load_max_over_mean == pytest.approx(seen[-1])
+    assert seen[0] != seen[1]
+
+
 # What
 
 

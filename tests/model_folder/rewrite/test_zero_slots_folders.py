@@ -158,6 +158,16 @@ def test_fewer_experts_than_the_router_chooses_are_kept_only_where_it_stays_whol
         apply_to_model(tmp_path / "source", zero_slot_plan((1,), (order,)), tmp_path / str(len(order)))
 
 
+def test_verify_silences_the_slots_of_what_a_second_plan_drops(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path / "source")
+    apply_to_model(tmp_path / "source", zero_slot_plan((0, 2), ((5, 0, 3),)), tmp_path / "first")
+    later = Plan(layers={0: LayerPlan(experts_before=3, order=(0, 2))}, criterion="later", removed="zero-slot")
+    apply_to_model(tmp_path / "first", later, tmp_path / "second")
+    checks = verify_model(tmp_path / "first", tmp_path / "second", num_tokens=12)
+    assert [check.passed for check in checks] == [True] * 5, checks
+    assert checks[3].detail.endswith("bit for bit")
+
+
 @pytest.mark.slow
 def test_a_second_plan_is_about_the_experts_that_are_left(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path / "source")

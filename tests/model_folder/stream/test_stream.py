@@ -19,9 +19,11 @@ from secateur.errors import SecateurError
 from secateur.model_folder.stream import parts
 from secateur.model_folder.stream.lazy_tensor import LazyTensor
 from secateur.model_folder.stream.relay import Relay
+from secateur.model_folder.stream.resume import WorkFolder
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import DiskStates, MemoryStates, States
-from support.model_folders import INDEX, saved
+from support.model_folders import INDEX, saved, write
+from support.odd_folders import deepseek, with_mtp
 from support.streamed_runs import RAGGED, found_in, random_data
 
 BATCHES = random_data().batches(2)
@@ -153,6 +155,34 @@ def test_only_finished_stages_on_the_disk_count(tmp_path: Path) -> None:
     (tmp_path / "states/stage.json").write_text('{"stage": "x"}')
     with pytest.raises(SecateurError, match="not what an unfinished run writes"):
         DiskStates(tmp_path / "states")
+
+
+def test_an_unfinished_run_goes_on_only_where_all_that_decides_it_is_the_same(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "stats")
+    with work.opened({"seed": 1, "data": {"a": [1]}}):
+        pass
+    with work.opened({"data": {"a": [1]}, "seed": 1}):
+        assert work.is_begun
+    for run, message in (
+        ({"seed": 1, "data": {"a": [1]}, "device": "cpu"}, "device was None, is 'cpu'"),
+        ({"seed": 1}, r"data was \{'a': \[1\]\}, is None"),
+        ({"seed": 2, "data": {"a": [1]}}, "seed was 1, is 2"),
+    ):
+        with (
+            pytest.raises(SecateurError, match=rf"an unfinished run of something else \({message}\)"),
+            work.opened(run),
+        ):
+            pass
+
+
+def test_layers_for_further_tokens_are_not_run(tmp_path: Path) -> None:
+    results = []
+    for name, content in (("with", with_mtp("model.layers.3.")), ("without", deepseek())):
+        streamed, states = StreamedModel(found_in(write(tmp_path / name, *content))), MemoryStates()
+        streamed.run_layers(BATCHES, states)
+        results.append([states.get(3, index) for index in range(len(BATCHES))])
+        assert streamed.num_layers == 3
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("ending", ["mlp.experts.gate_up_proj", "input_layernorm.weight"])
