@@ -17,6 +17,7 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.modeling_secateur import probe_counts
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel, sparse_mlp
+from secateur.models.vmoe.flops import flops_per_image
 from secateur.models.vmoe.losses import importance_loss, load_loss
 from secateur.observation.activations import LayerObserver
 from secateur.observation.loads import LoadCounter
@@ -255,3 +256,17 @@ def test_images_of_another_size_are_refused() -> None:
 def test_configs_that_no_model_can_have_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SecateurError, match=message):
         VMoEConfig(**COMMON | changes)
+
+
+def test_an_ensemble_computes_from_its_first_experts_on_once_for_each_member() -> None:
+    config = VMoEConfig(**COMMON | KINDS["ensemble"] | {"moe_layers": [2]})  # 16 patches and a class token, two members
+    found = flops_per_image(config, router_rows={2: 8}, pairs={2: 10})
+    tokens = 17 + 17 + 2 * 17  # of the three blocks
+    assert found == {
+        "embedding": 2 * 16 * (4 * 3) * 32,
+        "attention": 8 * tokens * 32**2 + 4 * tokens * 17 * 32,
+        "mlp": 4 * (17 + 17) * 32 * 24,
+        "router": 2 * 34 * 32 * 8,
+        "experts": 4 * 10 * 32 * 24,
+        "head": 2 * 2 * (32 * 16 + 16 * 5),
+    }

@@ -282,3 +282,8 @@ def test_groups_that_do_not_fit_ranks_or_nodes(
 def test_a_layer_without_any_load_has_no_balance() -> None:
     with pytest.raises(SecateurError, match="above 0"):
         place([0, 0, 0, 0], 2)
+
+
+def test_experts_stay_where_another_order_is_only_as_level() -> None:
+    found = place([3, 1, 3, 1], 2, current=[0, 3, 2, 1])  # ascending ids are as level: 4 and 4
+    assert (found.order, found.rank_loads, found.moved) == ((0, 3, 2, 1), (4, 4), 0)

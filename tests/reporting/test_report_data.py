@@ -67,6 +67,19 @@ def test_an_expert_keeps_its_first_id_through_two_prunings(tmp_path: Path) -> No
     assert balance["last_window"]["before"] == 5 / 4
 
 
+@pytest.mark.parametrize(("last", "load", "is_later"), [(40, [1, 2, 3, 4, 5], False), (50, [4, 3, 2, 1], True)])
+def test_a_window_that_ended_with_the_pruning_does_not_judge_its_placement(
+    last: int, load: list[int], is_later: bool, tmp_path: Path
+) -> None:
+    folder = tiny_run(tmp_path / "run", [[1, 9, 2, 8, 7, 3, 6, 5]], events=two_events())  # prunings at 20 and 40
+    windows = [(20, [8] * 8), (last, load)]
+    lines = [{"step": step, "tokens": 10 * step, "layers": {"0": load}} for step, load in windows]
+    (folder / "loads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report_json(read_run(folder))["balance"]["2"]["last_window"]
+    assert found is None or found.keys() == {"before", "after"}
+    assert (found is not None) is is_later
+
+
 def test_the_speed_of_an_unfinished_run_leaves_out_warm_up_and_prunings(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path / "run", [[1, 9, 2, 8, 7, 3, 6, 5]], events=two_events())  # prunings at 20 and 40
     speeds = {5: 1, 10: 20, 15: 22, 20: 90, 30: 2, 40: 3, 45: 4, 50: 30, 55: 36}
