@@ -7,12 +7,11 @@ turns: `apply` with a plan that keeps three quarters of the experts, each in a p
 that it wrote, which is a copy of just the kept bytes; and the same followed by `sync` of the copy, as `apply` flushes
 what it writes. A ratio is that of one turn, and the median of the turns counts. Once in the same run: load, slice and
 save with transformers. Seconds leave out the start of Python and its imports, which are told apart; memory is the peak
-of the whole process. The page cache is as the turn before left it. Stores results/apply_speed.json.
+of the whole process. The page cache is as the turn before left it. Its result is apply_speed.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -26,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
-from record import show, store
+from record import parser_for, show, store
 from secateur.plans import LayerPlan, Plan
 
 NUM_EXPERTS, HIDDEN, WIDTH, VOCABULARY = 64, 2048, 768, 32_000
@@ -62,7 +61,7 @@ model.save_pretrained(sys.argv[3], max_shard_size="1GB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("folder", type=Path, help="on a disk with room for four times the size")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the checkpoint, at least")
     parser.add_argument("--turns", type=int, default=5)
@@ -87,7 +86,7 @@ def main() -> None:
     if not arguments.no_transformers:
         result["transformers"] = child(TRANSFORMERS, source, plan, fresh(arguments.folder / "by-transformers"))
     result["table"] = report(result)
-    print(f"stored in {store('apply_speed', result)}")
+    print(f"stored in {store('apply_speed', result, stored=arguments.store)}")
 
 
 def turn(source: Path, plan: Path, folder: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Two MoEs are pre-trained by `secateur pretrain` on four domains, one without and
 are calibrated on, with other blocks of text for every seed; loss is measured on held-out text of these two and of the
 other two. The three parts of a domain, to train, to calibrate and to hold out, share no document. The experts that a
 plan drops are barred from the routers, which computes what the pruned model would, bit for bit
-(tests/model_folder/test_families_on_disk.py). A finished training in WORK is not repeated. Stores
-results/criteria.json, with how the models were made.
+(tests/model_folder/test_families_on_disk.py). A finished training in WORK is not repeated. Its
+result is criteria.json, with how the models were made.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from laep_quality import write_code
-from record import show, store
+from record import parser_for, show, store
 from secateur.criteria import CRITERIA
 from secateur.data.batch import Batch
 from secateur.data.calibration import calibrate
@@ -52,7 +52,7 @@ LENGTH, BATCH = 256, 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500, help="of the pre-training")
@@ -76,7 +76,7 @@ def main() -> None:
         "held_out_tokens_a_domain": arguments.samples * LENGTH,
         "models": models,
     }
-    print(store("criteria", {**record, "table": [columns, *rows]}))
+    print(store("criteria", {**record, "table": [columns, *rows]}, stored=arguments.store))
 
 
 def results_of(

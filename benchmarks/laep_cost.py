@@ -5,12 +5,11 @@
 Tracking: pairs of blocks of steps, one with and one without the counting hooks, on one model in one process; the
 median of the pairs' ratios, with the range of the middle half. On the CPU it is processor time of one thread, since the
 wall clock of a shared machine scatters by more than what is measured. Speed: steps before and after one pruning of the
-same model and optimizer, same batches. Stores results/laep_cost.json.
+same model and optimizer, same batches. Its result is laep_cost.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from record import show, store
+from record import parser_for, show, store
 from secateur import LAEP
 from secateur.families import describe_moe
 from secateur.pretraining.presets import COMMON, PRESETS
@@ -29,7 +28,7 @@ BATCH, LENGTH, VOCABULARY = 8, 256, 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--blocks", type=int, default=30, help="pairs of blocks with and without tracking")
     parser.add_argument("--steps", type=int, default=4, help="steps a block")
     arguments = parser.parse_args()
@@ -60,7 +59,7 @@ def main() -> None:
     together = pooled([ratio for one in results.values() for ratio in one["tracking_ratios"]])
     print("tracking, all models:", together)
     record = {"batch": BATCH, "sequence_length": LENGTH, "models": results, "tracking_all_models": together}
-    print(store("laep_cost", {**record, "table": [columns, *rows]}))
+    print(store("laep_cost", {**record, "table": [columns, *rows]}, stored=arguments.store))
 
 
 def build(preset: str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Tables and figures in docs/evidence/SCALE, from results/laep_tables_SCALE.json and results/laep_why.json.
+"""Tables and figures in evidence/SCALE, from the results laep_tables_SCALE.json and laep_why.json.
 
     python benchmarks/laep_evidence.py
 
@@ -7,7 +7,6 @@ Every run that was made is in the tables. What is to be learnt from them, docs/e
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -23,27 +22,25 @@ from laep_grid import ATTENTION, SCALES, SMALL, TARGETS
 from laep_rows import COLUMNS, Evidence, markdown, spread, tested
 from laep_scale import EXPERTS, RETAINED
 from laep_statistics import fitted, paired
-from record import RESULTS
+from record import RESULTS, docs_in, parser_for, results_in
 
-DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 PUBLISHED_PARTS = (slice(0, 16), slice(16, 85), slice(85, None))  # pruned hard, less, hard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     arguments = parser.parse_args()
-    evidence, why = read(arguments.scale)
-    folder = DOCS / arguments.scale
-    folder.mkdir(parents=True, exist_ok=True)
+    evidence, why = read(arguments.scale, results_in(arguments.store))
+    folder = docs_in(arguments.store, f"evidence/{arguments.scale}")
     (folder / "tables.md").write_text(tables(evidence, why), encoding="utf-8")
     figures.draw(evidence, why, folder)
     print(folder)
 
 
-def read(scale: str) -> tuple[Evidence, dict[str, Any]]:
+def read(scale: str, results: Path = RESULTS) -> tuple[Evidence, dict[str, Any]]:
     """What was stored: all runs, and the runs that say why."""
-    stored, why = (json.loads((RESULTS / f"{name}.json").read_text()) for name in (f"laep_tables_{scale}", "laep_why"))
+    stored, why = (json.loads((results / f"{name}.json").read_text()) for name in (f"laep_tables_{scale}", "laep_why"))
     return Evidence(stored), why
 
 

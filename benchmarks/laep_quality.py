@@ -3,12 +3,11 @@
     python benchmarks/fetch_text.py TEXT && python benchmarks/laep_quality.py TEXT --work WORK
 
 All runs of one seed see the same tokens in the same order. Runs are `secateur pretrain` in processes of one thread,
-two at a time; a finished run in WORK is not repeated. Stores results/laep_quality.json, with per-domain losses.
+two at a time; a finished run in WORK is not repeated. Its result is laep_quality.json, with per-domain losses.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from record import show, store
+from record import parser_for, show, store
 
 SETTINGS: dict[str, list[str]] = {
     "base": ["--no-prune"],
@@ -77,7 +76,7 @@ def run(work: Path, text: Path, name: str, seed: int, steps: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -111,7 +110,7 @@ def main() -> None:
     show(f"{arguments.seeds} seeds, {arguments.steps} steps of 2,048 tokens; mean ± standard deviation", columns, rows)
     sources = json.loads((arguments.text / "sources.json").read_text())
     record = {"steps": arguments.steps, "sources": sources, "settings": SETTINGS, "runs": results}
-    print(store("laep_quality", {**record, "table": [columns, *rows]}))
+    print(store("laep_quality", {**record, "table": [columns, *rows]}, stored=arguments.store))
 
 
 def _spread(values: list[float]) -> float:

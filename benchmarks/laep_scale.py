@@ -15,12 +15,11 @@ everything else is arithmetic on these assumptions.
   counts.
 * Network: `--bandwidth` GB/s a rank in each direction, with nothing else on it.
 
-Stores results/laep_scale.json.
+Its result is laep_scale.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from record import show, store
+from record import parser_for, show, store
 from secateur.placement import balance, place, rank_loads
 from secateur.placement.moves import order_of, ranks_of, relabel
 from secateur.plans import LayerPlan, Plan
@@ -64,7 +63,7 @@ class Layer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--bytes", type=int, default=14, help="bytes of state a parameter")
     parser.add_argument("--bandwidth", type=float, default=25, help="GB/s a rank sends and receives (200 Gbit/s)")
     parser.add_argument("--gather", type=float, help="GB/s of a gather on your device; measured here if left out")
@@ -107,7 +106,7 @@ def main() -> None:
         "worst_over_bound": max(layer.over_bound for layer in layers),
         "costs": costs,
     }
-    print(store("laep_scale", {**record, "table": [columns, *rows]}))
+    print(store("laep_scale", {**record, "table": [columns, *rows]}, stored=arguments.store))
 
 
 def decide(seed: int = 0) -> list[Layer]:

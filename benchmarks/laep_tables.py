@@ -4,13 +4,12 @@
 
 Trains every setting of laep_grid.py once for each seed, `--jobs` at a time, each with `secateur pretrain` in a process
 of its own. A finished run is a folder of a few files in WORK and is not repeated, so the command may be stopped and
-started again at any time; a run that fails is a row that says so. `--gather` only reads what is there. Stores
-results/laep_tables_SCALE.json; laep_evidence.py makes pages of it.
+started again at any time; a run that fails is a row that says so. `--gather` only reads what is there. Its
+result is laep_tables_SCALE.json; laep_evidence.py makes pages of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from laep_grid import SCALES, Setting, grid
-from record import show, store
+from record import parser_for, show, store
 from secateur.pretraining.run_folder import RunFolder
 
 STEP_TIMES = "step_times.json"  # what laep_timing.py leaves in WORK/SCALE
@@ -35,7 +34,7 @@ SCRIPT = Path(__file__).with_name("laep_random.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -65,7 +64,7 @@ def main() -> None:
         "runs": runs,
         "step_times": json.loads(times.read_text()) if times.exists() else {},
     }
-    print(store(f"laep_tables_{arguments.scale}", record))
+    print(store(f"laep_tables_{arguments.scale}", record, stored=arguments.store))
 
 
 def _loss(one: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@
 One job: a base model and two with an auxiliary loss are trained for --steps on real text; two copies of the base are
 pruned by the loads of that training, one keeps the order of its experts, the other has them levelled over the ranks.
 Then all five train on the same batches in turn, block by block; a ratio is of two blocks of one round. Results of all
-configurations and numbers of ranks are kept together in results/laep_throughput.json.
+configurations and numbers of ranks are kept together in laep_throughput.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from record import RESULTS, show, store
+from record import parser_for, results_in, show, store
 from secateur import LAEP
 from secateur.data.prepare import load_prepared, prepare, save_prepared
 from secateur.families import describe_moe
@@ -84,7 +84,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--config", choices=CONFIGS, required=True)
     parser.add_argument("--data", nargs="*", default=(), help="text; default: this Python's standard library")
     parser.add_argument("--steps", type=int, default=200, help="training steps before the pruning")
@@ -262,7 +262,7 @@ def report(arguments: argparse.Namespace, sizes: ParallelSizes, measured: list[d
         "gain": rearranged["over_base"] - 1,
         "runs": measured,
     }
-    path = RESULTS / "laep_throughput.json"
+    path = results_in(arguments.store) / "laep_throughput.json"
     jobs = json.loads(path.read_text())["jobs"] if path.exists() else []
     key = (job["config"], job["ranks"])
     jobs = sorted(
@@ -275,7 +275,7 @@ def report(arguments: argparse.Namespace, sizes: ParallelSizes, measured: list[d
         f"removed {job['parameters_removed']:.1%}: {job['gain_of_pruning']:+.1%} by pruning, "
         f"{job['gain_of_rearrangement']:+.1%} by rearrangement"
     )
-    print(store("laep_throughput", {"jobs": jobs, "table": [COLUMNS, *rows]}))
+    print(store("laep_throughput", {"jobs": jobs, "table": [COLUMNS, *rows]}, stored=arguments.store))
 
 
 def rows_of(job: dict[str, Any]) -> list[list[str]]:

@@ -5,7 +5,7 @@
 For each seed two runs of a deep, narrow model that are the same up to the pruning: one goes on whole, one pruned. Every
 20 steps: the tokens of each expert, and the entropy of the router, as a share of the largest possible. At the pruning
 and some steps after it: the loss of every token of a fixed validation text in both runs. A token has lost an expert if
-a layer of the whole model sends it to one that is dropped. Stores results/laep_why.json; laep_evidence.py draws it.
+a layer of the whole model sends it to one that is dropped. Its result is laep_why.json; laep_evidence.py draws it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from laep_quality import write_code
-from record import store
+from record import parser_for, store
 from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
 from secateur.families import MoEModel
@@ -50,7 +50,7 @@ FREQUENCY_BINS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -71,7 +71,7 @@ def main() -> None:
         found.append(without_loads(json.loads(path.read_text())))
         print(f"seed {seed}: {path}", flush=True)
     about = {"settings": settings, "model": dict(OPTIONS.overrides), "domains": list(DOMAINS)}
-    print(store("laep_why", {**about, "runs": found}))
+    print(store("laep_why", {**about, "runs": found}, stored=arguments.store))
 
 
 def without_loads(run: dict[str, Any]) -> dict[str, Any]:

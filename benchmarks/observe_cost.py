@@ -6,12 +6,11 @@ One model a row, in one process: rounds of the three kinds in turn, each kind fi
 batch; the ratio to the plain pass of the same round. Medians of all rounds, with their 95 % bootstrap range. On the CPU
 it is processor time of one thread, since the wall clock of a shared machine scatters by more than what is measured.
 Every expert on every token: beside the plain pass each expert runs on all tokens, and the same sums are taken of the
-routed ones. Stores results/observe_cost.json.
+routed ones. Its result is observe_cost.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from record import show, store
+from record import parser_for, show, store
 from secateur.families import describe_moe
 from secateur.observation.activations import ActivationObserver
 
@@ -54,7 +53,7 @@ KINDS = ("plain", "observed", "every expert")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="of the three kinds, for every model")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     arguments = parser.parse_args()
@@ -77,7 +76,7 @@ def main() -> None:
     together = {kind: pooled([r for one in results.values() for r in one["rounds"][kind]]) for kind in KINDS[1:]}
     print("all models:", together)
     record = {"batch": BATCH, "sequence_length": LENGTH, "models": results, "all_models": together}
-    print(store("observe_cost", {**record, "table": [columns, *rows]}))
+    print(store("observe_cost", {**record, "table": [columns, *rows]}, stored=arguments.store))
 
 
 def build(name: str) -> PreTrainedModel:

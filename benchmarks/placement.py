@@ -7,8 +7,8 @@ EPLB runs from its own file, with as many replicas as experts (pure placement). 
 layers, in turns, on one thread; a ratio is that of one pair, and the median of the pairs counts. Balance is the
 busiest rank over the mean. The optimum of a layer is known to 0.5 % where the order found is that near to the lower
 bound, and exactly where greedy is (up to two experts a rank) or where the integer programme proves it in time. Real
-loads are those of our pre-training runs, stored in data/loads.json; `--runs` stores those of other runs. Stores
-results/placement.json.
+loads are those of our pre-training runs, stored in data/loads.json, or with `--runs` those of other runs. Its result is
+placement.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from record import show, store
+from record import parser_for, results_in, show, store
 from secateur.placement import busiest_rank_lower_bound, exact, greedy_with_room, level_ranks
 
 EXPERTS = (16, 32, 64, 128, 256, 512)
@@ -39,7 +39,7 @@ Find = Callable[[Table, int], Table]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--eplb", type=Path, required=True, help="eplb.py of github.com/deepseek-ai/EPLB")
     parser.add_argument("--runs", type=Path, nargs="+", help="run folders whose loads become the real loads")
     parser.add_argument("--layers", type=int, default=58, help="layers of a table; 58 is DeepSeek-V3")
@@ -48,11 +48,10 @@ def main() -> None:
     parser.add_argument("--exact-seconds", type=float, default=10, help="time limit of one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.runs:
-        keep_loads(arguments.runs)
+    loads = keep_loads(arguments.runs, arguments.store) if arguments.runs else LOADS
     eplb = load_eplb(arguments.eplb)
     sizes = []
-    for name, num_experts, table in tables(arguments.layers):
+    for name, num_experts, table in tables(arguments.layers, loads):
         for num_ranks in (ranks for ranks in RANKS if ranks <= num_experts):
             one = {"loads": name, "experts": num_experts, "ranks": num_ranks, "layers": len(table)}
             one |= measure(table, num_ranks, eplb, arguments)
@@ -63,7 +62,11 @@ def main() -> None:
     rows = [row(group) for group in grouped(sizes)]
     show("Busiest rank over the mean; mean of the sizes from 2 ranks on", columns, rows)
     eplb_hash = hashlib.sha256(arguments.eplb.read_bytes()).hexdigest()
-    print(store("placement", {"eplb_sha256": eplb_hash, "sizes": sizes, "table": [columns, *rows]}))
+    print(
+        store(
+            "placement", {"eplb_sha256": eplb_hash, "sizes": sizes, "table": [columns, *rows]}, stored=arguments.store
+        )
+    )
 
 
 def load_eplb(path: Path) -> Find:
@@ -83,7 +86,7 @@ def load_eplb(path: Path) -> Find:
     return find
 
 
-def keep_loads(runs: list[Path]) -> None:
+def keep_loads(runs: list[Path], stored: bool) -> Path:
     """Store four windows of each run, spread over its length: {experts: [[loads of a layer], ...]}."""
     kept: dict[str, list[list[float]]] = {}
     for run in runs:
@@ -91,18 +94,19 @@ def keep_loads(runs: list[Path]) -> None:
         for quarter in range(1, 5):
             for loads in json.loads(windows[len(windows) * quarter // 4 - 1])["layers"].values():
                 kept.setdefault(str(len(loads)), []).append(loads)
-    LOADS.parent.mkdir(exist_ok=True)
-    LOADS.write_text(json.dumps(kept) + "\n")
+    path = LOADS if stored else results_in(stored) / LOADS.name
+    path.write_text(json.dumps(kept) + "\n")
+    return path
 
 
-def tables(num_layers: int) -> list[tuple[str, int, Table]]:
+def tables(num_layers: int, loads: Path) -> list[tuple[str, int, Table]]:
     """Law, experts, (layers, experts) whole tokens."""
     found = []
     for name, law in (("lognormal", lognormal), ("zipf", zipf)):
         for num_experts in EXPERTS:
             draw = np.random.default_rng(num_experts)
             found.append((name, num_experts, np.stack([law(draw, num_experts) for _ in range(num_layers)])))
-    for count, layers in json.loads(LOADS.read_text()).items():
+    for count, layers in json.loads(loads.read_text()).items():
         found.append(("our runs", int(count), np.asarray(layers, dtype=np.float64)))
     return found
 

@@ -7,7 +7,7 @@ several seeds. Of every fine-tuned model a quarter, a half and three quarters of
 criterion; what is left is measured on held-out text of the new domain and of the others, then fine-tuned further for
 the same few steps and measured again. Criteria on data observe other text of the new domain. What the change of the
 router rows follows is told by its rank correlation, over the experts of a layer, with their loads on that text. A run
-that WORK holds is not repeated. Stores results/router_change_text.json and docs/images/router-change-text.png.
+that WORK holds is not repeated. Its result is router_change_text.json and images/router-change-text.png.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from criteria import blocks, observed, split, train
-from record import show, store
+from record import docs_in, parser_for, show, store
 from secateur.criteria import CRITERIA
 from secateur.criteria.router_change import router_norm_change
 from secateur.decide.by_score import plan_by_criterion
@@ -40,7 +40,6 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.stats import RouterStats
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NEW, OTHERS = "speeches", ("code", "manuals", "dictionary")
 COMPARED = (
     "router_norm_change",
@@ -57,7 +56,7 @@ COLUMNS = ["criterion", "experts pruned", "new domain", "new, tuned again", "oth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="what to fine-tune; WORK/base/model without it")
@@ -74,7 +73,7 @@ def main() -> None:
     runs = [run for seed in range(arguments.seeds) for run in runs_of(arguments, texts, base, seed)]
     rows = [row(runs, name, share) for name, share in combinations()]
     show(f"perplexity; fine-tuned on {NEW}", COLUMNS, rows)
-    draw(runs)
+    draw(runs, docs_in(arguments.store, "images"))
     tunings = {seed: arguments.work / f"tuned-{seed}" for seed in range(arguments.seeds)}
     loads = {seed: loads_of(base, tuned, texts) for seed, tuned in tunings.items()}
     follows = {seed: followed(base, tuned, loads[seed]) for seed, tuned in tunings.items()}
@@ -93,7 +92,7 @@ def main() -> None:
     for what in follows[0]:
         found = sorted(one for by_layer in follows.values() for one in by_layer[what].values())
         print(f"change and {what}: {statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})")
-    print(store("router_change_text", {**record, "table": [COLUMNS, *rows]}))
+    print(store("router_change_text", {**record, "table": [COLUMNS, *rows]}, stored=arguments.store))
 
 
 def combinations() -> list[tuple[str, float]]:
@@ -240,7 +239,7 @@ def row(runs: list[dict[str, Any]], name: str, share: float) -> list[str]:
     return cells
 
 
-def draw(runs: list[dict[str, Any]]) -> None:
+def draw(runs: list[dict[str, Any]], images: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for panel, when, title in zip(panels, ("before", "after"), ("pruned", "pruned, then tuned again"), strict=True):
         for name in COMPARED:
@@ -254,8 +253,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
         panel.set_yticks([], minor=True)
     panels[0].set_ylabel(f"perplexity on held-out {NEW}")
     panels[1].legend(fontsize=8, title="mean and range over seeds", title_fontsize=8, loc="upper left")
-    IMAGES.mkdir(exist_ok=True)
-    figure.savefig(IMAGES / "router-change-text.png", dpi=130)
+    figure.savefig(images / "router-change-text.png", dpi=130)
     plt.close(figure)
 
 

@@ -5,13 +5,12 @@
 Four starting points (V0 to V3, see synthetic_experts.py), many seeds, expert choice and token choice. Then two claims
 that go further: how the change of irrelevant experts falls with the number of patterns d (the theorem: like
 1 / sqrt(d)), in several settings, with the slope fitted to log-log medians and its 95 % range over resampled seeds; and
-whether fine-tuning brings accuracy back when more than the irrelevant experts are pruned. Stores
-results/router_change_theory.json and docs/images/router-change-*.png.
+whether fine-tuning brings accuracy back when more than the irrelevant experts are pruned. Its
+result is router_change_theory.json and images/router-change-theory.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,9 +22,8 @@ import torch
 from torch import Tensor
 
 import synthetic_experts as toy
-from record import show, store
+from record import docs_in, parser_for, show, store
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGE = 256  # the slope is fitted once more from this width on, where it is no longer bent by small widths
 # what is changed -> the settings, by d
@@ -49,7 +47,7 @@ FOUND = "runs that find the relevant experts"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--seeds", type=int, default=60, help="of each variant")
     parser.add_argument("--scaling-seeds", type=int, default=20, help="of each number of patterns")
     arguments = parser.parse_args()
@@ -70,8 +68,14 @@ def main() -> None:
     tables = shown(record)
     for title, (columns, *rows) in tables.items():
         show(title, columns, rows)
-    print(store("router_change_theory", record | {"table": [row for table in tables.values() for row in table]}))
-    draw(record)
+    print(
+        store(
+            "router_change_theory",
+            record | {"table": [row for table in tables.values() for row in table]},
+            stored=arguments.store,
+        )
+    )
+    draw(record, docs_in(arguments.store, "images"))
 
 
 def variant(setting: toy.Setting, seeds: int) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def beyond(setting: toy.Setting, seeds: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw(record: dict[str, Any]) -> None:
+def draw(record: dict[str, Any], images: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, found in record["scaling"].items():
         one = found["mean"]
@@ -222,7 +226,7 @@ def draw(record: dict[str, Any]) -> None:
     right.axvline(0.5, color="grey", linewidth=0.8)
     right.set(xlabel="share of experts pruned (line: the irrelevant ones)", ylabel="mean accuracy")
     right.legend(fontsize=7)
-    figure.savefig(IMAGES / "router-change-theory.png", dpi=130)
+    figure.savefig(images / "router-change-theory.png", dpi=130)
 
 
 if __name__ == "__main__":

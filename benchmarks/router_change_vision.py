@@ -7,13 +7,12 @@ compare with one another and with nothing published) and on 5,000 images of MNIS
 and 2 of 8 experts by the change of the router norm, by importance (total gate weight), by frequency and at random. Both
 meanings of a removed expert, and for the first also after fine-tuning once more; on MNIST also with expert choice and
 as an ensemble (E3) from the same pre-trained weights. Every result is a file in WORK and is not computed twice. Time an
-image is process time of one thread, the models in turn. Stores results/router_change_vision.json and
-docs/images/router-change-vision.png.
+image is process time of one thread, the models in turn. Its result is router_change_vision.json and
+images/router-change-vision.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -26,7 +25,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from record import show, store
+from record import docs_in, parser_for, show, store
 from secateur.data.images import read_images
 from secateur.decide.keep import Keep
 from secateur.files.atomic import atomic_write
@@ -44,7 +43,6 @@ from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
 from secateur.models.vmoe.pixels import default_pixels
 from secateur.observation.observation import Observation
 
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "router-change-vision.png"
 EXPERTS = 8
 MODEL: dict[str, Any] = {
     "image_size": 32,
@@ -216,7 +214,7 @@ class Results:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("images", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -243,8 +241,8 @@ def main() -> None:
         "milliseconds_an_image": times,
     }
     print(f"Fashion-MNIST after pre-training: {spread(before)}")
-    print(store("router_change_vision", record | {"table": [columns, *rows]}))
-    figure(runs)
+    print(store("router_change_vision", record | {"table": [columns, *rows]}, stored=arguments.store))
+    figure(runs, docs_in(arguments.store, "images"))
 
 
 def of_seed(results: Results, task: Task, seed: int) -> list[dict[str, Any]]:
@@ -309,7 +307,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
 
 
-def figure(runs: Sequence[dict[str, Any]]) -> None:
+def figure(runs: Sequence[dict[str, Any]], images: Path) -> None:
     """Accuracy over the share of experts pruned, as in the paper's figures: rows are tasks, columns what was done."""
     panels = {
         "reroute": "to the next experts",
@@ -326,7 +324,7 @@ def figure(runs: Sequence[dict[str, Any]]) -> None:
             one.set(xlabel="share of experts pruned")
         of_task[0].set(ylabel="top-1 accuracy, %")
     axes[0][0].legend(fontsize=8)
-    drawn.savefig(FIGURE, dpi=120)
+    drawn.savefig(images / "router-change-vision.png", dpi=120)
 
 
 def _curve(

@@ -58,7 +58,8 @@ def test_so_does_one_with_one_count(name: str, tmp_path: Path) -> None:
 
 def check_folder(name: str, *, uniform: bool, tmp_path: Path) -> None:
     moe = describe_moe(saved(name, tmp_path / "source"))
-    plan, tokens = random_plan(moe, uniform=uniform), random_tokens(2, 12)
+    tokens = random_tokens(2, 12)
+    plan = random_plan(moe, tokens, uniform=uniform)
     apply_to_model(tmp_path / "source", plan, tmp_path / "out", undo=tmp_path / "undo")
     source = loaded(tmp_path / "source")
     with barred_experts(describe_moe(source), plan):
@@ -86,7 +87,8 @@ def test_verify_passes_in_any_order_of_the_experts(name: str, tmp_path: Path) ->
 @quick_packings
 def test_a_folder_with_the_names_of_the_live_model_is_understood_as_well(name: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(name, tmp_path / "source", save_original_format=False))
-    plan, tokens = random_plan(moe, uniform=True), random_tokens(2, 12)
+    tokens = random_tokens(2, 12)
+    plan = random_plan(moe, tokens, uniform=True)
     apply_to_model(tmp_path / "source", plan, tmp_path / "out")
     source = loaded(tmp_path / "source")
     with barred_experts(describe_moe(source), plan):

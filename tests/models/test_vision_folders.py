@@ -53,7 +53,8 @@ def test_the_experts_of_a_folder_are_those_of_the_live_model(kind: str, tmp_path
 @pytest.mark.parametrize("uniform", [True, False], ids=["one count", "different counts"])
 def test_a_pruned_folder_computes_what_the_barred_source_computes(kind: str, uniform: bool, tmp_path: Path) -> None:
     moe = describe_moe(saved(kind, tmp_path / "source"))
-    plan, images = random_plan(moe, uniform=uniform), random_images(3)
+    images = random_images(3)
+    plan = random_plan(moe, images, uniform=uniform)
     apply_to_model(tmp_path / "source", plan, tmp_path / "out", undo=tmp_path / "undo")
     source = loaded(tmp_path / "source")
     with barred_experts(describe_moe(source), plan):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from secateur.families import MoEModel
+from secateur.families import MoEModel, logits_of
 from secateur.plans import LayerPlan, Plan
 
 VOCABULARY = 64
@@ -378,12 +378,36 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_plan(moe: MoEModel, *, seed: int = 0, ascending: bool = True, uniform: bool = False) -> Plan:
+def chosen_experts(moe: MoEModel, inputs: Tensor) -> dict[int, set[int]]:
+    """{layer: the experts that the model chooses for inputs with a gate other than 0}."""
+    chosen: dict[int, set[int]] = {layer: set() for layer in moe.blocks}
+
+    def listen(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            index, gates = [*args, *kwargs.values()][1:3]
+            chosen[layer].update(index[gates != 0].tolist())
+
+        return hook
+
+    hooks = [
+        block.experts.register_forward_pre_hook(listen(layer), with_kwargs=True) for layer, block in moe.blocks.items()
+    ]
+    logits_of(moe.model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return chosen
+
+
+def random_plan(
+    moe: MoEModel, inputs: Tensor | None = None, *, seed: int = 0, ascending: bool = True, uniform: bool = False
+) -> Plan:
     """A plan that drops random experts, another number in every layer where there is room for it.
 
-    Groups of the router keep the same number each. With `ascending=False` the kept experts also change places.
+    Groups of the router keep the same number each. With `ascending=False` the kept experts also change places. With
+    `inputs`, every layer drops an expert that the model chooses for them, so that the plan changes their logits.
     """
     rng = random.Random(seed)
+    chosen = chosen_experts(moe, inputs) if inputs is not None else {}
     counts = list(range(moe.min_experts, NUM_EXPERTS, moe.num_groups))[::-1]
     layers = {}
     for turn, layer in enumerate(moe.blocks):
@@ -391,7 +415,10 @@ def random_plan(moe: MoEModel, *, seed: int = 0, ascending: bool = True, uniform
         size_after = counts[0 if uniform else turn % len(counts)] // moe.num_groups
         order: list[int] = []
         for group in range(moe.num_groups):
-            kept = rng.sample(range(group * size_before, (group + 1) * size_before), size_after)
+            members = range(group * size_before, (group + 1) * size_before)
+            used = sorted(chosen.get(layer, set()).intersection(members))
+            gone = [rng.choice(used)] if used else []
+            kept = rng.sample([one for one in members if one not in gone], size_after)
             order += sorted(kept) if ascending else kept
         layers[layer] = LayerPlan(experts_before=moe.counts[layer], order=tuple(order))
     return Plan(layers=layers, criterion="random")

@@ -23,7 +23,8 @@ ROUNDING = 1e-5
 @every_family
 def test_pruned_logits_equal_the_oracle_bit_for_bit(name: str) -> None:
     moe = describe_moe(tiny_model(name))
-    plan, tokens = random_plan(moe, seed=1), random_tokens(2, 16)
+    tokens = random_tokens(2, 16)
+    plan = random_plan(moe, tokens, seed=1)
     whole = logits_of(moe.model, tokens)
     with barred_experts(moe, plan):
         expected = logits_of(moe.model, tokens)
@@ -36,7 +37,8 @@ def test_pruned_logits_equal_the_oracle_bit_for_bit(name: str) -> None:
 @every_family
 def test_pruned_logits_in_another_order_equal_the_oracle_to_rounding(name: str) -> None:
     moe = describe_moe(tiny_model(name))
-    plan, tokens = random_plan(moe, seed=2, ascending=False), random_tokens(2, 16)
+    tokens = random_tokens(2, 16)
+    plan = random_plan(moe, tokens, seed=2, ascending=False)
     assert any(not one.is_ascending for one in plan.layers.values())
     with barred_experts(moe, plan):
         expected = logits_of(moe.model, tokens)
@@ -84,7 +86,8 @@ def logits_with_minus_infinity(moe: MoEModel, name: str, plan: Plan, tokens: Ten
 @every_family
 def test_the_oracle_equals_setting_the_dropped_logits_to_minus_infinity(name: str) -> None:
     moe = describe_moe(tiny_model(name))
-    plan, tokens = random_plan(moe, seed=3), random_tokens(2, 16)
+    tokens = random_tokens(2, 16)
+    plan = random_plan(moe, tokens, seed=3)
     with barred_experts(moe, plan):
         expected = logits_of(moe.model, tokens)
     torch.testing.assert_close(logits_with_minus_infinity(moe, name, plan, tokens), expected, rtol=0, atol=ROUNDING)
