@@ -13,12 +13,29 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
 
+from secateur.criteria import CRITERIA
 from secateur.data.packing import BlockDataset, PackedTokens
+from secateur.pretraining.presets import PRESETS
+from support.tiny_models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 EVIDENCE = ("laep_tables_small", "laep_why")  # their tables are docs/evidence/small; see test_evidence_pages.py
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+NUMBERS = {"fourteen": 14, "fifteen": 15, "sixteen": 16}  # those that are said in words
+RUNS = len(json.loads((ROOT / "benchmarks/results/laep_tables_small.json").read_text(encoding="utf-8"))["runs"])
+# Document, what stands before and behind the number in it -> the number. LAEP's rule is a line of the documents' table.
+COUNTED = {
+    ("README.md", r"(\w+) criteria, from token counts"): len(CRITERIA) + 1,
+    ("README.md", r"\((\w+) variants of families are in the conformance tests\)"): len(FAMILIES),
+    ("README.md", r"These are some of \[(\w+) runs\]"): RUNS,
+    ("docs/benchmarks.md", r"bit for bit for (\w+) family variants"): len(FAMILIES),
+    ("docs/benchmarks.md", r"The (\w+) runs that show what\sLAEP does"): RUNS,
+    ("docs/evidence/README.md", r"(\w+) training\sruns of models"): RUNS,
+}
 
 
 def blocks(text: str) -> list[str]:
@@ -84,3 +101,33 @@ def test_results_say_how_they_were_made(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"versions", "hardware", "command", "date"} <= set(result)
     assert (ROOT / result["command"][1]).exists()
+
+
+@pytest.mark.parametrize(("page", "sentence"), COUNTED, ids=str)
+def test_a_number_in_a_sentence_is_that_of_the_code(page: str, sentence: str) -> None:
+    (said,) = re.findall(sentence, (ROOT / page).read_text(encoding="utf-8"))
+    assert (int(said) if said.isdigit() else NUMBERS[said.lower()]) == COUNTED[page, sentence]
+
+
+def test_the_presets_that_the_readme_lists_are_those_of_the_code() -> None:
+    (listed,) = re.findall(r"^Presets: ([\w, ]+) - ", README, re.MULTILINE)
+    assert listed.split(", ") == list(PRESETS)
+
+
+STEPS = [step for step in re.split(r"\n\n|\n(?=\d\. |## )", CONTRIBUTING) if re.search(r"`[\w/]+\.py`", step)]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: " ".join(step.split()[:5]))
+def test_files_and_names_that_contributing_sends_to_are_there(step: str) -> None:
+    """A file by its path, and beside a file the names of code that are to be found in it."""
+    quoted = re.findall(r"`([^`\n]+)`", step)
+    folders = [ROOT, *(ROOT / word for word in quoted if word.startswith("src/") and word.endswith("/"))]
+    files = []
+    for word in (word for word in quoted if re.search(r"\w\.(py|md)$", word)):
+        found = [folder / word for folder in folders if (folder / word).is_file()]
+        assert found, f"{word}: not a path from the root or from a folder that is named here"
+        files += found
+    code = "".join(path.read_text(encoding="utf-8") for path in [*files, *(one / "__init__.py" for one in folders[1:])])
+    for name in quoted:
+        if re.fullmatch(r"[A-Z][A-Za-z]+|[A-Z_]+|[a-z]+_[a-z_]+", name):
+            assert re.search(rf"\b{name}\b", code), f"{name} is in none of {files}"

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from secateur.criteria import CRITERIA
+from secateur.criteria import CRITERIA, Criterion, activation
 from secateur.criteria.router_change import RouterChange
 from secateur.criteria.score import never_routed, score_layers
 from secateur.criteria.super_experts import super_experts
@@ -68,13 +68,24 @@ def test_every_criterion_is_documented_with_its_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", ON_DATA)
 def test_a_missing_field_is_named_with_the_criterion(name: str) -> None:
-    (field,) = CRITERIA[name].needs
-    if field == "token_count":
-        return
-    with pytest.raises(SecateurError, match=f"criterion '{name}' needs {field}, but the statistics have only token_co"):
-        score(name, stats=stats_of([4, 5, 0], without=(field,)))
-    others = tuple(other for other in SUMS if other != field)
+    needs = CRITERIA[name].needs
+    for field in (one for one in needs if one != "token_count"):  # which statistics always have
+        with pytest.raises(SecateurError, match=f"'{name}' needs {field}, but the statistics have only token_co"):
+            score(name, stats=stats_of([4, 5, 0], without=(field,)))
+    others = tuple(other for other in SUMS if other not in needs)
     assert score(name, stats=stats_of([4, 5, 0], without=others)), "a field was asked for that is not needed"
+
+
+def test_a_criterion_may_need_two_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Criterion(
+        name="two", home="activation", needs=("weight_sum", "norm_sum"), source="control", help="a sum of two sums"
+    )
+    monkeypatch.setattr(activation, "two", lambda layer: layer.weight_sum + layer.norm_sum, raising=False)
+    monkeypatch.setitem(CRITERIA, "two", two)
+    assert score_layers("two", {0: 3}, stats=stats_of([4, 5, 0]))[0].tolist() == [8, 10, 0]
+    test_a_missing_field_is_named_with_the_criterion("two")
+    with pytest.raises(SecateurError, match="criterion 'two' needs weight_sum, norm_sum, but the statistics have"):
+        score_layers("two", {0: 3}, stats=stats_of([4, 5, 0], without=two.needs))
 
 
 @pytest.mark.parametrize("name", ON_DATA)

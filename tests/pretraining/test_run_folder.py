@@ -13,8 +13,14 @@ from support.small_runs import in_child, lines
 
 
 def test_a_new_folder_and_an_empty_one_are_new(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "new").require_new()
-    RunFolder(tmp_path).require_new()
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        folder = RunFolder(tmp_path / name)
+        folder.require_new()
+        with folder.made(), folder.locked():
+            folder.require_new()  # its lock does not count
+            assert [path.name for path in folder.path.iterdir()] == [".lock"]
+        assert folder.path.is_dir()
 
 
 def test_a_folder_with_files_is_refused_and_a_run_in_it_is_named(tmp_path: Path) -> None:
