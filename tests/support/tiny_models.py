@@ -39,13 +39,13 @@ COMMON: dict[str, Any] = {
 
 # How a row is read: _std(model type, key of the expert count, groups of config fields..., what differs from Family's
 # defaults). The groups have names where several rows share them. Of the layout:
-#   STACKED, NO_GATE, EXPERT_BIASES     tensors of the experts module      SELECTION_BIAS, _BIASED     a bias of the choice
-#   _NOT_FIRST, _DEEPSEEK_V3            dense first layer; and _BIASED     _TWO_GROUPS                 groups of the router
+#   STACKED, NO_GATE, EXPERT_BIASES: tensors of the experts module. SELECTION_BIAS, _BIASED: a bias of the choice.
+#   _NOT_FIRST, _DEEPSEEK_V3: a dense first layer; with a bias. _TWO_GROUPS: a grouped router. _LOSS: a balance loss.
+#   _GRANITE: where its MoE block is.
 # Of the config:
-#   WIDE, NARROW                        which key is an expert's width     HEADS, MLA, INDEXER         kind of attention
-#   GROUPS, ONE_GROUP                   groups of the router               HYBRID, GATED_DELTA         layers without it
-#   DEEPSEEK                            NARROW, dense first, shared one    _LOCAL, _ROUTED             keys of the count
-#   _GRANITE                            where its MoE block is             _LOSS                       has a balance loss
+#   _LOCAL, _ROUTED: keys of the count. WIDE, NARROW: which key is an expert's width. GROUPS, ONE_GROUP: of the router.
+#   DEEPSEEK: NARROW, a dense first layer, a shared expert. HEADS, MLA, INDEXER: kinds of attention.
+#   HYBRID, GATED_DELTA: layers without attention.
 #
 # Expert tensors of most families -> their expert axis; then the other layouts of `experts` and of routers.
 STACKED = {"experts.gate_up_proj": 0, "experts.down_proj": 0}
