@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingA
 from secateur.criteria import CRITERIA
 from secateur.data.packing import BlockDataset, PackedTokens
 from secateur.pretraining.presets import PRESETS
+from support.small_runs import in_child
 from support.tiny_models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +83,15 @@ def test_every_python_block_of_the_readme_runs(names: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_every_example_runs_and_prunes(example: Path) -> None:
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"experts \d+ -> \d+, parameters", done.stdout)
+def test_every_example_runs_and_prunes(example: Path, tmp_path: Path) -> None:
+    assert in_child(run_program, example, tmp_path / "said") == 0
+    assert re.search(r"experts \d+ -> \d+, parameters", (tmp_path / "said").read_text())
+
+
+def run_program(path: Path, said: Path) -> None:
+    sys.argv = [str(path)]
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.mark.parametrize("path", [path for path in RESULTS if path.stem not in EVIDENCE], ids=lambda path: path.stem)

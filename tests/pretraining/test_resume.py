@@ -178,11 +178,11 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_goes_on_from_a_checkpoint_of_its_pruned_model(preset: str, tmp_path: Path, corpus: Path) -> None:
-    times = {"steps": 12, "log_steps": 3, "eval_steps": 6, "save_steps": 3, "prune_at_step": 5, "batch_size": 2}
+    times = {"steps": 8, "log_steps": 2, "eval_steps": 4, "save_steps": 2, "prune_at_step": 3, "batch_size": 2}
     settings = PretrainOptions(data=data_in(corpus), preset=preset, **{**SMALL, **times})
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert in_child(run, whole, settings) == 0
-    assert in_child(run, out, settings, Kill(STEP_END, 8)) == -signal.SIGKILL
+    assert in_child(run, out, settings, Kill(STEP_END, 6)) == -signal.SIGKILL
     assert in_child(go_on, out) == 0
     assert_same_run(out, whole)
     (event,) = strict(out / "events.json")

@@ -58,7 +58,7 @@ def _flat(value: Any, path: str = "") -> Any:
 
 def optimizer_state(run: Path, folder: Path) -> dict[str, Any]:
     """Of the last checkpoint, put together from the parts of all ranks."""
-    dcp_to_torch_save(run / "checkpoints" / "checkpoint-30" / "optimizer", folder / "optimizer.pt")
+    dcp_to_torch_save(run / "checkpoints" / "checkpoint-18" / "optimizer", folder / "optimizer.pt")
     return torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]
 
 
@@ -108,7 +108,6 @@ def test_a_killed_job_goes_on_as_if_it_had_not_been(step: int, runs: Runs) -> No
         (AFTER, 1, {"ep": 1}),
         (AFTER, 2, {"ep": 1}),
         (AFTER, 4, {"ep": 4}),
-        (AFTER, 4, {}),
     ],
 )
 def test_a_killed_job_goes_on_with_other_numbers_of_processes(

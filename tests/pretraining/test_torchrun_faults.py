@@ -59,7 +59,7 @@ KILLED: dict[str, tuple[int, Kill, str | None]] = {
         "checkpoint-6",
     ),
     "after the pruning": (1, Kill(STEP_END, 9), "checkpoint-12"),
-    "while the model is gathered": (1, Kill("secateur.pretraining.run:save_whole"), "checkpoint-30"),
+    "while the model is gathered": (1, Kill("secateur.pretraining.run:save_whole"), "checkpoint-18"),
 }
 
 

@@ -22,8 +22,8 @@ STEADY: dict[str, Any] = {
     "schedule": "constant_with_warmup",
     "multiple_of": 4,
     "target_params": 0.7,
-    "prune_at_step": 9,
-    "steps": 30,
+    "prune_at_step": 9,  # between two checkpoints, and after the first rearrangement of those that have some
+    "steps": 18,  # until a rearrangement, a validation and a checkpoint of the pruned model
     "log_steps": 3,
     "eval_steps": 15,
     "save_steps": 6,
