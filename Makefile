@@ -12,12 +12,15 @@ demo: .venv/.installed
 	  --multiple-of 2 --eval-steps 100 --save-steps 350
 	@echo "open $(DEMO)/report.html"
 
+# Whole files to two workers, in the order that tests/conftest.py gives them.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(SPREAD)
 
 # What to run while working: two minutes.
 quick: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 check: lint types test
 

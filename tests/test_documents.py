@@ -81,6 +81,7 @@ def test_every_python_block_of_the_readme_runs(names: dict[str, Any]) -> None:
         exec(compile(block, "README.md", "exec"), names)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_runs_and_prunes(example: Path, tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def check_loaded(seen: dict[str, Any], class_name: str) -> None:
     assert seen["again"]["generated"] == seen["generated"]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(("title", "mode"), WAYS)
 def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
@@ -189,6 +190,7 @@ def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
         assert len(seen["router_grads"]) == sum(map(bool, config["moe_config"]["per_layer_experts_blocks"]))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("title", FEW)
 def test_layers_that_agree_load_in_stock_transformers_with_neither_flag_nor_secateur(

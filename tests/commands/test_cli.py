@@ -149,6 +149,7 @@ def test_help_has_an_example_and_the_default_of_everything(
         assert option(name) in text
 
 
+@pytest.mark.process
 def test_help_is_answered_without_loading_anything_heavy() -> None:
     code = """
 import sys
@@ -163,6 +164,7 @@ except SystemExit:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_both_names_are_the_same_program() -> None:
     script = Path(sys.executable).with_name("secateur")
@@ -301,6 +303,7 @@ def interrupted(out: Path, words: list[str]) -> None:
     run_command(out, words)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_with_status_130(corpus: Path, tmp_path: Path) -> None:
     said = tmp_path / "stderr"
@@ -350,6 +353,7 @@ def run_on_terminal(out: Path, words: list[str]) -> None:
     run_command(out, words)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 140])
 def test_a_terminal_gets_a_bar_with_all_numbers_in_its_width(corpus: Path, tmp_path: Path, columns: int) -> None:

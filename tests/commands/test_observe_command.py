@@ -134,6 +134,7 @@ KILLS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name == "in the second layer" else pytest.param(name, marks=pytest.mark.slow) for name in KILLS]
@@ -159,6 +160,7 @@ def interrupted(folder: Path) -> Path:
     return folder / ".stats.safetensors.work"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_run_goes_on_at_the_layer_it_had_reached(
     run: Run, interrupted: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,6 +173,7 @@ def test_a_run_goes_on_at_the_layer_it_had_reached(
     assert kept == [1, 2]
 
 
+@pytest.mark.process
 def test_an_interrupted_run_of_something_else_is_refused_or_thrown_away(
     folder: Path, run: Run, interrupted: Path
 ) -> None:
@@ -193,6 +196,7 @@ def test_an_interrupted_run_of_something_else_is_refused_or_thrown_away(
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.process
 def test_a_run_in_memory_goes_on_too_where_one_on_the_disk_was_killed(
     folder: Path, run: Run, interrupted: Path
 ) -> None:
@@ -201,6 +205,7 @@ def test_a_run_in_memory_goes_on_too_where_one_on_the_disk_was_killed(
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.process
 def test_a_second_process_is_kept_out(folder: Path, run: Run, interrupted: Path) -> None:
     with (interrupted / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -261,6 +261,7 @@ def test_a_refused_write_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp
     assert status(monkeypatch, written(tmp_path), "--ranks", "2", "--out", str(tmp_path / "none" / "out.json")) == 1
 
 
+@pytest.mark.process
 def test_the_help_names_every_method_and_shows_an_example() -> None:
     help_of_method = inspect.signature(command).parameters["method"].annotation
     assert all(name in str(help_of_method) for name in METHODS)

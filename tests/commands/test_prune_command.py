@@ -128,6 +128,7 @@ STAGES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
@@ -381,6 +382,7 @@ def test_one_command_makes_what_four_make(
     assert str(root).encode() not in one["README.md"]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_real_pass_that_was_killed_goes_on_at_its_layer(spoken: Path, tmp_path: Path) -> None:
     """All in processes of one kind: sums differ in their last places with the number of threads."""

@@ -191,6 +191,7 @@ def test_prune_does_all_and_the_result_is_verified(kind: str, made: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "undo"]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_pruning_that_was_killed_goes_on_after_the_pass(when: str, made: Path, tmp_path: Path) -> None:

@@ -616,6 +616,7 @@ def test_prepared_data_loads_without_its_sources(two_domains: Path, tmp_path: Pa
     }
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_preparation_is_byte_equal_in_another_process(two_domains: Path, tmp_path: Path) -> None:
     save_prepared(prepare_folder(two_domains), tmp_path / "here")

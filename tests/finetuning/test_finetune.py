@@ -198,6 +198,7 @@ def apply_to_model_without_plan(root: Path, out: Path) -> None:
     apply_to_model(plain, UNEVEN, out)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_stock_transformers_loads_a_tuned_model_of_different_layers(root: Path, tmp_path: Path) -> None:
     apply_to_model_without_plan(root, tmp_path / "source")
@@ -448,6 +449,7 @@ def uninterrupted(root: Path) -> Path:
     return root / "uninterrupted"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
@@ -476,6 +478,7 @@ def on_a_full_disk(root: Path, out: Path, place: str) -> None:
         sys.exit(NO_ROOM if "safetensors: cannot be written (" in str(error) else 1)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["secateur.finetuning.model:save_file", "secateur.finetuning.trainer:save_model"])
 def test_a_disk_without_room_for_the_weights_is_an_error_of_the_disk(place: str, root: Path, tmp_path: Path) -> None:

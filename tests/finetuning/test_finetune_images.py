@@ -267,6 +267,7 @@ def start(root: Path, out: Path, resume: bool, hook: Callable[[], None] | None =
     run(root, out, noisy(root), resume=resume)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_run_killed_in_the_second_epoch_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
     start(root, tmp_path / "whole", False)

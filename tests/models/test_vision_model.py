@@ -52,6 +52,7 @@ def test_the_auto_classes_know_it() -> None:
     assert type(AutoModelForImageClassification.from_config(config)) is VMoEForImageClassification
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_process_that_imports_nothing_but_secateur_loads_it_whole_and_pruned(tmp_path: Path) -> None:
     model = tiny_vmoe("token choice")

@@ -161,6 +161,7 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
 QUICK = ("in the middle of the pruning, optimizer done and model not",)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "moment", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS]
 )
@@ -175,6 +176,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert_same_run(out, uninterrupted(name))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_goes_on_from_a_checkpoint_of_its_pruned_model(preset: str, tmp_path: Path, corpus: Path) -> None:
@@ -190,6 +192,7 @@ def test_every_preset_goes_on_from_a_checkpoint_of_its_pruned_model(preset: str,
     assert event["parameters_after"] <= 0.67 * event["parameters_before"]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_the_same(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
@@ -202,6 +205,7 @@ def test_a_run_killed_again_and_again_ends_the_same(
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_checkpoint_that_lost_a_part_is_passed_over(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
@@ -221,6 +225,7 @@ class Hostile:
         return os.mkdir, ("ran",)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_checkpoint_that_would_run_code_is_refused(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +243,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path: Path, corpus: Path) -> None:
     for name, changes in (("one", {}), ("other", {"learning_rate": 1e-3})):
@@ -250,6 +256,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path: Path, c
     assert ours.with_name("checkpoint-20").is_dir()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_data_that_changed_after_it_was_prepared_is_not_read_again(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
@@ -264,6 +271,7 @@ def test_data_that_changed_after_it_was_prepared_is_not_read_again(
     assert (out / "model" / "model.safetensors").read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_going_on_does_not_need_the_folder_of_a_model_once_there_is_a_checkpoint(
     tmp_path: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
@@ -278,6 +286,7 @@ def test_going_on_does_not_need_the_folder_of_a_model_once_there_is_a_checkpoint
     assert_same_run(out, whole)
 
 
+@pytest.mark.process
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, uninterrupted: Callable[[str], Path]) -> None:
     out = shutil.copytree(uninterrupted("plain"), tmp_path / "run")
     (out / "report.json").unlink()
@@ -334,6 +343,7 @@ def command_resume(out: Path, *more: str) -> None:
     cli.main()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_the_command_goes_on_with_the_same_options_and_refuses_others(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
@@ -357,6 +367,7 @@ def test_the_command_goes_on_with_the_same_options_and_refuses_others(
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "nth", "last"),
@@ -380,6 +391,7 @@ def test_a_full_disk_names_the_checkpoint_and_the_last_whole_one_and_loses_nothi
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "nth", "size", "named"),
@@ -419,6 +431,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_small_file_system_that_fills_up_loses_nothing(
     small_disk: Path, tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]
@@ -433,6 +446,7 @@ def test_a_small_file_system_that_fills_up_loses_nothing(
     assert_same_run(out, uninterrupted("plain"))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_the_real_command_killed_from_outside_and_resumed_is_the_same_run(
     tmp_path: Path, corpus: Path, uninterrupted: Callable[[str], Path]

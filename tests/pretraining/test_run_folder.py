@@ -80,6 +80,7 @@ def lock_in_vain(folder: Path) -> None:
         raise AssertionError
 
 
+@pytest.mark.process
 def test_a_second_process_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     with RunFolder(tmp_path).locked():
         assert in_child(lock_in_vain, tmp_path) == 0
@@ -89,6 +90,7 @@ def test_a_second_process_is_refused_while_the_first_runs(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     assert in_child(lock_and_die, tmp_path) == -9
     with RunFolder(tmp_path).locked():

@@ -18,7 +18,7 @@ from support.job_runs import Runs, keep_checkpoints
 from support.small_jobs import Ended
 from support.small_runs import assert_same_run, lines, strict, without_timings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.torchrun]
 
 
 @pytest.fixture(scope="session")

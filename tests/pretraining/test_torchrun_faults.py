@@ -21,7 +21,7 @@ from support.job_runs import STEP_END, Runs, keep_checkpoints
 from support.small_jobs import Ended
 from support.small_runs import assert_same_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.torchrun]
 
 LOST = "error: rank 0: lost contact with another rank; its own message or torchrun's summary says why; "
 LOST += "go on with --resume\n"

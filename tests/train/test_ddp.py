@@ -371,12 +371,14 @@ def message(function: Callable[..., Any], *values: Any) -> str:
 # The claims
 
 
+@pytest.mark.torchrun
 def test_without_the_rebuild_ranks_drift_apart(tmp_path: Path) -> None:
     on_two_ranks(plain, tmp_path, {"find_unused_parameters": True}, {"rebuild": False})
     one, other = of_ranks(tmp_path)
     assert any("experts" in name for name in differing(one, other))
 
 
+@pytest.mark.torchrun
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
@@ -392,6 +394,7 @@ def test_with_it_two_ranks_equal_one_process(tmp_path: Path, settings: dict[str,
     assert_equal_to_one_process(tmp_path, **options)
 
 
+@pytest.mark.torchrun
 @pytest.mark.parametrize("case", [bucket_views, communication_hook])
 def test_buckets_and_communication_hooks_go_on(tmp_path: Path, case: Callable[..., None]) -> None:
     on_two_ranks(case, tmp_path)
@@ -407,18 +410,21 @@ def assert_equal_to_one_process(folder: Path, **options: Any) -> None:
         torch.testing.assert_close(one[name], value, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.torchrun
 def test_the_static_graph_is_recorded_anew(tmp_path: Path) -> None:
     on_two_ranks(static_graph, tmp_path)
     one, other = of_ranks(tmp_path)
     assert not differing(one, other)
 
 
+@pytest.mark.torchrun
 def test_settings_hooks_and_ignored_parameters_stay(tmp_path: Path) -> None:
     on_two_ranks(what_stays, tmp_path)
     one, other = of_ranks(tmp_path)
     assert "model.norm.weight" in differing(one, other)  # ignored, so everything else has drifted with it
 
 
+@pytest.mark.torchrun
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_buffers_are_broadcast_as_before(tmp_path: Path, broadcast: bool) -> None:
     on_two_ranks(selection_bias, tmp_path, broadcast)
@@ -428,6 +434,7 @@ def test_buffers_are_broadcast_as_before(tmp_path: Path, broadcast: bool) -> Non
     assert biases & differing(one, other) == (set() if broadcast else biases)
 
 
+@pytest.mark.torchrun
 @pytest.mark.parametrize("rebuild", [True, False])
 def test_in_a_trainer(tmp_path: Path, rebuild: bool) -> None:
     on_two_ranks(trainer, tmp_path, rebuild)
@@ -437,6 +444,7 @@ def test_in_a_trainer(tmp_path: Path, rebuild: bool) -> None:
     assert not differing(one, dict([*loaded.named_parameters(), *loaded.named_buffers()]))
 
 
+@pytest.mark.torchrun
 def test_refusals_reach_every_rank(tmp_path: Path) -> None:
     on_two_ranks(refused_on_two_ranks, tmp_path)
     for rank in range(RANKS):

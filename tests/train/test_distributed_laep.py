@@ -44,7 +44,7 @@ TWO = Scenarios(__name__, 2)
 FOUR = Scenarios(__name__, 4)
 
 SMALL = {"num_hidden_layers": 2}
-ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 14, 5
+ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 10, 5
 QUICK_PHASE = PhaseConstants(windows=2, min_rank_correlation=0.5, max_total_variation=0.2)
 PRUNING: dict[str, Any] = {"at_step": PRUNE_AT, "target_params": 0.8, "window_steps": 2}
 
@@ -371,6 +371,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return FOUR.play(tmp_path_factory.mktemp("four"))
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_run_through_pruning_and_rearrangement_is_that_of_one_process(two: Any, four: Any, name: str) -> None:
@@ -393,34 +394,40 @@ def assert_begins_like(result: Kind, expected: Run) -> None:
     assert result["events"] == json.loads(json.dumps(events))
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_so_is_one_with_momentum(two: Any) -> None:
     for result in two["momentum"]:
         assert_begins_like(result, in_one_process(2, sgd))
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_so_is_one_of_copies_under_ddp(two: Any) -> None:
     for result in two["copies"]:
         assert_begins_like(result, in_one_process(2))
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_so_is_one_rank_under_fsdp2(one: Any) -> None:
     (result,) = one["one_rank"]
     assert_begins_like(result, in_one_process(2))
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_counts_are_added_up_once_a_window(two: Any) -> None:
     assert two["sums"] == [[0, 0, 0, 1, 1, 1, 1, 2, 2]] * 2
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_state_is_of_the_shards_also_when_they_are_gathered(two: Any) -> None:
     assert two["gathered_shards"] == [True, True]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_rank_that_decides_otherwise_stops_all_ranks_and_changes_nothing(two: Any) -> None:
     for found in two["another_plan"]:
@@ -429,6 +436,7 @@ def test_a_rank_that_decides_otherwise_stops_all_ranks_and_changes_nothing(two: 
         assert found["counts"] == [8, 8]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_all_ranks_and_changes_nothing(two: Any) -> None:
     first, second = two["nan_in_a_router"]
@@ -438,12 +446,14 @@ def test_nan_on_one_rank_stops_all_ranks_and_changes_nothing(two: Any) -> None:
     assert first["counts"] == [8, 8]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_several_processes_that_do_not_train_one_model_are_refused_at_the_first_step(two: Any) -> None:
     for message in two["neither_copies_nor_shards"]:
         assert "the job has 2 processes, but no forward pass of the model ran under DistributedDataParallel" in message
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trainer_of_shards", "trainer_of_copies"])
 def test_the_callback_prunes_in_a_stock_trainer(two: Any, kind: str) -> None:
@@ -456,6 +466,7 @@ def test_the_callback_prunes_in_a_stock_trainer(two: Any, kind: str) -> None:
     assert first["losses"] == pytest.approx(other["losses"], abs=1e-2)
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_state_on_other_splits(four: Any) -> None:
     model = tiny_model("qwen3_moe", **SMALL).to(torch.float64)

@@ -206,6 +206,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return FOUR.play(tmp_path_factory.mktemp("rows"))
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_the_computed_rows_are_those_that_torch_gives_each_rank(four: Any) -> None:
     results = four["ranges_of_all_placements"]
@@ -217,12 +218,14 @@ def test_the_computed_rows_are_those_that_torch_gives_each_rank(four: Any) -> No
     assert held == [[0, 1, 2], [6, 7, 8], [3, 4, 5], [9, 10, 11]]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_each_rank_gets_its_rows_of_the_new_order(four: Any) -> None:
     for result in four["rows_of_all_placements"]:
         assert [name for name, is_right in result.items() if not is_right] == []
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_mesh_of_some_ranks_exchanges_among_those(four: Any) -> None:
     results = four["the_mesh_of_two_of_four_ranks"]
@@ -230,6 +233,7 @@ def test_a_mesh_of_some_ranks_exchanges_among_those(four: Any) -> None:
     assert [result["b"] for result in results] == [7, 0, 7, 0]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_mesh_in_another_order_than_its_group_is_refused(four: Any) -> None:
     for message in four["ranks_the_other_way_round"]:
@@ -237,6 +241,7 @@ def test_a_mesh_in_another_order_than_its_group_is_refused(four: Any) -> None:
         assert message.endswith("orders its ranks otherwise than its process group")
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_other_placements_are_refused(four: Any) -> None:
     for result in four["placements_that_are_refused"]:

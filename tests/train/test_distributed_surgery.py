@@ -479,6 +479,7 @@ def assert_like_one_process(found: Kind, tolerance: float = 1e-8) -> None:
     assert {name: value for name, value in differences.items() if not value <= tolerance} == {}
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_pruned_on_two_ranks_as_in_one_process(two: Any, family: str) -> None:
@@ -490,6 +491,7 @@ def test_every_family_is_pruned_on_two_ranks_as_in_one_process(two: Any, family:
         assert reloaded.startswith("Pruned")
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLITS_OF_TWO)
 def test_every_split_over_two_ranks_is_pruned_as_in_one_process(two: Any, name: str) -> None:
@@ -497,6 +499,7 @@ def test_every_split_over_two_ranks_is_pruned_as_in_one_process(two: Any, name: 
         assert_like_one_process(found)
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SPLITS_OF_FOUR, "permuted, fsdp 4, ep 4"])
 def test_every_split_over_four_ranks_is_pruned_as_in_one_process(four: Any, name: str) -> None:
@@ -504,6 +507,7 @@ def test_every_split_over_four_ranks_is_pruned_as_in_one_process(four: Any, name
         assert_like_one_process(found, 1e-6 if "axis 1" in name else 1e-8)
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RAW)
 def test_every_use_of_fsdp2_is_pruned_as_in_one_process(two: Any, four: Any, name: str) -> None:
@@ -518,12 +522,14 @@ def test_every_use_of_fsdp2_is_pruned_as_in_one_process(two: Any, four: Any, nam
         assert mine == other
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_with_the_dispatch_of_before_the_logits_would_be_wrong(two: Any) -> None:
     for difference in two["stale_dispatch"]:
         assert difference > 1e-3
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_parameter_that_is_set_past_fsdp_is_put_back(two: Any) -> None:
     assert two["set_past_fsdp"] == [[8, 32]] * 2
@@ -543,6 +549,7 @@ MESSAGES = {
 }
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESSAGES)
 def test_what_surgery_could_not_follow_is_refused(two: Any, name: str) -> None:
@@ -550,17 +557,20 @@ def test_what_surgery_could_not_follow_is_refused(two: Any, name: str) -> None:
         assert MESSAGES[name] in found[name]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_a_refusal_changes_nothing(two: Any) -> None:
     assert [found["changed"] for found in two["refusals"]] == [0, 0]
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_one_mesh_for_all_parallelism_is_refused(two: Any) -> None:
     for message in two["one_mesh_for_all"]:
         assert "dp_mesh_dims" in message
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_no_rank_holds_more_than_one_layer_beyond_its_own_shard(four: Any) -> None:
     for found in four["memory"]:
@@ -569,6 +579,7 @@ def test_no_rank_holds_more_than_one_layer_beyond_its_own_shard(four: Any) -> No
             assert abs(left) < 0.01
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 def test_shards_that_lie_unaligned_are_moved_and_keep_their_bits(two: Any) -> None:
     for found in two["aligned"]:

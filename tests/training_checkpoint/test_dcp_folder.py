@@ -186,6 +186,7 @@ def child(source: Path, out: Path, fault: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["dcp", "shards"])
 def test_a_full_disk_leaves_nothing_and_says_so(request: pytest.FixtureRequest, tmp_path: Path, format: str) -> None:
@@ -200,6 +201,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(request: pytest.FixtureRequest, 
     assert digests(source) == before
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_leaves_no_folder_of_the_target_name_and_a_second_try_works(source: Path, tmp_path: Path) -> None:
     before = digests(source)

@@ -77,6 +77,7 @@ def read(folder: str, placement: str) -> None:
     leave()
 
 
+@pytest.mark.torchrun
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [("Shard(0)", "Shard(1)"), ("Shard(1)", "Shard(0)"), ("Replicate", "Shard(0)")]

@@ -281,6 +281,7 @@ apply.apply_to_model(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_output_and_the_next_one_clears_up_and_succeeds(source: Path, tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")

@@ -341,6 +341,7 @@ print("RESULT" + json.dumps(found))
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_process_without_secateur_loads_the_folder_with_remote_code_and_saves_it_again(tmp_path: Path) -> None:
     autos = {"gpt_oss": "AutoModelForCausalLM", "nested": "AutoModelForImageTextToText"}
