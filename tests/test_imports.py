@@ -211,6 +211,7 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.process
 def test_importing_secateur_loads_nothing_heavy() -> None:
     code = "import sys, secateur; print([name for name in ('torch', 'transformers', 'msgspec') if name in sys.modules])"
     assert run(code) == "[]"
@@ -255,6 +256,7 @@ def import_all_and_name_the_public(modules: list[str]) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True], ids=["alphabetical", "reversed"])
 def test_public_names_stay_themselves_whatever_modules_are_imported_in_whatever_order(reverse: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 from secateur.version import __version__
 from support.model_folders import plan_of, saved
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "secateur"
