@@ -18,9 +18,7 @@ from support.tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_pla
 
 # One of each kind: an expert's own tensors, router groups, all experts on axis 0 with biases, a bias on axis 1.
 QUICK = {"mixtral", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe"}
-quick_packings = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+PACKINGS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
 @every_family
@@ -45,7 +43,7 @@ def test_the_experts_of_a_folder_are_those_of_the_live_model(name: str, tmp_path
     assert size == live
 
 
-@quick_packings
+@pytest.mark.parametrize("name", PACKINGS)
 def test_a_pruned_folder_computes_what_the_barred_source_computes(name: str, tmp_path: Path) -> None:
     check_folder(name, uniform=False, tmp_path=tmp_path)
 
@@ -84,7 +82,7 @@ def test_verify_passes_in_any_order_of_the_experts(name: str, tmp_path: Path) ->
     assert [check.passed for check in checks] == [True] * 5, checks
 
 
-@quick_packings
+@pytest.mark.parametrize("name", [one for one in PACKINGS if one.values[0] not in LIKE_ANOTHER])
 def test_a_folder_with_the_names_of_the_live_model_is_understood_as_well(name: str, tmp_path: Path) -> None:
     moe = describe_moe(saved(name, tmp_path / "source", save_original_format=False))
     tokens = random_tokens(2, 12)

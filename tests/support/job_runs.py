@@ -31,7 +31,6 @@ STEADY: dict[str, Any] = {
 # kind of run -> its settings
 KINDS: dict[str, dict[str, Any]] = {
     "over 2": STEADY | {"rearrange_ranks": 2, "rearrange_every": 8},
-    "over 4": STEADY | {"rearrange_ranks": 4, "rearrange_every": 8},
     "two heads": STEADY | {"overrides": {"num_experts": 16, "num_key_value_heads": 2}, "rearrange_ranks": 2},
     "kept in order": STEADY | {"no_rearrange": True},
     "odd counts": STEADY | {"no_rearrange": True, "multiple_of": 1},

@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import secateur
 from secateur.errors import SecateurError
 from secateur.plans import Plan
 from secateur.surgery.config_json import with_counts
@@ -25,6 +23,8 @@ from secateur.training_checkpoint.apply import apply_to_checkpoint
 from secateur.training_checkpoint.compare import verify_written
 from secateur.training_checkpoint.stored import StoredCheckpoint
 from support.dcp_checkpoints import PLAN, save, save_shards, tensors_of, trained, training_state
+from support.faults import Kill, LimitFileSize
+from support.small_runs import in_child
 from support.tiny_models import tiny_config
 
 
@@ -156,34 +156,14 @@ def test_a_folder_without_experts_is_refused(tmp_path: Path) -> None:
     refused(source, tmp_path / "out", "no checkpoint with experts")
 
 
-CHILD = """
-import resource, signal, sys
-from pathlib import Path
-from secateur.plans import Plan
-from secateur.surgery import dcp_checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-{fault}
-dcp_checkpoint.apply_to_checkpoint(Path({source!r}), Plan.load({plan!r}), Path({out!r}))
-"""
-FULL_DISK = "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
-KILLED = """
-import os
-def kill(*args): os.kill(os.getpid(), signal.SIGKILL)
-dcp_checkpoint.verify_written = kill
-"""
+def child(source: Path, out: Path, fault: Callable[[], None], said: Path) -> int:
+    """Apply the plan in a process that something happens to."""
+    return in_child(apply_after, fault, source, out, stderr=said)
 
 
-def child(source: Path, out: Path, fault: str) -> subprocess.CompletedProcess[str]:
-    PLAN.save(out.parent / "plan.json")
-    code = CHILD.format(fault=fault, source=str(source), plan=str(out.parent / "plan.json"), out=str(out))
-    path = os.pathsep.join([str(Path(secateur.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+def apply_after(fault: Callable[[], None], source: Path, out: Path) -> None:
+    fault()
+    apply.apply_to_checkpoint(source, PLAN, out)
 
 
 @pytest.mark.process
@@ -192,12 +172,12 @@ def child(source: Path, out: Path, fault: str) -> subprocess.CompletedProcess[st
 def test_a_full_disk_leaves_nothing_and_says_so(request: pytest.FixtureRequest, tmp_path: Path, format: str) -> None:
     source: Path = request.getfixturevalue("source" if format == "dcp" else "shards")
     before = digests(source)
-    result = child(source, tmp_path / "out", FULL_DISK)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
+    full = LimitFileSize("secateur.training_checkpoint.apply:apply_to_checkpoint", 1, 50_000)
+    assert child(source, tmp_path / "out", full, tmp_path / "said") == 1
+    last = (tmp_path / "said").read_text().splitlines()[-1]
     assert last.startswith("OSError")
     assert "File too large" in last
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["said", "source"]
     assert digests(source) == before
 
 
@@ -205,8 +185,8 @@ def test_a_full_disk_leaves_nothing_and_says_so(request: pytest.FixtureRequest, 
 @pytest.mark.slow
 def test_kill_9_leaves_no_folder_of_the_target_name_and_a_second_try_works(source: Path, tmp_path: Path) -> None:
     before = digests(source)
-    result = child(source, tmp_path / "out", KILLED)
-    assert result.returncode == -signal.SIGKILL
+    kill = Kill("secateur.training_checkpoint.apply:verify_written")
+    assert child(source, tmp_path / "out", kill, tmp_path / "said") == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert digests(source) == before
     apply_to_checkpoint(source, PLAN, tmp_path / "out")

@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_nothing_and_another_try_succeeds(
 KILLED = """
 import sys, time
 from pathlib import Path
-from secateur.model_folder import apply
+from secateur.model_folder.rewrite import apply
 from secateur.plans import Plan
 def wait(*_):
     print("written", flush=True)
