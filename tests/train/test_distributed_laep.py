@@ -44,7 +44,7 @@ TWO = Scenarios(__name__, 2)
 FOUR = Scenarios(__name__, 4)
 
 SMALL = {"num_hidden_layers": 2}
-ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 10, 5
+ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 14, 5
 QUICK_PHASE = PhaseConstants(windows=2, min_rank_correlation=0.5, max_total_variation=0.2)
 PRUNING: dict[str, Any] = {"at_step": PRUNE_AT, "target_params": 0.8, "window_steps": 2}
 
