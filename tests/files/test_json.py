@@ -7,6 +7,7 @@ import math
 import os
 import re
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_constants_are_read_where_python_may_have_written_them() -> None:
         parse_json("[-Infinity]", "a.json", constants=False)
 
 
-def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_or_a_line_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_json, "MAX_JSON", 10)
     (tmp_path / "fits.json").write_text("123456789 ")
     assert read_json(tmp_path / "fits.json") == 123456789
@@ -76,6 +77,18 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path, m
         read_json(tmp_path / "large.json")
     with pytest.raises(SecateurError, match=r"large.jsonl:1: more than \d+ bytes"):
         list(read_lines_of(tmp_path / "large.jsonl", "1" * 11 + "\n"))
+
+
+def test_a_file_that_is_too_large_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_json, "MAX_JSON", 10_000_000)
+    (tmp_path / "large.json").touch()
+    os.truncate(tmp_path / "large.json", 10_000_001)
+    tracemalloc.start()
+    with pytest.raises(SecateurError, match=r"large\.json: more than"):
+        read_json(tmp_path / "large.json")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_what_has_no_size_ahead_is_read_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
