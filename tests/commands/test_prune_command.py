@@ -270,7 +270,10 @@ def test_a_flipped_byte_in_the_middle_of_a_tensor_is_found_before_it_gets_its_na
 
 
 def test_two_at_once_into_one_folder_are_refused(folder: Path) -> None:
-    with work_folder(folder / "out"), pytest.raises(SecateurError, match="another process is pruning into it"):
+    refused = pytest.raises(
+        SecateurError, match=r"--out .*out: another process is pruning into it \(it holds .*pruning\)"
+    )
+    with work_folder(place_of_work(folder / "out"), "not asked for"), refused:
         start(folder)
     assert [path.name for path in folder.iterdir()] == ["source"]
 

@@ -672,8 +672,9 @@ def test_failed_save_leaves_nothing_and_can_be_repeated(
         with pytest.raises(OSError, match="No space left"):
             save_prepared(prepared, run / "data")
     assert list(run.iterdir()) == []
-    (run / ".data.partial").mkdir()
-    (run / ".data.partial" / "torn").write_text("of a killed run")
+    torn = run / f".data.{'0' * 16}.partial"
+    torn.mkdir()
+    (torn / "torn").write_text("of a killed run")
     (run / "data").mkdir()
     save_prepared(prepared, run / "data")
     assert [path.name for path in run.iterdir()] == ["data"]

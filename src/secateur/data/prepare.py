@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from secateur.data.packing import PackedTokens, pack
 from secateur.data.split import Corpus, Progress, build_corpus
 from secateur.data.tokenizer import load_tokenizer, separator, train_tokenizer
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write, fsync_folder
+from secateur.files.atomic import atomic_write
+from secateur.files.new_folder import written_beside
 
 FORMAT = "secateur-data"
 VERSION = 1
@@ -146,19 +145,8 @@ def save_prepared(prepared: PreparedData, folder: Path | str) -> None:
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise SecateurError(f"data folder {folder}: it exists and is not empty, expected a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    partial.mkdir()
-    try:
-        _write(prepared, partial)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    fsync_folder(folder.parent)
+    with written_beside(folder) as beside:
+        _write(prepared, beside)
 
 
 def _write(prepared: PreparedData, folder: Path) -> None:

@@ -48,6 +48,12 @@ def refused_by_the_disk(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
+def fsync_file(path: Path) -> None:
+    """Put on the disk what another library wrote."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and new entries in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

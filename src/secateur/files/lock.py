@@ -1,4 +1,4 @@
-"""A lock on a folder, for one process at a time."""
+"""A lock for one process at a time; the system frees it when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -8,20 +8,46 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from secateur.errors import SecateurError
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path`, which is made, and is gone afterwards; one that a killed process left is taken over.
+
+    Raises:
+        SecateurError: another process holds it; `refusal` is the message.
+        OSError: the file cannot be made, or the disk knows no locks.
+    """
+    with path.open("w") as file:
+        if not _is_taken(file.fileno(), path):
+            raise SecateurError(refusal)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[bool]:
-    """Keep a lock on a folder; the system lets go of it when the process ends, however it ends.
+    """Hold a lock on a folder itself, which can be renamed meanwhile.
 
     False where another process has it, or where the disk knows no locks: then leftovers stay.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        alone = True
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            alone = _is_taken(descriptor, folder)
         except OSError:
             alone = False
         yield alone
-    finally:
-        os.close(descriptor)
+
+
+def _is_taken(descriptor: int, path: Path) -> bool:
+    """Try for the lock; False where another process has it, or has just left and taken away what was opened."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -1,13 +1,12 @@
-"""What an unfinished pruning or fine-tuning keeps beside its target, so that the next start goes on where it was."""
+"""What unfinished work keeps beside its target, so that the next start goes on where it was."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,69 +14,84 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
+from secateur.files.lock import locked
 
-ASKED, STATS, PLAN = "asked.json", "stats.safetensors", "plan.json"
+NOTE, LOCK = "asked.json", "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The folder of one. `before` is what its last start was asked for, None at the first."""
+    """The folder of one. `before` is what its last start was asked for, None at the first; `noted` is that file."""
 
     path: Path
+    noted: Path
     before: Mapping[str, Any] | None
 
-    @property
-    def stats(self) -> Path:
-        """The statistics, once they are finished; an unfinished pass keeps what it has beside them."""
-        return self.path / STATS
-
-    @property
-    def plan(self) -> Path:
-        return self.path / PLAN
+    def entries(self) -> list[Path]:
+        """What is in it, the note first."""
+        entries = [entry for entry in self.path.iterdir() if entry.name != LOCK]
+        return sorted(entries, key=lambda entry: entry != self.noted)
 
     def note(self, asked: Mapping[str, Any]) -> None:
         """Write down what this start is asked for."""
-        atomic_write(self.path / ASKED, json.dumps(asked, indent=2, sort_keys=True) + "\n")
+        atomic_write(self.noted, json.dumps(asked, indent=2, sort_keys=True) + "\n")
+
+    def clear(self) -> None:
+        """Throw away what is in it, the note first: what a kill leaves counts for nothing."""
+        _remove(self.entries())
 
     def remove(self) -> None:
-        """Take the folder away, the note last: as long as it is there, the next start knows what was done."""
-        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == ASKED):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self.path.rmdir()
+        """Take away what is in it, the note last: as long as it is there, the next start knows what was done."""
+        _remove(reversed(self.entries()))
 
 
 def place_of_work(out: Path, what: str = "pruning") -> Path:
+    """The work folder of `what` is done into `out`; each kind of work has one of its own."""
     out = out.resolve()  # "." has no name
     return out.parent / f".{out.name}.{what}"
 
 
 @contextlib.contextmanager
-def work_folder(out: Path, *, restart: bool = False, what: str = "pruning") -> Iterator[Work]:
-    """The work folder of `out`, for one process at a time; an empty one goes again.
+def work_folder(path: Path, refusal: str, *, restart: bool = False, note: str = NOTE) -> Iterator[Work]:
+    """The work folder at `path`, for one process at a time; an empty one goes again.
 
     Args:
-        restart: throw away what is in it. what: is done into `out`; each kind of work has a folder of its own.
+        refusal: the message where another process is at it. restart: throw away what is in it. note: name of the file
+            that says what a start was asked for.
 
     Raises:
         SecateurError: another process is at it, or what lies in it is damaged.
     """
-    path = place_of_work(out, what)
     path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SecateurError(f"--out {out}: another process is {what} into it (it holds {path})") from error
-        noted = path / ASKED
-        if restart:
-            noted.unlink(missing_ok=True)  # first, so that what a kill leaves counts for nothing
-            for entry in path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield Work(path=path, before=read_object(noted) if noted.is_file() else None)
-        finally:
-            with contextlib.suppress(OSError):
-                path.rmdir()  # of a start that was refused before it began
+        with locked(path / LOCK, refusal):
+            found = Work(path=path, noted=path / note, before=None)
+            if restart:
+                found.clear()
+            yield dataclasses.replace(found, before=_read(found.noted))
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.rmdir()  # of work that is finished, or of a start that was refused before it began
+
+
+def as_noted(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Work.before` says once `asked` was noted: tuples are lists, keys are texts."""
+    noted: dict[str, Any] = json.loads(json.dumps(asked))
+    return noted
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values are not the same."""
+    return [name for name in {**now, **before} if before.get(name) != now.get(name)]
+
+
+def _read(noted: Path) -> Mapping[str, Any] | None:
+    try:
+        return read_object(noted) if noted.is_file() else None
+    except SecateurError as error:
+        raise SecateurError(f"{error}; not what an unfinished run writes, use --restart") from error
+
+
+def _remove(entries: Iterable[Path]) -> None:
+    for entry in entries:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.files.atomic import atomic_write, refused_by_the_disk
+from secateur.files.atomic import atomic_write, fsync_file, refused_by_the_disk
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
 from secateur.model_folder.read.load import load as load_model
@@ -132,8 +131,7 @@ def write(loaded: Loaded, model_folder: ModelFolder, folder: Path) -> None:
         }
         with refused_by_the_disk(folder / file):
             save_file(mine, folder / file, metadata={"format": "pt"} | dict(header.metadata))
-        with (folder / file).open("rb") as written:
-            os.fsync(written.fileno())
+        fsync_file(folder / file)
     for relative in kept_files(model_folder):
         copy_file(source.path / relative, folder / relative)
     names = [CONFIG, INDEX] if source.index is not None else [CONFIG]

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, written_beside
-from secateur.files.work_folder import Work, place_of_work, work_folder
+from secateur.files.work_folder import Work, as_noted, place_of_work, work_folder
 from secateur.finetuning.images import image_task
 from secateur.finetuning.model import LOGS, Loaded, check_trainable, load, write
 from secateur.finetuning.options import SCHEDULES, FinetuneOptions, check_modality, in_parts, option
@@ -104,7 +103,7 @@ def finetune(
             return known(folder, loaded, task, settings)
         if resume and not place_of_work(out, WHAT).is_dir():
             raise SecateurError(f"--resume: nothing was left of a fine-tuning into {out}")
-        with work_folder(out, restart=restart, what=WHAT) as work:
+        with _work(out, restart=restart) as work:
             check_target(model, out)  # another process may have been at it until now
             with _kept_for_resume(work):
                 run, checkpoint = _begin(work, asked, resume=resume)
@@ -124,10 +123,10 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
         SecateurError: the result, or what lies beside it, is of another run.
     """
     record = read_object(out / FINETUNED)
-    with work_folder(out, what=WHAT) as work:
+    with _work(out) as work:
         try:
             _check_same({"model": asked["model"]} | record, asked)
-            if work.before is None and any(work.path.iterdir()):
+            if work.before is None and work.entries():
                 raise SecateurError(f"nothing says what {work.path} is of")
             _check_same(work.before or asked, asked)
         except SecateurError as error:
@@ -139,9 +138,13 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
 
 def _asked(folder: ModelFolder, task: Task, record: RecordSettings) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
-    plain = {"model": folder.files.state, "data": dict(task.about), "options": record.options}
-    asked: dict[str, Any] = json.loads(json.dumps(plain))
-    return asked
+    return as_noted({"model": folder.files.state, "data": dict(task.about), "options": record.options})
+
+
+def _work(out: Path, *, restart: bool = False) -> contextlib.AbstractContextManager[Work]:
+    place = place_of_work(out, WHAT)
+    refusal = f"--out {out}: another process is {WHAT} into it (it holds {place})"
+    return work_folder(place, refusal, restart=restart)
 
 
 @contextlib.contextmanager
@@ -170,8 +173,7 @@ def _begin(work: Work, asked: Mapping[str, Any], *, resume: bool) -> tuple[str, 
     if resume and work.before is not None:
         _check_same(work.before, asked)
     if last is None:
-        for entry in work.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        work.clear()
     work.note(asked)
     checkpoints.remove_unfinished(work.path)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(), last

@@ -13,7 +13,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file
-from secateur.files.work_folder import Work, place_of_work, work_folder
+from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
 from secateur.model_folder.checks.claims import as_json, check_tokens, verify_model
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome, who_needs_data
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -28,6 +28,7 @@ from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
 Observe = Callable[[ModelFolder, Path], tuple[Mapping[str, Any], Callable[[], object]]]
 Progress = Callable[[str, int, int], None]
+KEPT_STATS, KEPT_PLAN = "stats.safetensors", "plan.json"  # in the work folder
 
 
 def prune(
@@ -82,17 +83,20 @@ def prune(
             "what becomes of them with --mtp whole or --mtp drop"
         )
     counts = check_choice(source, choice)
-    if dry_run or not place_of_work(out).is_dir():
+    place = place_of_work(out)
+    if dry_run or not place.is_dir():
         _check_targets(model, out, undo)
         stand_in = counts or _without_one_expert(found, choice)
         multiple = 1 if counts is None else choice.multiple_of
         apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, dry_run=True)
     if dry_run:
         if choice.needs_data and observe is not None:
-            observe(found, place_of_work(out) / STATS)
+            observe(found, place / KEPT_STATS)
         return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
-    with work_folder(out, restart=restart) as work:
-        data, take = observe(found, work.stats) if choice.needs_data and observe is not None else (None, None)
+    refusal = f"--out {out}: another process is pruning into it (it holds {place})"
+    with work_folder(place, refusal, restart=restart) as work:
+        stats = work.path / KEPT_STATS  # once they are finished; an unfinished pass keeps what it has beside them
+        data, take = observe(found, stats) if choice.needs_data and observe is not None else (None, None)
         asked = _asked(source, choice, data, undo, mtp)
         if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
             work.remove()
@@ -103,20 +107,20 @@ def prune(
         kept = (work.before or {}).get("data")  # of statistics that this start may not need, and the next one may
         work.note(asked | {"data": asked["data"] or kept})
         if take is not None:
-            if not work.stats.is_file():
+            if not stats.is_file():
                 take()
-            source = of_observation(Observation.load(work.stats), found, str(work.stats))
+            source = of_observation(Observation.load(stats), found, str(stats))
         try:
             plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
         except SecateurError:
             if work.before is None and take is None:
                 work.remove()  # a first start that was refused leaves nothing to go on from
             raise
-        plan.save(work.plan)
+        plan.save(work.path / KEPT_PLAN)
 
         def finish(written: Path) -> None:
             if take is not None:
-                copy_file(work.stats, written / STATS)
+                copy_file(stats, written / STATS)
             _verify(model, written, out, verify_tokens, on_progress)
 
         apply_to_model(
@@ -206,7 +210,7 @@ def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
         before, now = (work.before or {}).get(key), asked[key]
         if before is None or now is None or before == now:
             continue
-        name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+        name = differing(before, now)[0]
         raise SecateurError(
             f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} ({name} was "
             f"{before.get(name)!r:.200}, is {now.get(name)!r:.200}); give what was given then, or begin anew with "
@@ -218,9 +222,9 @@ def _remove_unfinished_undo(work: Work, asked: Mapping[str, Any], undo: Path | N
     """Of a start that was killed after the undo folder got its name and before the result did."""
     if undo is None or out.exists() or work.before is None or work.before.get("undo") != asked["undo"]:
         return
-    if holds_undo(undo) and work.plan.is_file():
+    if holds_undo(undo) and (work.path / KEPT_PLAN).is_file():
         written = read_object(undo / RECORD).get("plan")
-        if written == Plan.load(work.plan).to_json():
+        if written == Plan.load(work.path / KEPT_PLAN).to_json():
             shutil.rmtree(undo)
 
 
@@ -229,7 +233,7 @@ def _asked(
 ) -> dict[str, Any]:
     """All that decides the result, as it comes back from a file."""
     assert source.found is not None
-    plain = {
+    asked = {
         "model": source.found.files.state,
         "pretrained": None if source.pretrained is None else source.pretrained.files.state,
         "data": data,
@@ -237,5 +241,4 @@ def _asked(
         "undo": None if undo is None else str(undo.resolve()),
         "mtp": mtp,
     }
-    asked: dict[str, Any] = json.loads(json.dumps(plain))
-    return asked
+    return as_noted(asked)

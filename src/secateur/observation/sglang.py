@@ -8,7 +8,6 @@ MoE layers only.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.files.digest import sha256_of
 from secateur.stats import LayerStats, RouterStats
 
 KEY = "logical_count"
@@ -50,7 +50,7 @@ def read_recording(path: Path) -> tuple[Tensor, dict[str, Any]]:
     if bool((count < 0).any()):
         raise SecateurError(f"recording {path}: {KEY} has negative counts, such as {int(count.min())}")
     steps = count.shape[0] if count.ndim == 3 else 1
-    about = {"format": "sglang", "digest": hashlib.sha256(path.read_bytes()).hexdigest(), "steps": steps}
+    about = {"format": "sglang", "digest": sha256_of(path), "steps": steps}
     return count.reshape(-1, *count.shape[-2:]).sum(dim=0), about
 
 

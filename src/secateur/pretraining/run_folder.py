@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +12,9 @@ from typing import Any, Literal
 import msgspec
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
+from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.json import read_lines, read_object
+from secateur.files.lock import locked
 from secateur.files.records import Count, Finite, as_record
 from secateur.plans import Plan
 from secateur.pretraining.options import PretrainOptions
@@ -77,26 +76,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out; the system frees the lock when the process ends, however it ends.
+        """Keep other processes out; see `files.lock`.
 
         Raises:
             SecateurError: another process has it, or the folder cannot be written.
         """
-        try:
-            file = self.lock.open("w")
-        except OSError as error:
-            raise SecateurError(f"--out {self.path}: cannot be written ({error.strerror})") from error
-        with file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):  # its owner has just left
-                    raise BlockingIOError
+                stack.enter_context(locked(self.lock, f"{self.path}: another process is running in this folder"))
             except OSError as error:
-                raise SecateurError(f"{self.path}: another process is running in this folder") from error
-            try:
-                yield
-            finally:
-                self.lock.unlink(missing_ok=True)
+                raise SecateurError(f"--out {self.path}: cannot be written ({error.strerror})") from error
+            yield
 
     def read_run(self) -> dict[str, Any]:
         """run.json of a run that was started before; what its entries hold is checked.
@@ -133,8 +123,7 @@ class RunFolder:
         """Put the lines of the logs on the disk."""
         for path in (self.metrics, self.loads):
             if path.exists():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                fsync_file(path)
 
     def eval_at(self, step: int) -> dict[str, Any] | None:
         """The validation after `step`: "validation_loss" and "validation_loss_by_domain"; None if there was none."""

@@ -7,13 +7,12 @@ renamed into the folder last; a folder without that list, or with a file that di
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write, fsync_folder
+from secateur.files.atomic import atomic_write, fsync_file, fsync_folder
 
 COMPLETE = "complete.json"
 FORMAT = "secateur-checkpoint"
@@ -27,8 +26,7 @@ def seal(checkpoint: Path, run: str) -> None:
     """
     sizes = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(path)
         sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
     for folder in {path.parent for path in checkpoint.rglob("*")}:
         fsync_folder(folder)

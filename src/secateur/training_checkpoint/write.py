@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from secateur.files.atomic import refused_by_the_disk
+from secateur.files.atomic import fsync_file, refused_by_the_disk
 from secateur.files.progress import OnChunk
 from secateur.training_checkpoint.changes import Change
 from secateur.training_checkpoint.pieces import Piece, files, new_rows, new_shape, pieces
@@ -129,6 +128,5 @@ def write_shards(
         about = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
         with refused_by_the_disk(path):
             save_file(tensors, path, metadata=about)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(path)
         on_chunk(sum(piece.num_bytes for piece in group))

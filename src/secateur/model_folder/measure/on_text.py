@@ -113,9 +113,7 @@ class TextObservation:
         with self._work.opened(self._identity()):
             states = DiskStates(self._work.states)
             self._streamed.run_layers(batches, states, visit=self._visit(self._work.save_layer), on_step=on_step)
-            observation = self._written({layer: self._work.load_layer(layer) for layer in self._blocks})
-            self._work.remove()
-        return observation
+            return self._written({layer: self._work.load_layer(layer) for layer in self._blocks})
 
     def _visit(self, save: Callable[[int, LayerStats], None]) -> Any:
         @contextmanager

@@ -6,7 +6,6 @@ its small files that the pruning replaced, and undo.json, which says what belong
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.digest import sha256_of
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
@@ -27,7 +27,6 @@ from secateur.plans import Plan
 
 RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
 HEADERS, FILES = "headers", "files"
-HASHED = 8 * 2**20  # bytes in memory while a file is hashed
 
 
 def holds_undo(path: Path) -> bool:
@@ -53,8 +52,10 @@ def write_undo(
     weights = {}
     for name, header in folder.headers.items():
         path = folder.path / name
+        kept = side / HEADERS / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as file:
-            atomic_write_into(side / HEADERS / name, file.read(header.data_start))
+            atomic_write(kept, file.read(header.data_start))
         weights[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     index = [] if folder.index is None else [PurePosixPath(INDEX)]
     replaced = [PurePosixPath(CONFIG), *index, *(name for name in folder.others if name not in copied)]
@@ -195,20 +196,6 @@ def _add(pieces: dict[str, list[_Piece]], made: NewTensor, path: Path, start: in
         if piece.length:
             pieces[piece.file].append(_Piece(start=piece.start, length=piece.length, path=path, from_start=start))
         start += piece.length
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(HASHED):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def atomic_write_into(path: Path, data: bytes) -> None:
-    """`atomic_write`, in a folder that is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, data)
 
 
 def _check_digest(path: Path, digest: str, why: str) -> None:
