@@ -21,7 +21,7 @@ from secateur.files.work_folder import place_of_work, work_folder
 from secateur.model_folder import prune as module
 from secateur.model_folder.checks.claims import Check, verify_model
 from secateur.model_folder.choice import Choice
-from secateur.model_folder.prune import prune
+from secateur.model_folder.prune import Asked, prune
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.undo import restore
@@ -273,7 +273,7 @@ def test_two_at_once_into_one_folder_are_refused(folder: Path) -> None:
     refused = pytest.raises(
         SecateurError, match=r"--out .*out: another process is pruning into it \(it holds .*pruning\)"
     )
-    with work_folder(place_of_work(folder / "out"), "not asked for"), refused:
+    with work_folder(place_of_work(folder / "out"), Asked, "not asked for"), refused:
         start(folder)
     assert [path.name for path in folder.iterdir()] == ["source"]
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from secateur.files.work_folder import NOTE, Work, as_noted, differing, place_of
 from support.small_runs import in_child
 
 ASKED = {"data": ("a", "b"), "layers": {1: 2.5}}
+ANY = dict[str, Any]
 KEPT = {NOTE, "a", "b", "c"}
 
 
@@ -23,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return place_of_work(tmp_path / "out")
 
 
-def fill(work: Work) -> None:
+def fill(work: Work[dict[str, Any]]) -> None:
     work.note(ASKED)
     (work.path / "b").write_text("b")
     for name in "ac":
@@ -32,27 +34,30 @@ def fill(work: Work) -> None:
 
 
 def begin_and_die(path: Path) -> None:
-    with work_folder(path, "taken") as work:
+    with work_folder(path, ANY, "taken") as work:
         fill(work)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_a_killed_process_left_is_there_with_what_it_was_asked_for(path: Path) -> None:
     assert in_child(begin_and_die, path) == -signal.SIGKILL
-    with work_folder(path, "taken") as work:
+    with work_folder(path, ANY, "taken") as work:
         assert work.before == {"data": ["a", "b"], "layers": {"1": 2.5}} == as_noted(ASKED)
         assert {entry.name for entry in work.entries()} == KEPT
     assert {entry.name for entry in path.iterdir()} == KEPT
 
 
 def test_a_second_process_is_refused_and_changes_nothing(path: Path) -> None:
-    with work_folder(path, "taken") as work:
+    with work_folder(path, ANY, "taken") as work:
         fill(work)
         for restart in (False, True):
-            with pytest.raises(SecateurError, match="it is mine"), work_folder(path, "it is mine", restart=restart):
+            with (
+                pytest.raises(SecateurError, match="it is mine"),
+                work_folder(path, ANY, "it is mine", restart=restart),
+            ):
                 raise AssertionError
         assert {entry.name for entry in work.entries()} == KEPT
-        with pytest.raises(SecateurError, match="it is mine"), work_folder(path, "it is mine"):
+        with pytest.raises(SecateurError, match="it is mine"), work_folder(path, ANY, "it is mine"):
             raise AssertionError  # the one that was refused has not freed the lock
 
 
@@ -61,27 +66,27 @@ def test_a_lock_whose_folder_was_taken_away_in_between_is_refused(path: Path, mo
         shutil.rmtree(path)
 
     monkeypatch.setattr("fcntl.flock", owner_leaves)
-    with pytest.raises(SecateurError, match="taken"), work_folder(path, "taken"):
+    with pytest.raises(SecateurError, match="taken"), work_folder(path, ANY, "taken"):
         raise AssertionError
 
 
 def test_an_empty_folder_goes_and_a_restart_begins_with_one(path: Path) -> None:
-    with work_folder(path, "taken") as work:
+    with work_folder(path, ANY, "taken") as work:
         assert (work.before, work.entries()) == (None, [])
         fill(work)
-    with work_folder(path, "taken", restart=True) as work:
+    with work_folder(path, ANY, "taken", restart=True) as work:
         assert (work.before, work.entries()) == (None, [])
     assert not path.exists()
 
 
 @pytest.mark.parametrize(("take_away", "is_noted"), [(Work.clear, False), (Work.remove, True)])
 def test_of_work_that_is_thrown_away_the_note_goes_first_and_of_finished_work_last(
-    take_away: Callable[[Work], None], is_noted: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+    take_away: Callable[[Work[Any]], None], is_noted: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    with work_folder(path, "taken") as work:
+    with work_folder(path, ANY, "taken") as work:
         fill(work)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", refuse)
@@ -95,10 +100,10 @@ def test_of_work_that_is_thrown_away_the_note_goes_first_and_of_finished_work_la
 def test_a_damaged_note_is_named_and_a_restart_helps(path: Path) -> None:
     path.mkdir()
     (path / NOTE).write_text('{"a": 1')
-    with pytest.raises(SecateurError, match=r"asked\.json: .*use --restart"), work_folder(path, "taken"):
+    with pytest.raises(SecateurError, match=r"asked\.json: .*use --restart"), work_folder(path, ANY, "taken"):
         raise AssertionError
     assert (path / NOTE).is_file()
-    with work_folder(path, "taken", restart=True) as work:
+    with work_folder(path, ANY, "taken", restart=True) as work:
         assert work.before is None
 
 

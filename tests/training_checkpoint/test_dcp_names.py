@@ -260,17 +260,18 @@ def test_another_engine_is_described_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "expected format 'secateur-names' and version 1"),
+        ({"version": 2}, "'version' is 2, expected 1"),
         ({"blocks": ["layers.{number}.moe"]}, r"has \['number'\]"),
+        ({"blocks": ["{layer}.{layer}.moe"]}, r"'\{layer\}\.\{layer\}\.moe': redefinition of group name"),
         ({"blocks": ["layers.moe"]}, r"has the placeholders \[\], expected \['layer'\]"),
         ({"optimizer": ["optim.{name}"]}, "expected .*key.*name"),
-        ({"blocks": "layers.{layer}.moe"}, "expected a list of texts"),
-        ({"experts": {"w1": {"dim": -1}}}, "expected dim and num_trailing from 0, rows from 1 or null"),
-        ({"experts": {"w1": {"rows": 0}}}, "rows from 1 or null"),
-        ({"experts": {"w1": {"axis": 0}}}, "axis"),
-        ({"experts": {"w1": 0}}, "names file"),
-        ({"experts": []}, "names file"),
-        ({"surprise": []}, "surprise"),
+        ({"blocks": "layers.{layer}.moe"}, "'blocks' is 'layers.*', expected a list"),
+        ({"experts": {"w1": {"dim": -1}}}, "'experts.w1.dim' is -1, expected a whole number of at least 0"),
+        ({"experts": {"w1": {"rows": 0}}}, "'experts.w1.rows' is 0, expected a whole number above 0 or null"),
+        ({"experts": {"w1": {"axis": 0}}}, "'experts.w1.axis' is unknown, expected dim, rows, num_trailing"),
+        ({"experts": {"w1": 0}}, "names file .*'experts.w1' is 0, expected an object"),
+        ({"experts": []}, "names file .*'experts' is .*, expected an object"),
+        ({"surprise": []}, "'surprise' is unknown"),
     ],
 )
 def test_a_names_file_with_a_mistake_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,7 @@ from secateur.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from secateur.placement import Placement
-
-Loads = dict[int, list[float]]
+    from secateur.placement.loads import Loads
 
 FORMAT = "secateur-placement"
 VERSION = 1
@@ -72,6 +70,8 @@ def place(
     Example: `secateur place run/loads.jsonl --ranks 8 --few-moves 0.02 --plan plan.json`
     """
     import secateur.placement as placement
+    from secateur.placement.loads import read_loads
+    from secateur.placement.sglang import sglang_location
 
     if num_layers is not None and sglang is None:
         raise SecateurError("--num-layers says how many rows --sglang writes; it needs --sglang")
@@ -97,98 +97,6 @@ def place(
         print(json.dumps(result))
     elif not quiet:
         _show(result)
-
-
-def read_loads(path: Path) -> Loads:
-    """{layer: load of each expert} from one of the files that hold it.
-
-    Raises:
-        SecateurError: the file cannot be read, is not strict JSON, or holds something else; the message names it.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return _stored(path)
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            text = _last_line(text)
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-        return _loads(data)
-    except OSError as error:
-        raise SecateurError(f"{path}: cannot be read ({error.strerror})") from error
-    except SecateurError as error:
-        raise SecateurError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise SecateurError(f"{path}: not JSON in UTF-8 ({error})") from error
-
-
-def _stored(path: Path) -> Loads:
-    from secateur.stats import RouterStats
-
-    return {layer: [*counts] for layer, counts in RouterStats.load(path).loads().items()}
-
-
-def _last_line(text: str) -> str:
-    """The last window. A line without an end is what a killed writer leaves: it does not count."""
-    complete = text.split("\n")[:-1]
-    if not complete:
-        raise SecateurError("no line in it, expected at least one window of loads")
-    return complete[-1]
-
-
-def _loads(data: Any) -> Loads:
-    if isinstance(data, dict) and "format" in data:
-        from secateur.stats import RouterStats
-
-        return {layer: [*counts] for layer, counts in RouterStats.from_json(data).loads().items()}
-    if isinstance(data, dict) and "layers" in data:  # a line of loads.jsonl
-        data = data["layers"]
-    if not isinstance(data, dict) or not data:
-        raise SecateurError(f"found {data!r:.80}, expected an object with a list of loads for each layer")
-    layers = {}
-    for name, loads in data.items():
-        if not re.fullmatch("0|[1-9][0-9]{0,8}", name):
-            raise SecateurError(f"layer id is {name!r:.80}, expected a whole number")
-        if not isinstance(loads, list) or not all(type(load) in (int, float) for load in loads):
-            raise SecateurError(f"layer {name}: found {loads!r:.80}, expected a list of numbers, one for each expert")
-        layers[int(name)] = loads
-    return dict(sorted(layers.items()))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entry = dict(pairs)
-    if len(entry) != len(pairs):
-        raise SecateurError(f"an object lists a key twice: {[key for key, _ in pairs]!r:.200}")
-    return entry
-
-
-def _refuse(name: str) -> None:
-    raise SecateurError(f"found {name}, which is not JSON")
-
-
-def sglang_location(placements: Mapping[int, Placement], num_layers: int | None) -> dict[str, list[list[int]]]:
-    """SGLang's `--init-expert-location`: one row for each layer of the model, physical -> logical expert.
-
-    The rows are one table, found by layer id. So all layers need the same number of experts, and layers without
-    experts need a row too: ascending ids.
-
-    Raises:
-        SecateurError: layers with different numbers of experts, or layer ids that are missing or too high.
-    """
-    counts = {len(placement.order) for placement in placements.values()}
-    if len(counts) > 1:
-        raise SecateurError(f"layers have {sorted(counts)} experts, but SGLang's table has one width for all layers")
-    missing = sorted(set(range(max(placements) + 1)) - set(placements))
-    if num_layers is None and missing:
-        raise SecateurError(
-            f"there are no loads for layers {missing}, but SGLang's table has a row for every layer of the model; "
-            "give --num-layers if these have no experts"
-        )
-    if num_layers is not None and max(placements) >= num_layers:
-        raise SecateurError(f"there are loads for layer {max(placements)}, but --num-layers is {num_layers}")
-    ascending = range(counts.pop())
-    rows = range(len(placements) if num_layers is None else num_layers)
-    table = [list(placements[row].order if row in placements else ascending) for row in rows]
-    return {"physical_to_logical_map": table}
 
 
 def _as_json(loads: Loads, placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,8 +110,8 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
 
 
 def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:
-    from secateur.commands.place import read_loads
     from secateur.model_folder.source import of_loads, read_source
+    from secateur.placement.loads import read_loads
 
     if (source / LOADS).is_file():
         if pretrained is not None:

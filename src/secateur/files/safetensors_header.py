@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.json import parse_json
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LENGTH = struct.Struct("<Q")  # of the header, in front of it
@@ -70,9 +71,9 @@ def parse_header(data: bytes, size: int, path: Path) -> Header:
         (length,) = LENGTH.unpack(_exactly(data[: LENGTH.size], LENGTH.size))
         if length > MAX_HEADER:
             raise SecateurError(f"a header of {length} bytes, expected at most {MAX_HEADER}")
-        text = _exactly(data[LENGTH.size :], length).decode("utf-8")
-        return _checked(json.loads(text, object_pairs_hook=_unique), LENGTH.size + length, size)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(_exactly(data[LENGTH.size :], length), "its header")
+        return _checked(header, LENGTH.size + length, size)
+    except SecateurError as error:
         raise SecateurError(f"{path}: not a whole safetensors file ({error})") from error
 
 
@@ -110,10 +111,6 @@ def _entry(name: str, value: Any, data_start: int) -> Entry:
     dtype, shape, offsets = value["dtype"], whole_numbers(value["shape"]), whole_numbers(value["data_offsets"])
     if not isinstance(dtype, str) or dtype not in BITS:
         raise SecateurError(f"{name!r:.200}: dtype {dtype!r:.40}, expected one of {', '.join(BITS)}")
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SecateurError(f"{name!r:.200} is no text in UTF-8") from error
     if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
         length = offsets[1] - offsets[0] if len(offsets) == 2 else 0
         raise SecateurError(f"{name!r:.200}: {length} bytes for shape {list(shape)} of {dtype}")
@@ -131,9 +128,3 @@ def _exactly(data: bytes, length: int) -> bytes:
     if len(data) != length:
         raise SecateurError(f"it ends after {len(data)} of {length} bytes of its header")
     return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise SecateurError("its header lists a name twice")
-    return dict(pairs)

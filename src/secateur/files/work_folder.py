@@ -9,23 +9,25 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.lock import locked
+from secateur.files.records import as_record
 
+T = TypeVar("T")
 NOTE, LOCK = "asked.json", "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(Generic[T]):
     """The folder of one. `before` is what its last start was asked for, None at the first; `noted` is that file."""
 
     path: Path
     noted: Path
-    before: Mapping[str, Any] | None
+    before: T | None
 
     def entries(self) -> list[Path]:
         """What is in it, the note first."""
@@ -52,12 +54,14 @@ def place_of_work(out: Path, what: str = "pruning") -> Path:
 
 
 @contextlib.contextmanager
-def work_folder(path: Path, refusal: str, *, restart: bool = False, note: str = NOTE) -> Iterator[Work]:
+def work_folder(
+    path: Path, kind: type[T], refusal: str, *, restart: bool = False, note: str = NOTE
+) -> Iterator[Work[T]]:
     """The work folder at `path`, for one process at a time; an empty one goes again.
 
     Args:
-        refusal: the message where another process is at it. restart: throw away what is in it. note: name of the file
-            that says what a start was asked for.
+        kind: the type of what a start is asked for, see `as_record`. refusal: the message where another process is
+            at it. restart: throw away what is in it. note: name of the file that says what a start was asked for.
 
     Raises:
         SecateurError: another process is at it, or what lies in it is damaged.
@@ -65,17 +69,17 @@ def work_folder(path: Path, refusal: str, *, restart: bool = False, note: str = 
     path.mkdir(parents=True, exist_ok=True)
     try:
         with locked(path / LOCK, refusal):
-            found = Work(path=path, noted=path / note, before=None)
+            found = Work[T](path=path, noted=path / note, before=None)
             if restart:
                 found.clear()
-            yield dataclasses.replace(found, before=_read(found.noted))
+            yield dataclasses.replace(found, before=_read(found.noted, kind))
     finally:
         with contextlib.suppress(OSError):
             path.rmdir()  # of work that is finished, or of a start that was refused before it began
 
 
 def as_noted(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What `Work.before` says once `asked` was noted: tuples are lists, keys are texts."""
+    """`asked` as it comes back from a note: tuples are lists, keys are texts."""
     noted: dict[str, Any] = json.loads(json.dumps(asked))
     return noted
 
@@ -85,9 +89,9 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in {**now, **before} if before.get(name) != now.get(name)]
 
 
-def _read(noted: Path) -> Mapping[str, Any] | None:
+def _read(noted: Path, kind: type[T]) -> T | None:
     try:
-        return read_object(noted) if noted.is_file() else None
+        return as_record(read_object(noted), kind, str(noted)) if noted.is_file() else None
     except SecateurError as error:
         raise SecateurError(f"{error}; not what an unfinished run writes, use --restart") from error
 

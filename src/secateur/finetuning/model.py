@@ -26,8 +26,8 @@ from secateur.model_folder.read.load import load as load_model
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
-from secateur.model_folder.rewrite.apply import PAGE, REPORT
-from secateur.model_folder.rewrite.report import VERIFIED
+from secateur.model_folder.rewrite.apply import PAGE
+from secateur.model_folder.rewrite.report import REPORT, VERIFIED
 from secateur.models.vmoe import VMoEForImageClassification
 
 HEAD = "classifier"

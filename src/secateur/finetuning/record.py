@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from secateur.environment import hardware, versions
+from secateur.files.json import read_object
+from secateur.files.records import Count, Experts, Finite, Layer, as_record
 from secateur.finetuning.model import Loaded
+from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.settings import FinetuneSettings
 from secateur.finetuning.task import Task
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -15,6 +21,68 @@ from secateur.train.training_log import finite_or_none
 from secateur.version import __version__
 
 FORMAT, VERSION = "secateur-finetune", 1
+
+
+class Loss(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A training loss."""
+
+    step: Count
+    loss: Finite
+    learning_rate: Finite | None
+    grad_norm: Finite | None
+
+
+class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured on one domain; accuracy of images."""
+
+    loss: Finite
+    accuracy: Finite | None = None
+
+
+class Evaluation(Measured, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The mean of all domains, and each."""
+
+    step: Count
+    domains: dict[str, Measured]
+
+
+class FinetuneFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """finetune.json. One of the two speeds is there, and is null of a run that was resumed after its last step."""
+
+    format: Literal["secateur-finetune"]
+    version: Literal[1]
+    secateur: str
+    name: str
+    source: str
+    model_type: str
+    experts: dict[Layer, Experts]
+    parameters: Count
+    trained_parameters: Count
+    router_aux_loss: dict[str, str | Finite] | None
+    steps: Count
+    warmup_steps: Count
+    epochs: Finite
+    data: dict[str, Any]
+    options: FinetuneOptions
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    losses: Annotated[tuple[Loss, ...], Meta(min_length=1, description="a list of training losses")]
+    evaluations: tuple[Evaluation, ...]
+    seconds: Finite
+    resumed_after_step: Count | None
+    peak_memory_bytes: Count
+    tokens_per_second: Finite | None = None
+    images_per_second: Finite | None = None
+
+
+def read_record(path: Path) -> tuple[FinetuneFile, dict[str, Any]]:
+    """What a finetune.json says, and the same as JSON.
+
+    Raises:
+        SecateurError: no such file, or something else in it.
+    """
+    data = read_object(path)
+    return as_record(data, FinetuneFile, str(path)), data
 
 
 def known(folder: ModelFolder, loaded: Loaded, task: Task, settings: FinetuneSettings) -> dict[str, Any]:

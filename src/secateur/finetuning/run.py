@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 from transformers import PrinterCallback, TrainerState
 
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
-from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, written_beside
+from secateur.files.records import as_record
 from secateur.files.work_folder import Work, as_noted, place_of_work, work_folder
 from secateur.finetuning.images import image_task
 from secateur.finetuning.model import LOGS, Loaded, check_trainable, load, write
 from secateur.finetuning.options import SCHEDULES, FinetuneOptions, check_modality, in_parts, option
-from secateur.finetuning.record import evaluations, known, losses, with_section
+from secateur.finetuning.record import evaluations, known, losses, read_record, with_section
 from secateur.finetuning.settings import DataSettings, FinetuneSettings, ModelSettings, RecordSettings, TrainingSettings
 from secateur.finetuning.task import Task, size
 from secateur.finetuning.text import text_task
@@ -51,6 +52,14 @@ TASKS: dict[Modality, Callable[[ModelFolder, DataSettings, ModelSettings], Task]
     "images": image_task,
 }
 MOMENTUM = 0.9  # of --optimizer sgd
+
+
+class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that decides the result."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    options: FinetuneOptions
 
 
 def finetune(
@@ -122,18 +131,19 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
     Raises:
         SecateurError: the result, or what lies beside it, is of another run.
     """
-    record = read_object(out / FINETUNED)
+    record, as_json = read_record(out / FINETUNED)
+    now = _as_asked(asked)
     with _work(out) as work:
         try:
-            _check_same({"model": asked["model"]} | record, asked)
+            _check_same(Asked(model=now.model, data=record.data, options=record.options), now)
             if work.before is None and work.entries():
                 raise SecateurError(f"nothing says what {work.path} is of")
-            _check_same(work.before or asked, asked)
+            _check_same(work.before or now, now)
         except SecateurError as error:
             raise SecateurError(f"--out {out}: it is there already, and not from this run ({error})") from error
         if not dry_run:
             work.remove()
-    return record
+    return as_json
 
 
 def _asked(folder: ModelFolder, task: Task, record: RecordSettings) -> dict[str, Any]:
@@ -141,14 +151,18 @@ def _asked(folder: ModelFolder, task: Task, record: RecordSettings) -> dict[str,
     return as_noted({"model": folder.files.state, "data": dict(task.about), "options": record.options})
 
 
-def _work(out: Path, *, restart: bool = False) -> contextlib.AbstractContextManager[Work]:
+def _as_asked(asked: Mapping[str, Any]) -> Asked:
+    return as_record(asked, Asked, "what is asked")
+
+
+def _work(out: Path, *, restart: bool = False) -> contextlib.AbstractContextManager[Work[Asked]]:
     place = place_of_work(out, WHAT)
     refusal = f"--out {out}: another process is {WHAT} into it (it holds {place})"
-    return work_folder(place, refusal, restart=restart)
+    return work_folder(place, Asked, refusal, restart=restart)
 
 
 @contextlib.contextmanager
-def _kept_for_resume(work: Work) -> Iterator[None]:
+def _kept_for_resume(work: Work[Asked]) -> Iterator[None]:
     """Of a run that failed, keep what it can go on from, and nothing where there is none."""
     try:
         yield
@@ -158,7 +172,7 @@ def _kept_for_resume(work: Work) -> Iterator[None]:
         raise
 
 
-def _begin(work: Work, asked: Mapping[str, Any], *, resume: bool) -> tuple[str, Path | None]:
+def _begin(work: Work[Asked], asked: Mapping[str, Any], *, resume: bool) -> tuple[str, Path | None]:
     """(what tells this run from others, the checkpoint to go on from).
 
     Raises:
@@ -171,7 +185,7 @@ def _begin(work: Work, asked: Mapping[str, Any], *, resume: bool) -> tuple[str, 
             "away with --restart"
         )
     if resume and work.before is not None:
-        _check_same(work.before, asked)
+        _check_same(work.before, _as_asked(asked))
     if last is None:
         work.clear()
     work.note(asked)
@@ -179,17 +193,17 @@ def _begin(work: Work, asked: Mapping[str, Any], *, resume: bool) -> tuple[str, 
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(), last
 
 
-def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    options = before.get("options") or {}
-    for name, value in asked["options"].items():
-        if (was := options.get(name)) != value:
+def _check_same(before: Asked, now: Asked) -> None:
+    options = before.options.to_json()
+    for name, value in now.options.to_json().items():
+        if (was := options[name]) != value:
             raise SecateurError(f"--resume: {option(name)} is {value!r}, but the run was started with {was!r}")
     for what in ("model", "data"):
-        if before.get(what) != asked[what]:
+        if getattr(before, what) != getattr(now, what):
             raise SecateurError(f"--resume: the {what} is not the one that the run was started with")
 
 
-def _write_all(loaded: Loaded, source: ModelFolder, work: Work, record: Mapping[str, Any], folder: Path) -> None:
+def _write_all(loaded: Loaded, source: ModelFolder, work: Work[Asked], record: Mapping[str, Any], folder: Path) -> None:
     write(loaded, source, folder)
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

@@ -15,6 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, refused_by_the_disk
+from secateur.files.json import read_object
+from secateur.files.records import Count, Finite, as_record
 from secateur.finetuning.task import Task
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.training_log import Progress, TrainingLog
@@ -29,8 +31,17 @@ class TrainingTime:
     items: sequences or images trained on. seconds: from the begin of a step, when its data is there, to its end.
     """
 
-    items: int = 0
-    seconds: float = 0.0
+    items: Count = 0
+    seconds: Finite = 0.0
+
+
+def read_spent(path: Path) -> TrainingTime:
+    """What lies in a checkpoint.
+
+    Raises:
+        SecateurError: no such file, or something else in it.
+    """
+    return as_record(read_object(path), TrainingTime, str(path))
 
 
 class FinetuneTrainer(ResumableTrainer):
@@ -68,8 +79,8 @@ class FinetuneTrainer(ResumableTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         mine: Any = self.model
         load_model(mine, Path(resume_from_checkpoint) / WEIGHTS)
-        before = json.loads((Path(resume_from_checkpoint) / SPENT).read_text())
-        self._spent.items, self._spent.seconds = before["items"], before["seconds"]
+        before = read_spent(Path(resume_from_checkpoint) / SPENT)
+        self._spent.items, self._spent.seconds = before.items, before.seconds
 
 
 class FinetuneLog(TrainingLog):

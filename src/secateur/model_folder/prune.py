@@ -9,18 +9,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file
+from secateur.files.records import as_record
 from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
-from secateur.model_folder.checks.claims import as_json, check_tokens, verify_model
+from secateur.model_folder.checks.claims import as_json, check_tokens, read_verified, verify_model
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome, who_needs_data
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.tensor_files import STATS
 from secateur.model_folder.rewrite.apply import apply_to_model, check_target_pair
-from secateur.model_folder.rewrite.report import VERIFIED
-from secateur.model_folder.rewrite.undo import RECORD, holds_undo
+from secateur.model_folder.rewrite.report import REPORT, VERIFIED, read_applied
+from secateur.model_folder.rewrite.undo import holds_undo, read_record
 from secateur.model_folder.source import Source, of_folder, of_observation
 from secateur.observation.observation import Observation
 from secateur.plans import ZERO_SLOT, LayerPlan, Plan
@@ -29,6 +32,17 @@ from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 Observe = Callable[[ModelFolder, Path], tuple[Mapping[str, Any], Callable[[], object]]]
 Progress = Callable[[str, int, int], None]
 KEPT_STATS, KEPT_PLAN = "stats.safetensors", "plan.json"  # in the work folder
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that decides the result."""
+
+    model: dict[str, Any]
+    pretrained: dict[str, Any] | None
+    data: dict[str, Any] | None
+    choice: dict[str, Any]
+    undo: str | None
+    mtp: str | None
 
 
 def prune(
@@ -94,7 +108,7 @@ def prune(
             observe(found, place / KEPT_STATS)
         return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
     refusal = f"--out {out}: another process is pruning into it (it holds {place})"
-    with work_folder(place, refusal, restart=restart) as work:
+    with work_folder(place, Asked, refusal, restart=restart) as work:
         stats = work.path / KEPT_STATS  # once they are finished; an unfinished pass keeps what it has beside them
         data, take = observe(found, stats) if choice.needs_data and observe is not None else (None, None)
         asked = _asked(source, choice, data, undo, mtp)
@@ -104,8 +118,8 @@ def prune(
         _check_same(work, asked)
         _remove_unfinished_undo(work, asked, undo, out)
         _check_targets(model, out, undo)
-        kept = (work.before or {}).get("data")  # of statistics that this start may not need, and the next one may
-        work.note(asked | {"data": asked["data"] or kept})
+        kept = work.before and work.before.data  # of statistics that this start may not need, and the next one may
+        work.note(msgspec.structs.asdict(asked) | {"data": asked.data or kept})
         if take is not None:
             if not stats.is_file():
                 take()
@@ -179,13 +193,13 @@ def _verify(model: Path, written: Path, out: Path, num_tokens: int, on_progress:
 
 
 def _finished(out: Path, source: Source) -> dict[str, Any]:
-    report = read_object(out / "report.json")
+    plan, _ = read_applied(out / REPORT)
     if source.stats is None and (out / STATS).is_file():
         source = dataclasses.replace(source, stats=Observation.load(out / STATS).stats)
     return {
-        "outcome": outcome(source, Plan.from_json(report["plan"])),
-        "verified": read_object(out / VERIFIED),
-        "report": report,
+        "outcome": outcome(source, plan),
+        "verified": read_verified(out / VERIFIED),
+        "report": read_object(out / REPORT),
     }
 
 
@@ -205,9 +219,9 @@ def _without_one_expert(folder: ModelFolder, choice: Choice) -> Plan:
     return Plan(layers=layers, criterion=choice.criterion, removed=choice.removed)
 
 
-def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
+def _check_same(work: Work[Asked], asked: Asked) -> None:
     for key in ("model", "pretrained", "data"):
-        before, now = (work.before or {}).get(key), asked[key]
+        before, now = getattr(work.before, key, None), getattr(asked, key)
         if before is None or now is None or before == now:
             continue
         name = differing(before, now)[0]
@@ -218,20 +232,17 @@ def _check_same(work: Work, asked: Mapping[str, Any]) -> None:
         )
 
 
-def _remove_unfinished_undo(work: Work, asked: Mapping[str, Any], undo: Path | None, out: Path) -> None:
+def _remove_unfinished_undo(work: Work[Asked], asked: Asked, undo: Path | None, out: Path) -> None:
     """Of a start that was killed after the undo folder got its name and before the result did."""
-    if undo is None or out.exists() or work.before is None or work.before.get("undo") != asked["undo"]:
+    if undo is None or out.exists() or work.before is None or work.before.undo != asked.undo:
         return
     if holds_undo(undo) and (work.path / KEPT_PLAN).is_file():
-        written = read_object(undo / RECORD).get("plan")
-        if written == Plan.load(work.path / KEPT_PLAN).to_json():
+        _, written = read_record(undo)
+        if written == Plan.load(work.path / KEPT_PLAN):
             shutil.rmtree(undo)
 
 
-def _asked(
-    source: Source, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None
-) -> dict[str, Any]:
-    """All that decides the result, as it comes back from a file."""
+def _asked(source: Source, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None) -> Asked:
     assert source.found is not None
     asked = {
         "model": source.found.files.state,
@@ -241,4 +252,4 @@ def _asked(
         "undo": None if undo is None else str(undo.resolve()),
         "mtp": mtp,
     }
-    return as_noted(asked)
+    return as_record(as_noted(asked), Asked, "what is asked")

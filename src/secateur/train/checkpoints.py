@@ -9,13 +9,25 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+import msgspec
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, fsync_file, fsync_folder
+from secateur.files.json import read_json
+from secateur.files.records import Count, as_record
 
 COMPLETE = "complete.json"
 FORMAT = "secateur-checkpoint"
+
+
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """complete.json: the run that a checkpoint is of, and bytes of each of its files."""
+
+    format: Literal["secateur-checkpoint"]
+    run: str
+    sizes: Annotated[dict[str, Count], msgspec.Meta(min_length=1, description="an object with the size of each file")]
 
 
 def seal(checkpoint: Path, run: str) -> None:
@@ -36,12 +48,10 @@ def seal(checkpoint: Path, run: str) -> None:
 
 def is_whole(checkpoint: Path) -> bool:
     """True when `seal` finished and every file still has the size it had then."""
-    sizes = _read(checkpoint).get("sizes")
-    if not isinstance(sizes, dict) or not sizes:
-        return False
     try:
+        sizes = read_seal(checkpoint).sizes
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except OSError:
+    except (OSError, ValueError):  # no seal, or no such file, or a name that no file can have
         return False
 
 
@@ -52,7 +62,7 @@ def last_whole(folder: Path, run: str | None = None) -> Path | None:
         SecateurError: it is not of `run`, when that is given.
     """
     last = max(filter(is_whole, _all(folder)), key=step_of, default=None)
-    if last is not None and run is not None and _read(last).get("run") != run:
+    if last is not None and run is not None and read_seal(last).run != run:
         raise SecateurError(
             f"{last}: a checkpoint of another run (other settings or other data), expected one of this run; take it "
             "out of the folder"
@@ -76,13 +86,14 @@ def step_of(checkpoint: Path) -> int:
     return int(step)
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
-    """The content of the seal; empty when there is none that can be read."""
-    try:
-        content = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+def read_seal(checkpoint: Path) -> Seal:
+    """What `seal` wrote.
+
+    Raises:
+        SecateurError: it is not there, or damaged.
+    """
+    path = checkpoint / COMPLETE
+    return as_record(read_json(path), Seal, str(path))
 
 
 def _all(folder: Path) -> list[Path]:

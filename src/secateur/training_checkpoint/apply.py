@@ -12,6 +12,7 @@ from typing import Any
 from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import read_json
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnProgress, counted, silent
 from secateur.plans import JSON, Plan
@@ -194,10 +195,7 @@ def _edited_configs(
     for relative in others:
         if relative.name != CONFIG:
             continue
-        try:
-            config = json.loads((source / relative).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise SecateurError(f"{source / relative}: not JSON ({error})") from error
+        config = read_json(source / relative)
         if isinstance(config, dict) and has_expert_count(config):
             edited[relative] = with_counts(config, before, after)
     return edited

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from secateur.errors import SecateurError
+from secateur.files.json import read_json
+from secateur.files.records import Count, Positive, as_record
 from secateur.training_checkpoint.names import Axis, Naming, pattern_of
 
-FORMAT = "secateur-names"
-VERSION = 1
+
+class AxisEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of `Axis`."""
+
+    dim: Count = Axis.dim
+    rows: Positive | None = Axis.rows
+    num_trailing: Count = Axis.num_trailing
+
+
+class NamesFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of `Naming`, whose name is that of the file."""
+
+    format: Literal["secateur-names"]
+    version: Literal[1]
+    blocks: tuple[str, ...]
+    routers: dict[str, AxisEntry]
+    experts: dict[str, AxisEntry]
+    counters: tuple[str, ...] = Naming.counters
+    whole: tuple[str, ...] = Naming.whole
+    outside: tuple[str, ...] = Naming.outside
+    optimizer: tuple[str, ...] = Naming.optimizer
+    settings: tuple[str, ...] = Naming.settings
+
+    def __post_init__(self) -> None:
+        wanted = [(block, {"layer"}) for block in self.blocks]
+        wanted += [(template, {"name", "key"}) for template in (*self.optimizer, *self.settings)]
+        for template, needs in wanted:
+            try:
+                pattern_of(template)
+            except re.error as error:
+                raise SecateurError(f"{template!r}: {error}") from error
+            found = set(re.findall(r"\{(\w+)\}", template)) - {"prefix"}
+            if found != needs:
+                raise SecateurError(f"{template!r} has the placeholders {sorted(found)}, expected {sorted(needs)}")
 
 
 def read_naming(path: Path) -> Naming:
@@ -20,45 +55,20 @@ def read_naming(path: Path) -> Naming:
     Raises:
         SecateurError: it cannot be read, or an entry is missing, unknown or of another type.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or (data.pop("format", None), data.pop("version", None)) != (FORMAT, VERSION):
-            raise SecateurError(f"expected format {FORMAT!r} and version {VERSION}")
-        fields: dict[str, Any] = {"name": path.name}
-        for key, value in data.items():
-            if key in ("routers", "experts"):
-                fields[key] = {str(name): _axis(name, axis) for name, axis in value.items()}
-            else:
-                fields[key] = _strings(key, value)
-        naming = Naming(**fields)
-        for template in (*naming.blocks, *naming.optimizer, *naming.settings):
-            pattern_of(template)
-        _check_templates(naming)
-    except OSError as error:
-        raise SecateurError(f"names file {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
-        raise SecateurError(f"names file {path}: {error}") from error
-    return naming
+    where = f"names file {path}"
+    file = as_record(read_json(path, where=where), NamesFile, where)
+    return Naming(
+        name=path.name,
+        blocks=file.blocks,
+        routers={name: _axis(entry) for name, entry in file.routers.items()},
+        experts={name: _axis(entry) for name, entry in file.experts.items()},
+        counters=file.counters,
+        whole=file.whole,
+        outside=file.outside,
+        optimizer=file.optimizer,
+        settings=file.settings,
+    )
 
 
-def _check_templates(naming: Naming) -> None:
-    wanted = [(block, {"layer"}) for block in naming.blocks]
-    wanted += [(template, {"name", "key"}) for template in (*naming.optimizer, *naming.settings)]
-    for template, needs in wanted:
-        found = set(re.findall(r"\{(\w+)\}", template)) - {"prefix"}
-        if found != needs:
-            raise SecateurError(f"{template!r} has the placeholders {sorted(found)}, expected {sorted(needs)}")
-
-
-def _axis(name: str, value: Any) -> Axis:
-    axis = Axis(**value)
-    numbers = ((axis.dim, 0), (axis.num_trailing, 0), (1 if axis.rows is None else axis.rows, 1))
-    if any(type(number) is not int or number < least for number, least in numbers):
-        raise SecateurError(f"{name}: found {value}, expected dim and num_trailing from 0, rows from 1 or null")
-    return axis
-
-
-def _strings(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise SecateurError(f"{key}: found {value!r:.60}, expected a list of texts")
-    return tuple(value)
+def _axis(entry: AxisEntry) -> Axis:
+    return Axis(dim=entry.dim, rows=entry.rows, num_trailing=entry.num_trailing)

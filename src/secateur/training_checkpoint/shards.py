@@ -5,17 +5,21 @@ The offsets of a block in its tensor are in the header of its file, under DCP_SH
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+import msgspec
 import torch
 
 from secateur.errors import SecateurError
-from secateur.files.safetensors_header import read_header, whole_numbers
+from secateur.files.json import parse_json
+from secateur.files.records import Count, as_record
+from secateur.files.safetensors_header import read_header
 from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredCheckpoint, file_inside, whole_tensor
 
 FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+OFFSETS = "DCP_SHARDING_INFO"  # text in a header: {tensor: {"saved_offsets": [...]}}
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -31,6 +35,12 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a block of a tensor begins, on each axis."""
+
+    saved_offsets: tuple[Count, ...]
 
 
 def is_shards_folder(folder: Path) -> bool:
@@ -53,7 +63,7 @@ def read_shards(folder: Path) -> StoredCheckpoint:
             for tensor, dtype, chunk in _chunks(path):
                 chunks.setdefault(tensor, []).append(chunk)
                 dtypes.setdefault(tensor, set()).add(dtype)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (SecateurError, KeyError) as error:
             raise SecateurError(f"{path}: not a distributed safetensors file ({error})") from error
     tensors = {}
     for tensor, parts in chunks.items():
@@ -77,10 +87,11 @@ def _check_ranks(folder: Path, names: list[str]) -> None:
 
 def _chunks(path: Path) -> list[tuple[str, torch.dtype, Chunk]]:
     header = read_header(path)
-    offsets = json.loads(header.metadata["DCP_SHARDING_INFO"])
+    about = parse_json(header.metadata[OFFSETS], OFFSETS)
+    blocks = as_record(about, dict[str, Block], OFFSETS)
     found = []
     for name, entry in header.entries.items():
-        at = whole_numbers(offsets[name]["saved_offsets"])
+        at = blocks[name].saved_offsets
         if len(at) != len(entry.shape):
             raise SecateurError(f"{name}: offsets {at} for a block of shape {entry.shape}")
         place = StoredBytes(path=path, start=entry.start, length=entry.length)

@@ -132,7 +132,7 @@ def test_a_tensor_that_is_there_twice_is_refused(folder: Path) -> None:
     header = json.dumps({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})[:-1]
     text = (header + "," + header[1:] + "}").encode()
     (folder / FIRST).write_bytes(struct.pack("<Q", len(text)) + text)
-    refused(folder, "lists a name twice")
+    refused(folder, "its header: an object lists a key twice: 'a'")
     save_file({name: torch.rand(3, 4) for name in NAMES}, folder / FIRST)
     refused(folder, f"the tensor .* is in {FIRST} and in {SECOND}")
 
@@ -183,7 +183,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": ENTRY | {"data_offsets": [0, 8, 8]}}, "0 bytes for shape"),
         ({"a": ENTRY | {"data_offsets": [4, 12]}}, "begins at byte .*, expected"),
         ({"a": ENTRY, "b": ENTRY}, "'b' begins at byte"),
-        ({"\ud800": ENTRY}, "no text in UTF-8"),
+        ({"\ud800": ENTRY}, "its header: not JSON in UTF-8"),
     ],
 )
 def test_a_header_with_a_fault_is_refused(header: Any, message: str, tmp_path: Path) -> None:

@@ -118,20 +118,20 @@ def edit(folders: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "expected secateur-undo, version 1"),
+        ({"version": 2}, "'version' is 2, expected 1"),
         ({"plan": {}}, "'format' is missing"),
         (
             {"plan": PLAN.to_json() | {"layers": {"0": {"experts_before": 8, "order": [0]}}}},
             "is missing|bytes, expected",
         ),
-        ({"weights": []}, "has no attribute|object"),
-        ({"weights": {"a": {"bytes": "x", "sha256": ""}}}, "invalid literal"),
+        ({"weights": []}, r"'weights' is \[\], expected an object"),
+        ({"weights": {"a": {"bytes": "x", "sha256": ""}}}, r"'weights\.a\.bytes' is 'x', expected a whole number"),
         ({"weights": {"../a": {"bytes": 1, "sha256": ""}}}, "names the file '../a'"),
         ({"replaced": ["/etc/passwd"]}, "names the file '/etc/passwd'"),
         ({"dropped": ["../../x"]}, "names the file '../../x'"),
         ({"copied": {"..": ""}}, "names the file '..'"),
-        ({"copied": [1]}, "undo.json"),
-        ({"replaced": 3}, "undo.json"),
+        ({"copied": [1]}, r"undo\.json: 'copied' is \[1\], expected an object"),
+        ({"replaced": 3}, r"undo\.json: 'replaced' is 3, expected a list"),
     ],
 )
 def test_a_record_with_a_fault_is_refused(changes: Any, message: str, folders: Path) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from msgspec import Struct
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.json import read_object
 from secateur.files.progress import OnProgress, counted, silent
+from secateur.files.records import as_record
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.rewrite.compare import differences
+from secateur.model_folder.rewrite.report import REPORT, read_applied
 from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.plans import Plan, layer_plan
 
@@ -49,9 +54,7 @@ def verify_model(
     Raises:
         SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
     """
-    from secateur.model_folder.checks.sample import applied_plan
-
-    plan, mtp = applied_plan(pruned)
+    plan, mtp = read_applied(pruned / REPORT)
     before, after = read_model_folder(source), read_model_folder(pruned)
     left_out = before.mtp if mtp == "drop" else frozenset()
     counts = _counts(before, after, plan)
@@ -139,6 +142,36 @@ def as_json(source: Path, pruned: Path, checks: list[Check]) -> dict[str, Any]:
         "passed": all(check.passed is not False for check in checks),
         "checks": [{"claim": check.claim, "passed": check.passed, "detail": check.detail} for check in checks],
     }
+
+
+class CheckEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of `Check`."""
+
+    claim: str
+    passed: bool | None
+    detail: str
+
+
+class VerifyFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """verify.json."""
+
+    format: Literal["secateur-verify"]
+    version: Literal[1]
+    source: str
+    pruned: str
+    passed: bool
+    checks: tuple[CheckEntry, ...]
+
+
+def read_verified(path: Path) -> dict[str, Any]:
+    """The result as `as_json` gave it.
+
+    Raises:
+        SecateurError: no such file, or something else in it.
+    """
+    verified = read_object(path)
+    as_record(verified, VerifyFile, str(path))
+    return verified
 
 
 def check_tokens(num_tokens: int) -> None:

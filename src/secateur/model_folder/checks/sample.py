@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from secateur.errors import SecateurError
 from secateur.families import logits_of
-from secateur.files.json import read_object
 from secateur.model_folder.checks.oracle import without_dropped
 from secateur.model_folder.read.load import load
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -70,13 +69,3 @@ def generated(model: PreTrainedModel, tokens: Tensor) -> list[int] | None:
             tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
         )
     return [int(token) for token in found[0, tokens.shape[1] :]]
-
-
-def applied_plan(pruned: Path) -> tuple[Plan, str | None]:
-    """(plan of the last step, what became of MTP layers) from the report in a pruned folder."""
-    report = read_object(pruned / "report.json")
-    mtp = report.get("mtp")
-    try:
-        return Plan.from_json(report["plan"]), mtp if isinstance(mtp, str) else None
-    except KeyError as error:
-        raise SecateurError(f"{pruned / 'report.json'}: it has no plan; expected the report of `apply`") from error

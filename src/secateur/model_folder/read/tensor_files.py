@@ -16,7 +16,9 @@ from secateur.files.json import read_object
 from secateur.files.safetensors_header import Header, read_header
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-STATS = "observed/stats.safetensors"  # what `secateur prune` leaves in its result
+# What `secateur prune` leaves in its result; not beside config.json, where vLLM takes every *.safetensors for weights
+# if there is no index.
+STATS = "observed/stats.safetensors"
 FINETUNED = "finetune.json"  # what `secateur finetune` says of it: of these weights, and no others
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")

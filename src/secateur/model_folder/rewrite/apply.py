@@ -20,7 +20,7 @@ from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.compare import verify_written
 from secateur.model_folder.rewrite.config_json import edited_config
 from secateur.model_folder.rewrite.pieces import dropped_tensors, kept_tensors
-from secateur.model_folder.rewrite.report import VERIFIED, describe, page
+from secateur.model_folder.rewrite.report import REPORT, VERIFIED, describe, page
 from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
@@ -28,7 +28,7 @@ from secateur.plans import JSON, Plan, layer_plan
 from secateur.surgery.config_json import MODULE
 from secateur.surgery.fits import check_plan_fits
 
-PLAN, REPORT, PAGE, CARD, CODE = "plan.json", "report.json", "report.html", "README.md", f"{MODULE}.py"
+PLAN, PAGE, CARD, CODE = "plan.json", "report.html", "README.md", f"{MODULE}.py"
 MTP_CHOICES = ("whole", "drop")
 ENDS = 4096  # bytes compared at either end of every copied piece; `secateur verify` compares all
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from secateur.criteria import CRITERIA
+from secateur.errors import SecateurError
+from secateur.files.records import Expert, Finite, Layer, as_record
 from secateur.plans import REROUTE, ZERO_SLOT
 
 MEANINGS = {
@@ -14,23 +19,50 @@ MEANINGS = {
 }
 LOCAL = ("specs", "file")  # paths of whoever made the plan: in plan.json, but not on a card for everybody
 
+Ids = dict[Layer, tuple[Expert, ...]]
+
+
+class SuperExperts(Struct, frozen=True, kw_only=True):
+    """Ids by layer."""
+
+    protected: Ids | None = None
+    rescued: Ids | None = None
+
+
+class Details(Struct, frozen=True, kw_only=True):
+    """What our commands write into the details of a plan."""
+
+    keep: Annotated[dict[str, Any], Meta(min_length=1)] | None = None
+    rule: dict[str, Any] | None = None
+    allocation: str | None = None
+    seed: int | None = None
+    data: dict[str, Any] | None = None
+    rerouted_share: Finite | None = None
+    super_experts: SuperExperts = SuperExperts()
+    never_routed: Ids | None = None
+    zero_weights: Ids | None = None
+
 
 def recipe(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, its value) for all that the JSON of a plan tells of its making; what it does not tell has no row."""
-    details = plan.get("details") or {}
+    details = _told(plan.get("details") or {})
     rows = (
         ("criterion", _criterion(plan["criterion"])),
-        ("kept", _keep(details.get("keep"))),
-        ("rule", _pairs(details.get("rule"))),
-        ("counts of the layers", details.get("allocation")),
+        ("kept", _keep(details.keep)),
+        ("rule", _pairs(details.rule)),
+        ("counts of the layers", details.allocation),
         ("a removed expert", MEANINGS[plan.get("removed") or REROUTE]),
-        ("seed", details.get("seed")),
-        *((f"calibration: {name.replace('_', ' ')}", _short(value)) for name, value in _data(details)),
-        ("routed tokens that lose their expert", _share(details.get("rerouted_share"))),
-        ("super-experts protected", _by_layer(details.get("super_experts"), "protected")),
-        ("of these the criterion would have dropped", _by_layer(details.get("super_experts"), "rescued")),
-        ("never routed to", _ids(details.get("never_routed"))),
-        ("experts whose weights are all 0", _ids(details.get("zero_weights"))),
+        ("seed", details.seed),
+        *(
+            (f"calibration: {name.replace('_', ' ')}", _short(value))
+            for name, value in (details.data or {}).items()
+            if name not in LOCAL
+        ),
+        ("routed tokens that lose their expert", _share(details.rerouted_share)),
+        ("super-experts protected", _ids(details.super_experts.protected)),
+        ("of these the criterion would have dropped", _ids(details.super_experts.rescued)),
+        ("never routed to", _ids(details.never_routed)),
+        ("experts whose weights are all 0", _ids(details.zero_weights)),
         ("statistics", plan.get("stats_digest") and f"sha256 {plan['stats_digest']}"),
     )
     return [(name, str(value)) for name, value in rows if value is not None and value != ""]
@@ -43,8 +75,18 @@ def _criterion(name: str) -> str:
     return f"{name}: {known.help} ({'arXiv ' if known.source[0].isdigit() else ''}{known.source})"
 
 
-def _keep(keep: Any) -> str | None:
-    if not isinstance(keep, Mapping):
+def _told(details: Mapping[str, Any]) -> Details:
+    """The details that are of our commands' form; others may write there what they like, and it gets no row."""
+    ours = {}
+    for name in Details.__struct_fields__:
+        with contextlib.suppress(SecateurError, KeyError):
+            as_record({name: details[name]}, Details, "details")
+            ours[name] = details[name]
+    return as_record(ours, Details, "details")
+
+
+def _keep(keep: Mapping[str, Any] | None) -> str | None:
+    if keep is None:
         return None
     (kind, value), *_ = keep.items()
     words = {
@@ -56,13 +98,8 @@ def _keep(keep: Any) -> str | None:
     return words.get(kind)
 
 
-def _data(details: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    data = details.get("data")
-    return [(name, value) for name, value in data.items() if name not in LOCAL] if isinstance(data, Mapping) else []
-
-
-def _share(value: Any) -> str | None:
-    return f"{100 * value:.2f} %" if isinstance(value, float) else None
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.2f} %"
 
 
 def _pairs(value: Any) -> str | None:
@@ -82,12 +119,8 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _by_layer(found: Any, kind: str) -> str | None:
-    return _ids(found.get(kind)) if isinstance(found, Mapping) else None
-
-
-def _ids(found: Any) -> str | None:
-    if not isinstance(found, Mapping):
+def _ids(found: Ids | None) -> str | None:
+    if found is None:
         return None
     if not found:
         return "none"

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from msgspec import Struct
+
+from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.json import read_object
+from secateur.files.records import as_record
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.card import MTP, who_loads
 from secateur.model_folder.rewrite.pieces import NewTensor, router_is_untouched
@@ -17,9 +23,28 @@ from secateur.surgery.report import FORMAT, VERSION
 from secateur.version import __version__
 
 FORMAT_OF_FOLDER = "Hugging Face safetensors"
-# What `prune` leaves beside the files of `apply`; the first not beside config.json, where vLLM takes every
-# *.safetensors for weights if there is no index.
-VERIFIED = "verify.json"
+REPORT = "report.json"
+VERIFIED = "verify.json"  # what `prune` leaves beside the files of `apply`
+
+
+class Applied(Struct, frozen=True, kw_only=True):
+    """What is read of report.json again; the rest is for people."""
+
+    plan: dict[str, Any]
+    mtp: Literal["whole", "drop"] | None = None
+
+
+def read_applied(path: Path) -> tuple[Plan, str | None]:
+    """(plan of the last step, what became of MTP layers) from the report in a pruned folder.
+
+    Raises:
+        SecateurError: no such file, or not the report of `apply`.
+    """
+    applied = as_record(read_object(path), Applied, str(path))
+    try:
+        return Plan.from_json(applied.plan), applied.mtp
+    except SecateurError as error:
+        raise SecateurError(f"{path}: {error}") from error
 
 
 def describe(

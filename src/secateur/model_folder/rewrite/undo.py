@@ -7,10 +7,12 @@ its small files that the pruning replaced, and undo.json, which says what belong
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
@@ -18,6 +20,7 @@ from secateur.files.digest import sha256_of
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
+from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import Header, parse_header, read_header
 from secateur.model_folder.read.model_folder import ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
@@ -90,19 +93,19 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
     """
     for folder in (pruned, undo):
         check_target(folder, out)
-    record = _Record.read(undo)
-    source = understand(record.source(undo))
-    pieces = _pieces(source, record, read_tensor_files(pruned), undo)
+    record, plan = read_record(undo)
+    source = understand(_source(record, undo))
+    pieces = _pieces(source, record, plan, read_tensor_files(pruned), undo)
     total = sum(sum(piece.length for piece in file) for file in pieces.values())
     on_chunk = counted(total, on_bytes)
     with written_beside(out) as beside:
-        for name, about in record.weights.items():
+        for name, weights in record.weights.items():
             paths = {str(piece.path): piece.path for piece in pieces[name]}
             with Writer(beside / name, paths.__getitem__, on_chunk) as writer:
                 writer.put((undo / HEADERS / name).read_bytes())
                 for piece in pieces[name]:
                     writer.copy(str(piece.path), piece.from_start, piece.length)
-            _check_digest(beside / name, about["sha256"], "the folders do not belong together")
+            _check_digest(beside / name, weights.sha256, "the folders do not belong together")
         for name in record.replaced:
             copy_file(undo / FILES / name, beside / name)
         for name, digest in record.copied.items():
@@ -121,65 +124,75 @@ class _Piece:
     from_start: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Record:
-    plan: Plan
-    mtp: str | None
-    dropped: Sequence[str]
-    weights: Mapping[str, Mapping[str, Any]]
-    replaced: Sequence[str]
-    copied: Mapping[str, str]
+class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of the source's weights."""
 
-    @classmethod
-    def read(cls, undo: Path) -> _Record:
-        data = read_object(undo / RECORD)
-        if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
-            raise SecateurError(f"{undo / RECORD}: expected {FORMAT}, version {VERSION}")
-        try:
-            record = cls(
-                plan=Plan.from_json(data["plan"]),
-                mtp=data["mtp"],
-                dropped=_names(data["dropped"]),
-                weights={name: {"bytes": int(about["bytes"]), "sha256": about["sha256"]}
-                         for name, about in data["weights"].items()},
-                replaced=_names(data["replaced"]),
-                copied=dict(data["copied"]),
-            )  # fmt: skip
-            _names([*record.weights, *record.copied])
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise SecateurError(f"{undo / RECORD}: {error!r:.200}") from error
-        return record
-
-    def source(self, undo: Path) -> TensorFiles:
-        """The source as its headers describe it; its tensors lie in files that are not there."""
-        headers: dict[str, Header] = {}
-        tensors: dict[str, StoredTensor] = {}
-        for name, about in self.weights.items():
-            path = undo / HEADERS / name
-            headers[name] = parse_header(_read(path), about["bytes"], path)
-            for tensor, entry in headers[name].entries.items():
-                tensors[tensor] = StoredTensor(
-                    file=name, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
-                )
-        config = read_object(undo / FILES / CONFIG)
-        return TensorFiles(
-            path=undo, config=config, tensors=tensors, headers=headers, index=None, others=(), left_out=()
-        )
+    bytes: Count
+    sha256: str
 
 
-def _pieces(source: ModelFolder, record: _Record, pruned: TensorFiles, undo: Path) -> dict[str, list[_Piece]]:
+class UndoFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """undo.json. Names are of files: `dropped` lie in the undo folder, the others lay in the source."""
+
+    format: Literal["secateur-undo"]
+    version: Literal[1]
+    plan: dict[str, Any]
+    mtp: Literal["whole", "drop"] | None
+    dropped: tuple[str, ...]
+    weights: dict[str, Weights]
+    replaced: tuple[str, ...]
+    copied: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in (*self.dropped, *self.weights, *self.replaced, *self.copied):
+            if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise SecateurError(f"it names the file {name!r:.100}, expected one inside the folder")
+
+
+def read_record(undo: Path) -> tuple[UndoFile, Plan]:
+    """What undo.json says, and the plan in it.
+
+    Raises:
+        SecateurError: no such file, or something else in it.
+    """
+    where = str(undo / RECORD)
+    record = as_record(read_object(undo / RECORD), UndoFile, where)
+    try:
+        return record, Plan.from_json(record.plan)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
+
+
+def _source(record: UndoFile, undo: Path) -> TensorFiles:
+    """The source as its headers describe it; its tensors lie in files that are not there."""
+    headers: dict[str, Header] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, weights in record.weights.items():
+        path = undo / HEADERS / name
+        headers[name] = parse_header(_read(path), weights.bytes, path)
+        for tensor, entry in headers[name].entries.items():
+            tensors[tensor] = StoredTensor(
+                file=name, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
+            )
+    config = read_object(undo / FILES / CONFIG)
+    return TensorFiles(path=undo, config=config, tensors=tensors, headers=headers, index=None, others=(), left_out=())
+
+
+def _pieces(
+    source: ModelFolder, record: UndoFile, plan: Plan, pruned: TensorFiles, undo: Path
+) -> dict[str, list[_Piece]]:
     """The pieces of every file of the source, in their order; together they are all of it."""
     left_out = source.mtp if record.mtp == "drop" else frozenset()
     taken = {name: undo / name for name in record.dropped}
     entries = {name: (path, entry) for path in taken.values() for name, entry in read_header(path).entries.items()}
     places = {name: (tensor.start, pruned.path / tensor.file, tensor) for name, tensor in pruned.tensors.items()}
     pieces: dict[str, list[_Piece]] = {name: [] for name in record.weights}
-    for made in kept_tensors(source, record.plan, left_out):
+    for made in kept_tensors(source, plan, left_out):
         if made.name not in places:
             raise SecateurError(f"{pruned.path}: the tensor {made.name} is missing")
         start, path, tensor = places[made.name]
         _add(pieces, made, path, start, tensor.length)
-    for made in dropped_tensors(source, record.plan, left_out):
+    for made in dropped_tensors(source, plan, left_out):
         if made.name not in entries:
             raise SecateurError(f"{undo}: the tensor {made.name} is missing")
         path, entry = entries[made.name]
@@ -208,12 +221,3 @@ def _read(path: Path) -> bytes:
     if not path.is_file():
         raise SecateurError(f"{path}: the file is missing")
     return path.read_bytes()
-
-
-def _names(values: Any) -> list[str]:
-    """Relative paths that stay inside their folder."""
-    for value in values:
-        plain = isinstance(value, str) and value and "\0" not in value and not PurePosixPath(value).is_absolute()
-        if not plain or ".." in PurePosixPath(value).parts:
-            raise SecateurError(f"it names the file {value!r:.100}, expected one inside the folder")
-    return list(values)

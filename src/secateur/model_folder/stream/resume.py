@@ -10,6 +10,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
 from secateur.files.work_folder import Work, as_noted, differing, work_folder
 from secateur.stats import LayerStats, RouterStats
 
@@ -74,13 +75,13 @@ class WorkFolder:
         """
         path = self._layers / f"{layer}.json"
         try:
-            return RouterStats.from_json(json.loads(path.read_text(encoding="utf-8"))).layers[layer]
-        except (OSError, ValueError, KeyError) as error:
+            return RouterStats.from_json(read_object(path)).layers[layer]
+        except (SecateurError, KeyError) as error:
             raise SecateurError(f"{path}: not what an unfinished run writes ({error}); use --restart") from error
 
-    def _work(self, *, restart: bool = False) -> contextlib.AbstractContextManager[Work]:
+    def _work(self, *, restart: bool = False) -> contextlib.AbstractContextManager[Work[dict[str, Any]]]:
         refusal = f"{self.path}: another process is at work for the same result"
-        return work_folder(self.path, refusal, restart=restart, note=RUN)
+        return work_folder(self.path, dict[str, Any], refusal, restart=restart, note=RUN)
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if names := differing(before, now):

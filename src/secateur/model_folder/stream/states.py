@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
+import msgspec
 import safetensors.torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import read_object
+from secateur.files.records import Layer, as_record
 from secateur.files.safetensors_header import with_sorted_metadata
+
+FORM = r"^(tensor|tuple [1-9][0-9]{0,5})\Z"
 
 
 class States(Protocol):
     """Hidden states of every batch.
 
     first: the stage that `get` can give from the start; 0, the first layer's, is never kept.
-    form: how layers return hidden states, see `stream_relay`; None while no layer has run.
+    form: how layers return hidden states, see `relay`; None while no layer has run.
     """
 
     first: int
@@ -56,6 +61,13 @@ class MemoryStates:
         pass
 
 
+class StageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """stage.json: the last stage that is finished, and the form of what its layers return."""
+
+    stage: Layer
+    form: Annotated[str, msgspec.Meta(pattern=FORM, description="'tensor' or 'tuple N'")]
+
+
 class DiskStates:
     """In a folder, one file a batch; a stage counts once it is finished, and the last finished one is kept.
 
@@ -73,10 +85,10 @@ class DiskStates:
         folder.mkdir(parents=True, exist_ok=True)
         if self._record.exists():
             try:
-                content = json.loads(self._record.read_text(encoding="utf-8"))
-                self.first, self.form = int(content["stage"]), str(content["form"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise SecateurError(f"{self._record}: not what an unfinished run writes ({error})") from error
+                found = as_record(read_object(self._record), StageFile, str(self._record))
+            except SecateurError as error:
+                raise SecateurError(f"{error}; not what an unfinished run writes, use --restart") from error
+            self.first, self.form = found.stage, found.form
         self._keep_only(self.first)
 
     def get(self, stage: int, index: int) -> Tensor:
