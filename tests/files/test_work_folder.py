@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.files.work_folder import NOTE, Work, as_noted, differing, place_of_work, work_folder
-from support.small_runs import in_child
+from secateur.files.work_folder import LOCK, NOTE, Work, as_noted, differing, place_of_work, work_folder
 
 ASKED = {"data": ("a", "b"), "layers": {1: 2.5}}
 ANY = dict[str, Any]
@@ -33,18 +33,25 @@ def fill(work: Work[dict[str, Any]]) -> None:
         (work.path / name / "file").touch()
 
 
-def begin_and_die(path: Path) -> None:
-    with work_folder(path, ANY, "taken") as work:
-        fill(work)
-        os.kill(os.getpid(), signal.SIGKILL)
+BEGIN_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from secateur.files.work_folder import work_folder
+with work_folder(Path(sys.argv[1]), dict, "taken") as work:
+    work.note({"data": ("a", "b"), "layers": {1: 2.5}})
+    (work.path / "a").mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_what_a_killed_process_left_is_there_with_what_it_was_asked_for(path: Path) -> None:
-    assert in_child(begin_and_die, path) == -signal.SIGKILL
+    child = subprocess.run([sys.executable, "-c", BEGIN_AND_DIE, str(path)], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert (path / LOCK).exists()  # the file, which nobody holds any more
     with work_folder(path, ANY, "taken") as work:
         assert work.before == {"data": ["a", "b"], "layers": {"1": 2.5}} == as_noted(ASKED)
-        assert {entry.name for entry in work.entries()} == KEPT
-    assert {entry.name for entry in path.iterdir()} == KEPT
+        assert [entry.name for entry in work.entries()] == [NOTE, "a"]
+    assert {entry.name for entry in path.iterdir()} == {NOTE, "a"}
 
 
 def test_a_second_process_is_refused_and_changes_nothing(path: Path) -> None:

@@ -59,6 +59,10 @@ def test_a_file_of_another_size_makes_it_unfinished(tmp_path: Path, name: str, c
         b'{"format": "secateur-checkpoint", "run": "a", "sizes": {}}',
         b'{"format": "secateur-checkpoint", "run": "a", "sizes": ["model.safetensors"]}',
         b'{"format": "another", "run": "a", "sizes": {"optimizer/__0_0.distcp": 200}}',
+        b'{"format": "secateur-checkpoint", "sizes": {"optimizer/__0_0.distcp": 200}}',
+        b'{"format": "secateur-checkpoint", "run": "a", "sizes": {"optimizer/__0_0.distcp": true}}',
+        b'{"format": "secateur-checkpoint", "run": "a", "sizes": {"a name that no file has\\u0000": 200}}',
+        b"[" * 100_000,
     ],
 )
 def test_a_seal_that_says_nothing_is_none(tmp_path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.limits import SHOWN
 from secateur.finetuning.settings import (
     DataSettings,
     FinetuneSettings,
@@ -97,15 +98,15 @@ class FinetuneOptions:
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
-                raise SecateurError(f"{option(name)}: found {value}, expected at least {least}")
+                raise SecateurError(f"{option(name)}: found {value!r:.{SHOWN}}, expected at least {least}")
         for name in ("learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise SecateurError(f"{option(name)}: found {value}, expected a number above 0")
+                raise SecateurError(f"{option(name)}: found {value!r:.{SHOWN}}, expected a number above 0")
         if self.steps is not None and self.epochs is not None:
             raise SecateurError("--steps and --epochs: give one of the two")
         if self.seed >= MAX_SEED:
-            raise SecateurError(f"--seed: found {self.seed}, expected less than 2**32")
+            raise SecateurError(f"--seed: found {self.seed!r:.{SHOWN}}, expected less than 2**32")
         if self.optimizer not in OPTIMIZERS:
             raise SecateurError(f"--optimizer {self.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
