@@ -47,7 +47,7 @@ ROOMS: dict[str, Room] = {
         may_import=_rooms(
             "finetuning pretraining model_folder model_folder.checks model_folder.evaluation "
             "model_folder.measure model_folder.rewrite model_folder.read train training_checkpoint reporting "
-            "observation models data placement decide criteria plans stats files errors"
+            "observation models data placement decide criteria plans files errors"
         ),
     ),
     "finetune": Room(
@@ -179,7 +179,7 @@ ROOMS: dict[str, Room] = {
     ),
     "placement": Room(
         question="Which expert-parallel rank holds which expert, and how even is that?",
-        may_import=_rooms("errors"),
+        may_import=_rooms("stats files errors"),
     ),
     "decide": Room(
         question="Which experts stay? From statistics and a goal to a plan.",
