@@ -217,6 +217,21 @@ def test_importing_secateur_loads_nothing_heavy() -> None:
     assert run(code) == "[]"
 
 
+@pytest.mark.parametrize(
+    ("module", "free_of"),
+    [
+        ("secateur.cli", ("torch", "transformers")),
+        ("secateur.model_folder.read.inspect", ("torch", "transformers")),
+        ("secateur.model_folder.rewrite.undo", ("torch", "transformers")),
+        ("secateur.model_folder.checks.claims", ("torch", "transformers")),
+        ("secateur.model_folder.choice", ("transformers",)),
+    ],
+)
+def test_what_headers_alone_refuse_is_refused_without_model_classes(module: str, free_of: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([name for name in {free_of} if name in sys.modules])"
+    assert run(code) == "[]"
+
+
 # What the documents of 0.1.0 imported by path -> where it is now.
 OLD_PATHS = {
     "secateur.finetune.options:FinetuneOptions": "secateur.finetuning.options",

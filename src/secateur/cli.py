@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from typing import Annotated
 
@@ -55,6 +57,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; bad input ends with one message and status 2, a refused write with status 1."""
+    atexit.register(gc.freeze)  # at the end nobody looks for garbage in all that torch and transformers have loaded
     try:
         app(prog_name="secateur")
     except (SecateurError, OSError, RuntimeError) as error:

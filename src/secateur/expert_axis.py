@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from secateur.errors import SecateurError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # A name like this belongs to an expert or a router, so a rule must say what to do with it.
 SUSPICIOUS = re.compile(r"expert|router|score_correction|(?:^|\.)(?:gate|moe)(?:\.|$)", re.IGNORECASE)
@@ -53,6 +55,8 @@ def row_index(
 
     Raises SecateurError when order is empty, repeats an expert or names one outside 0..num_experts-1.
     """
+    import torch  # here: headers are checked against an axis without it
+
     if len(order) == 0:
         raise SecateurError(f"{tensor.name}: the order is empty, expected at least one expert to stay")
     for expert in order:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import re
@@ -147,6 +148,13 @@ def test_help_has_an_example_and_the_default_of_everything(
     assert "Example: secateur pretrain --out run" in text
     for name in SETTINGS:
         assert option(name) in text
+
+
+def test_a_process_that_ends_does_not_look_for_garbage_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Any] = []
+    monkeypatch.setattr(cli.atexit, "register", at_exit.append)
+    assert main(monkeypatch, "--version") == 0
+    assert at_exit == [gc.freeze]
 
 
 @pytest.mark.process

@@ -109,8 +109,11 @@ def _meaning(plan: Plan, removed: str | None) -> Plan:
 
 def _writer(source: Path) -> Callable[..., dict[str, Any]]:
     """What applies a plan to this kind of folder; another kind of folder is another row."""
+    from secateur.model_folder.read.collector import collector_at_rest
     from secateur.model_folder.read.tensor_files import holds_model
-    from secateur.training_checkpoint.apply import holds_training_checkpoint
+
+    with collector_at_rest():
+        from secateur.training_checkpoint.apply import holds_training_checkpoint
 
     writers = ((holds_training_checkpoint, _apply_to_checkpoint), (holds_model, _apply_to_model))
     for holds, write in writers:

@@ -61,7 +61,10 @@ def plan(
 
     Example: `secateur plan stats.safetensors --criterion reap --keep 0.75 --out plan.json`
     """
-    from secateur.model_folder.choice import decide_plan, outcome
+    from secateur.model_folder.read.collector import collector_at_rest
+
+    with collector_at_rest():
+        from secateur.model_folder.choice import decide_plan, outcome
 
     if out is None and not dry_run:
         raise SecateurError("--out names the file for the plan; it is missing (or use --dry-run)")

@@ -78,8 +78,10 @@ def prune(
 
     Example: `secateur prune models/Qwen3-30B-A3B --keep 0.75 --data calibration.jsonl --out pruned`
     """
+    from secateur.model_folder.read.collector import collector_at_rest
 
-    from secateur.model_folder import prune as program
+    with collector_at_rest():
+        from secateur.model_folder import prune as program
 
     typed = taken_from(locals(), options.ChoiceOptions)
     choice = typed.choice(

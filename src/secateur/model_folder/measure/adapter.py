@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.files.json import read_object
 from secateur.files.safetensors_header import read_header
-from secateur.model_folder.read.layout import Layout
 from secateur.model_folder.read.model_folder import ModelFolder
+
+if TYPE_CHECKING:
+    from secateur.model_folder.read.layout import Layout
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import SUSPICIOUS, ExpertTensor, check_axis
-from secateur.model_folder.read.config import ModelConfig, read_config
-from secateur.model_folder.read.layout import Layout, Match, Role
+from secateur.model_folder.read.collector import collector_at_rest
 from secateur.model_folder.read.names import Name, is_mtp, split
 from secateur.model_folder.read.tensor_files import StoredTensor, TensorFiles, read_tensor_files
+
+if TYPE_CHECKING:
+    from secateur.model_folder.read.config import ModelConfig
+    from secateur.model_folder.read.layout import Layout, Match, Role
 
 LISTED = 5  # names in a message
 
@@ -61,7 +65,8 @@ class ModelFolder:
 
 def read_model_folder(path: Path) -> ModelFolder:
     """Read a model folder and find its experts; see `read_tensor_files` and `understand` for what is an error."""
-    return understand(read_tensor_files(path))
+    with collector_at_rest():
+        return understand(read_tensor_files(path))
 
 
 def understand(files: TensorFiles) -> ModelFolder:
@@ -71,6 +76,8 @@ def understand(files: TensorFiles) -> ModelFolder:
         SecateurError: the names fit none or two of the layouts, a name sounds like an expert's or a router's and no
             rule covers it, a tensor is missing, or holds another number of experts than the config says.
     """
+    from secateur.model_folder.read.config import read_config  # here: what headers alone refuse needs no model class
+
     try:
         return _understand(files, read_config(files.config))
     except SecateurError as error:
@@ -79,9 +86,9 @@ def understand(files: TensorFiles) -> ModelFolder:
 
 def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
     parts = {name: split(name) for name in files.tensors}
-    layout = _choose(config.layouts, parts)
-    hits = _hits(layout, parts)
-    path = _path_of_layers(hits)
+    layout, found = _choose(config.layouts, parts)
+    hits = _hits(layout, parts, found)
+    path = _path_of_layers(parts, hits)
     mtp = frozenset(
         name
         for name in parts
@@ -99,10 +106,10 @@ def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
     counts: dict[int, int] = {}
     mtp_counts: dict[int, int] = {}
     for layer, names in sorted(by_layer.items()):
-        found = {name: hits[name] for name in names}
-        _check_rules(layout, layer, found, in_mtp=names[0] in mtp)
-        _check_own(layer, found)
-        count = len(numbers[layer]) if layer in numbers else _stacked_count(files, found)
+        of_layer = {name: hits[name] for name in names}
+        _check_rules(layout, layer, of_layer, in_mtp=names[0] in mtp)
+        _check_own(layer, of_layer)
+        count = len(numbers[layer]) if layer in numbers else _stacked_count(files, of_layer)
         (mtp_counts if names[0] in mtp else counts)[layer] = count
     _check_counts(config, layout, counts)
     located: dict[str, ExpertPart] = {}
@@ -123,50 +130,56 @@ def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
     )
 
 
-def _choose(layouts: Iterable[Layout], parts: Mapping[str, Name | None]) -> Layout:
-    """The one layout in which the names have experts."""
+def _choose(layouts: Iterable[Layout], parts: Mapping[str, Name | None]) -> tuple[Layout, dict[str, Match]]:
+    """The one layout in which the names have experts, and what it finds among them."""
     fits = {}
     for layout in layouts:
-        hits = {name: layout.find(part.rest) for name, part in parts.items() if part is not None}
-        experts = frozenset(name for name, hit in hits.items() if hit is not None and hit.role == "expert")
+        found = _find(layout, parts)
+        experts = frozenset(name for name, hit in found.items() if hit.role == "expert")
         if experts:
-            fits[layout.title] = (layout, experts)
+            fits[layout.title] = (layout, found, experts)
     if not fits:
         sounding = [name for name in parts if SUSPICIOUS.search(name)]
         raise SecateurError(
             f"no tensor has a name that experts of this family have; what sounds like experts or routers: "
             f"{sounding[:LISTED] or 'none'}"
         )
-    if len({experts for _, experts in fits.values()}) > 1:
-        listed = ", ".join(f"{min(experts)} ({title})" for title, (_, experts) in fits.items())
+    if len({experts for _, _, experts in fits.values()}) > 1:
+        listed = ", ".join(f"{min(experts)} ({title})" for title, (_, _, experts) in fits.items())
         raise SecateurError(f"two layouts at once: {listed}; expected one")
-    return min((layout for layout, _ in fits.values()), key=lambda layout: len(_left_over(layout, parts)))
+    return min(
+        ((layout, found) for layout, found, _ in fits.values()),
+        key=lambda fit: len(_left_over(fit[0], parts, fit[1])),
+    )
 
 
-def _left_over(layout: Layout, parts: Mapping[str, Name | None]) -> list[str]:
+def _find(layout: Layout, parts: Mapping[str, Name | None]) -> dict[str, Match]:
+    """Name -> what it is by its rest, of those that have experts; a rest is looked up once for all layers."""
+    known = {rest: layout.find(rest) for rest in {part.rest for part in parts.values() if part is not None}}
+    return {name: hit for name, part in parts.items() if part is not None and (hit := known[part.rest]) is not None}
+
+
+def _left_over(layout: Layout, parts: Mapping[str, Name | None], found: Mapping[str, Match]) -> list[str]:
     """Names that sound like an expert's or a router's and that the layout does not know."""
     return [
         name
         for name, part in parts.items()
-        if SUSPICIOUS.search(name)
-        and (part is None or layout.find(part.rest) is None or not _may_hold_layers(layout, part))
+        if (part is None or name not in found or not _may_hold_layers(layout, part))
+        and SUSPICIOUS.search(name)
         and not layout.is_plain(name if part is None else part.rest)
     ]
 
 
-def _hits(layout: Layout, parts: Mapping[str, Name | None]) -> dict[str, Match]:
-    left = _left_over(layout, parts)
+def _hits(layout: Layout, parts: Mapping[str, Name | None], found: Mapping[str, Match]) -> dict[str, Match]:
+    left = _left_over(layout, parts, found)
     if left:
         raise SecateurError(
             f"{', '.join(left[:LISTED])}: {len(left)} names sound like those of experts or routers, and no rule covers "
             f"them (names {layout.title})"
         )
-    hits = {}
-    for name, part in parts.items():
-        hit = layout.find(part.rest) if part is not None and _may_hold_layers(layout, part) else None
-        if hit is not None:
-            hits[name] = hit
-    return hits
+    return {
+        name: hit for name, hit in found.items() if (part := parts[name]) is not None and _may_hold_layers(layout, part)
+    }
 
 
 def _may_hold_layers(layout: Layout, parsed: Name) -> bool:
@@ -177,11 +190,11 @@ def _layer(model: ModelConfig, parsed: Name) -> int:
     return parsed.layer + model.num_layers * is_mtp(parsed.path)
 
 
-def _path_of_layers(names: Iterable[str]) -> str:
+def _path_of_layers(parts: Mapping[str, Name | None], hits: Iterable[str]) -> str:
     """Where the decoder layers with experts are; there is one such place in a model."""
     paths: dict[str, str] = {}
-    for name in names:
-        one = split(name)
+    for name in hits:
+        one = parts[name]
         if one is not None and not is_mtp(one.path):
             paths.setdefault(one.path, name)
     if len(paths) != 1:

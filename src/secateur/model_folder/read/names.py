@@ -26,7 +26,7 @@ class Name:
 def split(name: str) -> Name | None:
     """The parts of a name, by its first number; None for a tensor of no layer."""
     parts = name.split(".")
-    at = next((index for index, part in enumerate(parts) if NUMBER.fullmatch(part)), 0)
+    at = next((index for index, part in enumerate(parts) if part[:1].isdecimal() and NUMBER.fullmatch(part)), 0)
     if at == 0 or at == len(parts) - 1:
         return None
     return Name(
@@ -47,4 +47,5 @@ def numbered(rest: str, before: str) -> tuple[int, str] | None:
 
 def is_mtp(path: str) -> bool:
     """Whether a path is one of multi-token-prediction layers, which stand beside the model's own."""
-    return any(part.startswith("mtp") for part in path.lower().split("."))
+    lower = path.lower()
+    return "mtp" in lower and any(part.startswith("mtp") for part in lower.split("."))

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from secateur.errors import SecateurError
-from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config
 from secateur.plans import REROUTE, ZERO_SLOT, Plan
-from secateur.surgery.zero_slots import kept_after
 
 
 def check_removal(folder: ModelFolder, plan: Plan, *, expert_parallel: int = 1) -> None:
@@ -58,6 +53,11 @@ def check_buildable(folder: ModelFolder, config: Mapping[str, Any]) -> None:
     Raises:
         SecateurError: it cannot be; its experts run on every token, for example.
     """
+    import torch
+
+    from secateur.model_folder.read.config import floats
+    from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config
+
     if config.get("model_type") != MODEL_TYPE:
         return
     try:
@@ -70,5 +70,7 @@ def check_buildable(folder: ModelFolder, config: Mapping[str, Any]) -> None:
 
 def kept_slots(folder: ModelFolder, plan: Plan) -> dict[int, tuple[int, ...]]:
     """{layer: slots whose experts it holds} after a plan that leaves zero slots."""
+    from secateur.surgery.zero_slots import kept_after
+
     layers = {layer: layer_plan for layer, layer_plan in plan.layers.items() if layer in folder.counts}
     return kept_after(folder.slots, folder.config.kept, layers)
