@@ -71,7 +71,7 @@ def check_trainable(folder: ModelFolder) -> None:
             f"{folder.files.path}: a {model_class.__name__} has no {'classifier' if images else 'language model head'} "
             "to train it by"
         )
-    if any(key in folder.files.config for key in ("quantization_config", "compression_config")):
+    if folder.files.is_quantised:
         raise SecateurError(f"{folder.files.path}: it is quantised; fine-tune the model that it was made from")
     if folder.mtp:
         raise SecateurError(

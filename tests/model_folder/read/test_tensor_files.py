@@ -291,3 +291,23 @@ def test_any_config_is_read_or_refused(good: Path, tmp_path: Path, data: st.Data
 def test_a_name_is_split_at_its_first_number(name: str, parts: Any) -> None:
     found = split(name)
     assert (None if found is None else (found.prefix, found.container, found.layer, found.rest)) == parts
+
+
+@pytest.mark.parametrize(
+    ("said", "method"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"bits": 4}}, "unnamed"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": None, "compression_config": "by hand"}, "by hand"),
+        ({"quantization_config": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_folder_is_quantised_where_its_config_says_how(
+    folder: Path, said: dict[str, Any], method: str | None
+) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    files = read_tensor_files(folder)
+    assert (files.quantisation, files.is_quantised) == (method, method is not None)

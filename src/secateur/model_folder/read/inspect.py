@@ -48,7 +48,7 @@ def describe(source: ModelFolder) -> dict[str, Any]:
         "bytes": {"experts": size["experts"], "routers": size["routers"], "rest": size["rest"]},
         "bytes_per_expert": {str(layer): count for layer, count in bytes_per_expert(source).items()},
         "dtypes": dict(Counter(tensor.dtype for tensor in folder.tensors.values()).most_common()),
-        "quantisation": _quantisation(source),
+        "quantisation": folder.quantisation,
         "limits": _limits(source),
     }
 
@@ -76,11 +76,6 @@ def _shared(folder: ModelFolder) -> int | None:
         if type(value) is int:
             return value
     return 1 if any(getattr(text, key, 0) for key in SHARED_WIDTHS) else None
-
-
-def _quantisation(folder: ModelFolder) -> str | None:
-    config = folder.files.config.get("quantization_config") or folder.files.config.get("compression_config")
-    return str(config.get("quant_method", "unnamed")) if isinstance(config, dict) else None
 
 
 def _limits(folder: ModelFolder) -> list[str]:

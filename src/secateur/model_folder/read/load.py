@@ -20,8 +20,7 @@ from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
 
 def why_not_loaded(folder: ModelFolder) -> str | None:
     """Why a model cannot be run here; None where it can."""
-    config = folder.files.config
-    if any(key in config for key in ("quantization_config", "compression_config")):
+    if folder.files.is_quantised:
         return "it is quantised, and its experts are compared as bytes only"
     need, free = folder.files.num_bytes, _free_memory()
     if need > free:

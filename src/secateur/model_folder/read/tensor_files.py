@@ -20,6 +20,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 # if there is no index.
 STATS = "observed/stats.safetensors"
 FINETUNED = "finetune.json"  # what `secateur finetune` says of it: of these weights, and no others
+QUANTISATION = ("quantization_config", "compression_config")  # where a config.json says how weights are quantised
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -67,6 +68,18 @@ class TensorFiles:
             "config": self.config_digest,
             "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
         }
+
+    @property
+    def quantisation(self) -> str | None:
+        """How weights are quantised by config.json, "unnamed" where it does not say how; None where they are not."""
+        settings = next((self.config[key] for key in QUANTISATION if self.config.get(key) is not None), None)
+        if isinstance(settings, dict):
+            settings = settings.get("quant_method", "unnamed")
+        return None if settings is None else str(settings)
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.quantisation is not None
 
     @property
     def num_bytes(self) -> int:

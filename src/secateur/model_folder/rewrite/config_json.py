@@ -10,6 +10,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.read.tensor_files import QUANTISATION
 from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.modeling_secateur import MODEL_TYPE
 from secateur.plans import Plan, layer_plan
@@ -73,7 +74,7 @@ def _check_mtp(folder: ModelFolder, after: Mapping[int, int], count: int, mtp: s
 
 
 def _check_no_numbers(config: Mapping[str, Any], folder: ModelFolder) -> None:
-    text = json.dumps([config.get(key) for key in ("quantization_config", "compression_config")])
+    text = json.dumps([config.get(key) for key in QUANTISATION])
     for before in folder.layout.own:
         if found := re.search(DOT.join([*map(re.escape, before.split(".")), r"[0-9]+[^\"]*"]), text):
             raise SecateurError(

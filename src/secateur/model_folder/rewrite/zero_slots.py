@@ -21,7 +21,7 @@ def check_removal(folder: ModelFolder, plan: Plan, *, expert_parallel: int = 1) 
         check_no_zero_slots(folder, f"the plan would cut rows of them; say --removed {ZERO_SLOT}")
         return
     where = f"{folder.files.path}: zero slots"
-    if any(key in folder.files.config for key in ("quantization_config", "compression_config")):
+    if folder.files.is_quantised:
         raise SecateurError(
             f"{where}: the model is quantised, and transformers then computes experts by code of its own"
         )

@@ -216,14 +216,11 @@ class PartModel:
 
 
 def _refuse_quantised(folder: ModelFolder) -> None:
-    for key in ("quantization_config", "compression_config"):
-        settings = folder.files.config.get(key)
-        if settings is not None:
-            method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
-            raise SecateurError(
-                f"{folder.files.path}: its weights are quantised ({method}), and only plain ones can be computed with; "
-                "take the model that it was made from, or write this one with plain weights first"
-            )
+    if folder.files.is_quantised:
+        raise SecateurError(
+            f"{folder.files.path}: its weights are quantised ({folder.files.quantisation}), and only plain ones can be "
+            "computed with; take the model that it was made from, or write this one with plain weights first"
+        )
 
 
 def _build(folder: ModelFolder) -> tuple[PreTrainedModel, torch.dtype]:
