@@ -14,6 +14,11 @@ from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX, auto_clas
 MODULE = "modeling_secateur"
 
 
+def is_pruned(config: Mapping[str, Any]) -> bool:
+    """True for the config of a `Pruned...` class, whose layers differ or have zero slots."""
+    return config.get("model_type") == MODEL_TYPE
+
+
 def has_expert_count(config: Mapping[str, Any]) -> bool:
     """True for a transformers config with a routed-expert count."""
     return isinstance(config.get("model_type"), str) and bool(_count_places(config))
@@ -43,7 +48,7 @@ def with_counts(
                 f"config.json: {key} is {place[key]}, but the checkpoint holds {largest} experts a layer"
             )
         place[key] = max(after.values())
-    pruned = changed.get("model_type") == MODEL_TYPE
+    pruned = is_pruned(changed)
     if not pruned and len(set(before.values())) > 1:
         raise SecateurError(f"config.json: it has one count for all layers, but the checkpoint holds {dict(before)}")
     num_layers = changed.get("num_hidden_layers") if num_layers is None else num_layers
@@ -81,7 +86,7 @@ def moe_config(
 
 def _as_pruned(config: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
     config["moe_config"] = layers
-    if config["model_type"] != MODEL_TYPE:
+    if not is_pruned(config):
         architectures = config.get("architectures")
         if not isinstance(architectures, list) or len(architectures) != 1 or "auto_map" in config:
             raise SecateurError(

@@ -16,7 +16,7 @@ from secateur.files.json import read_json
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnProgress, counted, silent
 from secateur.plans import JSON, Plan
-from secateur.surgery.config_json import MODULE, has_expert_count, with_counts
+from secateur.surgery.config_json import MODULE, has_expert_count, is_pruned, with_counts
 from secateur.surgery.fits import check_reroutes
 from secateur.training_checkpoint.changes import survey
 from secateur.training_checkpoint.compare import verify_written
@@ -114,7 +114,7 @@ def apply_to_checkpoint(
         for relative, config in configs.items():
             (beside / relative).parent.mkdir(parents=True, exist_ok=True)
             atomic_write(beside / relative, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            if config.get("model_type") == modeling_secateur.MODEL_TYPE:
+            if is_pruned(config):
                 code = Path(modeling_secateur.__file__).read_text(encoding="utf-8")
                 atomic_write(beside / relative.parent / CODE, code)
         history.save(beside / PLAN)

@@ -16,7 +16,6 @@ from secateur.errors import SecateurError
 from secateur.families import TOP_K_KEYS, router_needs
 from secateur.model_folder.read.layout import Layout, find_layouts
 from secateur.modeling_secateur import (
-    MODEL_TYPE,
     PREFIX,
     class_named,
     counts_in,
@@ -25,7 +24,7 @@ from secateur.modeling_secateur import (
     probe_counts,
     with_expert_count,
 )
-from secateur.surgery.config_json import has_expert_count
+from secateur.surgery.config_json import has_expert_count, is_pruned
 
 # model type -> why no plan can be applied to its files
 REFUSED = {
@@ -63,6 +62,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return int(self.text.num_hidden_layers)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the files are of a `Pruned...` class, made from `model_class`."""
+        return self.slots is not None
 
     @property
     def is_nested(self) -> bool:
@@ -105,7 +109,7 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
         config = text
     _refuse(text.model_type)
     top_k = _top_k(text)
-    pruned = raw.get("model_type") == MODEL_TYPE
+    pruned = is_pruned(raw)
     kept = kept_in(config) if pruned else {}
     num_groups, min_experts = (1, 1) if kept else router_needs(text, top_k)
     return ModelConfig(
@@ -126,7 +130,7 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
 def _as_native(config: Mapping[str, Any]) -> dict[str, Any]:
     """The native config of a pruned one; another as it is. Without what would only be read for its own sake."""
     native = {key: floats(value) for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    if config.get("model_type") == MODEL_TYPE:
+    if is_pruned(config):
         native["model_type"] = native.pop("base_model_type", None)
         native["architectures"] = [str(name).removeprefix(PREFIX) for name in native.get("architectures") or []]
     return native

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class
+from secateur.modeling_secateur import pruned_model_class
 
 
 def why_not_loaded(folder: ModelFolder) -> str | None:
@@ -59,9 +59,8 @@ def load(
     Args:
         dtype: of all tensors; "auto" is what config.json says, to which wider ones are rounded.
     """
-    pruned = source.files.config.get("model_type") == MODEL_TYPE
     native = source.config.model_class
-    loader: Any = pruned_model_class(native) if pruned else native
+    loader: Any = pruned_model_class(native) if source.config.is_pruned else native
     with no_loading_bars():
         model, info = loader.from_pretrained(folder, output_loading_info=True, dtype=dtype)
     with torch.no_grad():

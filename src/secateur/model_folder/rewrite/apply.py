@@ -25,7 +25,7 @@ from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan, layer_plan
-from secateur.surgery.config_json import MODULE
+from secateur.surgery.config_json import MODULE, is_pruned
 from secateur.surgery.fits import check_plan_fits
 
 PLAN, PAGE, CARD, CODE = "plan.json", "report.html", "README.md", f"{MODULE}.py"
@@ -93,7 +93,7 @@ def apply_to_model(
         for relative in copied:
             copy_file(source / relative, beside / relative)
         atomic_write(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if config["model_type"] == modeling_secateur.MODEL_TYPE:
+        if is_pruned(config):
             atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
         history.save(beside / PLAN)
         verify_written(folder, read_model_folder(beside), plan, left_out, ENDS)

@@ -12,9 +12,8 @@ from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.tensor_files import QUANTISATION
 from secateur.model_folder.rewrite.zero_slots import kept_slots
-from secateur.modeling_secateur import MODEL_TYPE
 from secateur.plans import Plan, layer_plan
-from secateur.surgery.config_json import with_counts, with_zero_slots
+from secateur.surgery.config_json import is_pruned, with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -60,8 +59,7 @@ def _with_counts(config: dict[str, Any], folder: ModelFolder, plan: Plan, mtp: s
 
 def _without_own_code(config: dict[str, Any]) -> dict[str, Any]:
     """Without code that a source names, which builds one count and no zero slots; the class is transformers' own."""
-    own = config.get("model_type") != MODEL_TYPE
-    return {key: value for key, value in config.items() if key != "auto_map" or not own}
+    return {key: value for key, value in config.items() if key != "auto_map" or is_pruned(config)}
 
 
 def _check_mtp(folder: ModelFolder, after: Mapping[int, int], count: int, mtp: str | None) -> None:

@@ -56,9 +56,10 @@ def check_buildable(folder: ModelFolder, config: Mapping[str, Any]) -> None:
     import torch
 
     from secateur.model_folder.read.config import floats
-    from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config
+    from secateur.modeling_secateur import pruned_model_class, read_pruned_config
+    from secateur.surgery.config_json import is_pruned
 
-    if config.get("model_type") != MODEL_TYPE:
+    if not is_pruned(config):
         return
     try:
         with torch.device("meta"):

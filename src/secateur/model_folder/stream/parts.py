@@ -30,7 +30,7 @@ from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.load import no_loading_bars, text_model
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.lazy_tensor import DTYPES, LazyTensor
-from secateur.modeling_secateur import MODEL_TYPE, pruned_model_class, read_pruned_config, replace_tensor_
+from secateur.modeling_secateur import pruned_model_class, read_pruned_config, replace_tensor_
 
 RECORDS = ("output_router_logits", "output_hidden_states", "output_attentions")  # what a forward may keep of all layers
 LISTED = 3  # names in a message
@@ -225,9 +225,8 @@ def _refuse_quantised(folder: ModelFolder) -> None:
 
 def _build(folder: ModelFolder) -> tuple[PreTrainedModel, torch.dtype]:
     """(the model on the meta device, its type by the config, or else by the first tensor in the files)."""
-    raw = folder.files.config
-    if raw.get("model_type") == MODEL_TYPE:
-        config = read_pruned_config(floats(dict(raw)))
+    if folder.config.is_pruned:
+        config = read_pruned_config(floats(dict(folder.files.config)))
         model_class: Any = pruned_model_class(folder.config.model_class)
     else:
         config, model_class = copy.deepcopy(folder.config.config), folder.config.model_class
