@@ -20,6 +20,7 @@ from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.files.atomic import atomic_write, fsync_file, refused_by_the_disk
+from secateur.files.dtypes import torch_dtypes
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
 from secateur.model_folder.read.load import load as load_model
@@ -32,7 +33,7 @@ from secateur.models.vmoe import VMoEForImageClassification
 
 HEAD = "classifier"
 LOGS = "runs"  # where transformers has TensorBoard write
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # that float32 holds without rounding
+DTYPES = torch_dtypes("F32 BF16 F16")  # that float32 holds without rounding
 # what says of a pruned folder that its bytes are those of its source, or was counted on the weights from before
 STALE = {REPORT, PAGE, VERIFIED, STATS, FINETUNED}
 

@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from secateur.errors import SecateurError
+from secateur.files.dtypes import TORCH_DTYPES
 from secateur.files.json import parse_json
 from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import read_header
@@ -20,21 +21,6 @@ from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredCheckp
 FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 OFFSETS = "DCP_SHARDING_INFO"  # text in a header: {tensor: {"saved_offsets": [...]}}
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,5 +81,7 @@ def _chunks(path: Path) -> list[tuple[str, torch.dtype, Chunk]]:
         if len(at) != len(entry.shape):
             raise SecateurError(f"{name}: offsets {at} for a block of shape {entry.shape}")
         place = StoredBytes(path=path, start=entry.start, length=entry.length)
-        found.append((name, DTYPES[entry.dtype], Chunk(offsets=at, sizes=entry.shape, place=place, is_archive=False)))
+        found.append(
+            (name, TORCH_DTYPES[entry.dtype], Chunk(offsets=at, sizes=entry.shape, place=place, is_archive=False))
+        )
     return found

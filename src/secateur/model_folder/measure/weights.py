@@ -18,12 +18,13 @@ from torch import Tensor
 from secateur.criteria import CRITERIA
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
+from secateur.files.dtypes import torch_dtypes
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.pieces import Range, rows_of
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = torch_dtypes("F64 F32 F16 BF16")
 # what a criterion needs -> whose tensors those are, and what becomes of one expert's
 READERS = {"expert weights": ("expert", WeightStats.of_experts), "router weights": ("router", WeightStats.of_router)}
 

@@ -10,20 +10,10 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.files.dtypes import torch_dtypes
 from secateur.model_folder.read.tensor_files import StoredTensor
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
 
 
 class LazyTensor:

@@ -22,12 +22,7 @@ from secateur.errors import SecateurError
 VERSION = "20220622"
 CHUNKS_KEY = "__msgpack_array_chunk_a87ca2__"  # says that a map holds chunks of arrays
 ARRAY, SLICES, INDEX_INFO = 1, 6, 8  # extension types
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}  # JAX and torch agree
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_ENTRIES = 2**15  # of one list or map
 MAX_DEPTH, MAX_AXES, MAX_FILES = 32, 8, 10_000
