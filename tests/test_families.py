@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DbrxConfig, PreTrainedConfig
 
 from secateur.errors import SecateurError
 from secateur.families import REFUSED, describe_moe, router_needs
-from secateur.modeling_secateur import expert_count_key, find_expert_layout
+from secateur.modeling_secateur import expert_count_key, find_expert_layout, probe_counts
 from secateur.surgery.module import check_model, prune_model_
 from support.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
 
@@ -70,6 +70,17 @@ def test_a_grouped_router_needs_two_experts_a_group_and_top_k_in_the_chosen_grou
 ) -> None:
     config = tiny_config("deepseek_v3", n_group=n_group, topk_group=topk_group)
     assert router_needs(config, top_k) == expected
+
+
+@every_family
+def test_the_counts_that_a_layout_is_found_with_are_enough_for_the_router(name: str) -> None:
+    config = tiny_config(name).get_text_config()
+    least, more = probe_counts(config)
+    assert router_needs(config, TOP_K)[1] <= least < more
+
+
+def test_the_top_k_of_a_config_inside_another_is_found() -> None:
+    assert probe_counts(DbrxConfig(ffn_config={"moe_num_experts": 16, "moe_top_k": 4})) == (4, 5)
 
 
 def test_layers_without_experts_and_shared_experts_are_left_out() -> None:

@@ -18,6 +18,7 @@ from secateur.decide.limits import LayerLimits, limits_of
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
 from secateur.modeling_secateur import (
+    TOP_K_KEYS,
     ExpertLayout,
     LinearInCount,
     expert_count_key,
@@ -30,9 +31,6 @@ from secateur.modeling_secateur import (
 
 # bytes of an entry -> a type that holds its bits
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "ffn_config.moe_top_k")
 
 # model type -> why its experts cannot be pruned while it trains
 REFUSED = {

@@ -44,6 +44,7 @@ COUNT_KEYS = (
     "moe_num_experts",
     "ffn_config.moe_num_experts",
 )
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "ffn_config.moe_top_k")
 # What `experts` modules are called with, each by one of these names: (T, D) tokens, (T, K) slots, (T, K) gates.
 CALL = (
     ("hidden_states",),
@@ -145,7 +146,7 @@ def find_expert_layout(
 def probe_counts(config: PreTrainedConfig) -> tuple[int, int]:
     """Two small expert counts that routers of this config accept (top-k, router groups, ensemble members respected)."""
     groups = max(1, *(int(_get(config, key) or 1) for key in ("n_group", "num_expert_groups", "ensemble_size")))
-    top_k = max(1, *(int(_get(config, key) or 1) for key in ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k")))
+    top_k = max(1, *(int(_get(config, key) or 1) for key in TOP_K_KEYS))
     top_k *= int(_get(config, "ensemble_size") or 1)  # each member has experts of its own
     first = max(2 * groups, -(-top_k // groups) * groups)
     return first, first + groups

@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
-from secateur.families import TOP_K_KEYS, router_needs
+from secateur.families import router_needs
 from secateur.model_folder.read.layout import Layout, find_layouts
 from secateur.modeling_secateur import (
     PREFIX,
+    TOP_K_KEYS,
     class_named,
     counts_in,
     expert_count_key,
