@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
-import secateur  # noqa: F401 - registers the model type
+from secateur import auto_classes, modeling_secateur
 from secateur.families import describe_moe, logits_of
 from secateur.modeling_secateur import counts_in, pruned_config_class, pruned_model_class
 from secateur.plans import LayerPlan, Plan
@@ -351,3 +351,9 @@ def test_asking_for_the_balance_loss_leaves_no_hook() -> None:
     model(input_ids=random_tokens(1, 4), output_router_logits=True)
     assert not model.model._forward_pre_hooks
     assert model(input_ids=random_tokens(1, 4)).router_logits is None
+
+
+def test_the_auto_classes_know_the_model_type_that_pruned_configs_have() -> None:
+    assert (
+        auto_classes.MODEL_TYPE == modeling_secateur.MODEL_TYPE
+    )  # the latter stands alone, and neither loads the other

@@ -1,0 +1,41 @@
+"""The auto classes know V-MoE in whatever order transformers, Secateur and the model's own modules are imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+AUTO = "from transformers import AutoConfig, AutoModelForImageClassification"
+ORDERS = {
+    "Secateur first": f"import secateur; {AUTO}",
+    "transformers first": f"{AUTO}; import secateur",
+    "between configs and models": f"from transformers import AutoConfig; import secateur; {AUTO}",
+    "the classes of V-MoE first": f"from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification; {AUTO}",
+    "the module of V-MoE first": f"import secateur.models.vmoe.modeling; {AUTO}",
+}
+BUILD = """
+sizes = dict(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+config = AutoConfig.for_model("vmoe", **sizes, num_experts=4, moe_layers=[1])
+model = AutoModelForImageClassification.from_config(config)
+print(type(config).__module__, type(model).__module__, type(model).__name__)
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_auto_classes_build_a_v_moe(order: str) -> None:
+    path = os.pathsep.join([str(Path(secateur.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    said = subprocess.run(
+        [sys.executable, "-c", f"{ORDERS[order]}\n{BUILD}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    home = "secateur.models.vmoe"
+    assert said.stdout.split() == [f"{home}.configuration", f"{home}.modeling", "VMoEForImageClassification"]
