@@ -8,6 +8,19 @@ from secateur.errors import SecateurError
 from secateur.plans import MIXED, REROUTE, LayerPlan, Plan
 
 
+def check_multiple(counts: Mapping[int, int], expert_parallel: int) -> None:
+    """Compare the experts that a plan leaves, {layer: count}, with the expert-parallel ranks that will hold them.
+
+    Raises:
+        SecateurError: a count is no multiple of the ranks.
+    """
+    for layer, count in counts.items():
+        if count % expert_parallel:
+            raise SecateurError(
+                f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"
+            )
+
+
 def check_plan_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_groups: int) -> None:
     """Compare a plan with the model it is for.
 

@@ -17,7 +17,7 @@ from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnProgress, counted, silent
 from secateur.plans import JSON, Plan
 from secateur.surgery.config_json import MODULE, has_expert_count, is_pruned, with_counts
-from secateur.surgery.fits import check_reroutes
+from secateur.surgery.fits import check_multiple, check_reroutes
 from secateur.training_checkpoint.changes import survey
 from secateur.training_checkpoint.compare import verify_written
 from secateur.training_checkpoint.metadata import is_dcp_folder, read_dcp
@@ -95,11 +95,7 @@ def apply_to_checkpoint(
     parts = _parts(source, naming, plan)
     counts_before = _joint_counts(parts)
     counts_after = counts_before | {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()}
-    for layer, count in counts_after.items():
-        if count % expert_parallel:
-            raise SecateurError(
-                f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"
-            )
+    check_multiple(counts_after, expert_parallel)
     others = _other_files(source, parts)
     configs = _edited_configs(source, others, counts_before, counts_after)
     history = _with_earlier_plan(source, plan)

@@ -26,7 +26,7 @@ from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan, layer_plan
 from secateur.surgery.config_json import MODULE, is_pruned
-from secateur.surgery.fits import check_plan_fits
+from secateur.surgery.fits import check_multiple, check_plan_fits
 
 PLAN, PAGE, CARD, CODE = "plan.json", "report.html", "README.md", f"{MODULE}.py"
 MTP_CHOICES = ("whole", "drop")
@@ -145,12 +145,8 @@ def _check_plan(folder: ModelFolder, plan: Plan, expert_parallel: int, mtp: str 
     _check_model(folder, plan)
     check_removal(folder, plan, expert_parallel=expert_parallel)
     check_plan_fits(plan, folder.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
-    for layer in folder.counts:
-        count = layer_plan(plan, folder.all_counts, layer).experts_after
-        if count % expert_parallel:
-            raise SecateurError(
-                f"layer {layer}: {count} experts after the plan, expected a multiple of {expert_parallel} (--ep)"
-            )
+    after = {layer: layer_plan(plan, folder.all_counts, layer).experts_after for layer in folder.counts}
+    check_multiple(after, expert_parallel)
 
 
 def _check_model(folder: ModelFolder, plan: Plan) -> None:
