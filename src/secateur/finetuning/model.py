@@ -23,7 +23,7 @@ from secateur.files.atomic import atomic_write, fsync_file, refused_by_the_disk
 from secateur.files.dtypes import torch_dtypes
 from secateur.files.new_folder import copy_file
 from secateur.files.safetensors_header import read_header
-from secateur.model_folder.read.load import load as load_model
+from secateur.model_folder.read.load import load_whole
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
@@ -93,9 +93,7 @@ def load(folder: ModelFolder, *, freeze: Sequence[str] = (), new_classes: Images
             or nothing left to train.
     """
     # in float32 whatever config.json says, so that no tensor is rounded
-    model, problems = load_model(folder.files.path, folder, torch.float32)
-    if problems:
-        raise SecateurError(f"{folder.files.path}: transformers does not load it whole: {problems}"[:500])
+    model = load_whole(folder, torch.float32)
     _check_comes_back(model, folder)
     model.config.use_cache = False
     head = None if new_classes is None else _replace_head_(model, new_classes)

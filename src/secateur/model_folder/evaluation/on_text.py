@@ -13,8 +13,7 @@ from secateur.data.batch import Batch
 from secateur.errors import SecateurError
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
-from secateur.model_folder.read.load import load as load_model
-from secateur.model_folder.read.load import why_not_loaded
+from secateur.model_folder.read.load import load_whole, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import MemoryStates
@@ -84,9 +83,7 @@ def _length(batches: Sequence[Batch], index: int) -> int:
 
 def loaded_losses(folder: ModelFolder, batches: Sequence[Batch], device: str, on_step: OnProgress) -> BlockLosses:
     """Of the model in memory."""
-    model, problems = load_model(folder.files.path, folder)
-    if problems:
-        raise SecateurError(f"{folder.files.path}: transformers does not load it whole: {problems}"[:500])
+    model = load_whole(folder)
     model.to(device).eval()  # type: ignore[arg-type]
     parts = []
     with torch.no_grad():

@@ -18,8 +18,7 @@ from secateur.families import describe_moe
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.measure.image_batches import ImageBatches, SampledImages, batches_for
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.read.load import load as load_model
-from secateur.model_folder.read.load import why_not_loaded
+from secateur.model_folder.read.load import load_whole, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
@@ -82,8 +81,6 @@ def loaded(folder: ModelFolder, device: str) -> PreTrainedModel:
     Raises:
         SecateurError: tensors are missing or left over.
     """
-    model, problems = load_model(folder.files.path, folder)
-    if problems:
-        raise SecateurError(f"{folder.files.path}: transformers does not load it whole: {problems}"[:500])
+    model = load_whole(folder)
     model.to(device).eval()  # type: ignore[arg-type]
     return model

@@ -69,6 +69,19 @@ def load(
     return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
+def load_whole(source: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto") -> PreTrainedModel:
+    """The model of a folder, see `load`, with nothing missing and nothing left over.
+
+    Raises:
+        SecateurError: tensors are missing, unexpected or of another shape.
+    """
+    path = source.files.path
+    model, problems = load(path, source, dtype)
+    if problems:
+        raise SecateurError(f"{path}: transformers does not load it whole: {problems}"[:500])
+    return model
+
+
 def text_model(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
     """The model that holds the decoder layers: `model` itself, or one inside it."""
     if not folder.config.is_nested:
