@@ -227,6 +227,7 @@ def test_importing_secateur_loads_nothing_heavy() -> None:
         ("secateur.model_folder.choice", ("transformers",)),
     ],
 )
+@pytest.mark.process
 def test_what_headers_alone_refuse_is_refused_without_model_classes(module: str, free_of: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([name for name in {free_of} if name in sys.modules])"
     assert run(code) == "[]"

@@ -44,6 +44,7 @@ with work_folder(Path(sys.argv[1]), dict, "taken") as work:
 """
 
 
+@pytest.mark.process
 def test_what_a_killed_process_left_is_there_with_what_it_was_asked_for(path: Path) -> None:
     child = subprocess.run([sys.executable, "-c", BEGIN_AND_DIE, str(path)], check=False)
     assert child.returncode == -signal.SIGKILL

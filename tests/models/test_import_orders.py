@@ -27,6 +27,7 @@ print(type(config).__module__, type(model).__module__, type(model).__name__)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_auto_classes_build_a_v_moe(order: str) -> None:
     path = os.pathsep.join([str(Path(secateur.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
