@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from secateur.files.atomic import atomic_write
-from secateur.files.work_folder import work_folder
 
 
 def test_a_new_file_has_the_permissions_any_new_file_gets(tmp_path: Path) -> None:
@@ -38,24 +36,3 @@ def test_text_is_utf8_and_bytes_are_as_given(tmp_path: Path) -> None:
     atomic_write(tmp_path / "bytes", b"\x00\xff")
     assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\n"
     assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
-
-
-def test_the_note_of_unfinished_work_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with work_folder(tmp_path / "out") as work:
-        work.note({"keep": 6})
-        for name in ("a", "z"):
-            (work.path / name).touch()
-
-        def fails_at_the_end(path: Path, real: Any = Path.unlink) -> None:
-            if path.name == "z":
-                raise OSError(5, "Input/output error")
-            real(path)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", fails_at_the_end)
-            with pytest.raises(OSError, match="Input/output error"):
-                work.remove()
-    with work_folder(tmp_path / "out") as again:
-        assert again.before == {"keep": 6}
-        again.remove()
-    assert os.listdir(tmp_path) == []
