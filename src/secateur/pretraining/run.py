@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ def _train_steps(
         trainer.remove_callback(PrinterCallback)
         _keep_tensorboard(trainer, folder)
         log.trainer = trainer
-        with _naming_a_failed_checkpoint(folder):
+        with checkpoints.naming_the_last_whole(folder.checkpoints):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     balance.detach()
 
@@ -338,19 +338,3 @@ def _environment() -> dict[str, Any]:
 
 def _command() -> list[str]:
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-@contextlib.contextmanager
-def _naming_a_failed_checkpoint(folder: RunFolder) -> Iterator[None]:
-    """Add to the error of a failed save which checkpoint is still whole."""
-    try:
-        yield
-    except Exception as error:
-        unfinished = [path for path in folder.checkpoints.glob("checkpoint-*") if not checkpoints.is_whole(path)]
-        if not unfinished or isinstance(error, SecateurError) or launch.has_lost_contact(error):
-            raise
-        last = checkpoints.last_whole(folder.checkpoints)
-        raise OSError(
-            f"{unfinished[0]} could not be written: {error}. "
-            f"The last whole checkpoint is {last.name if last else 'none'}; make room and go on with --resume"
-        ) from error

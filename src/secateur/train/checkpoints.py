@@ -6,8 +6,10 @@ renamed into the folder last; a folder without that list, or with a file that di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +19,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, fsync_file, fsync_folder
 from secateur.files.json import read_json
 from secateur.files.records import Count, as_record
+from secateur.train.distributed import launch
 
 COMPLETE = "complete.json"
 FORMAT = "secateur-checkpoint"
@@ -94,6 +97,22 @@ def read_seal(checkpoint: Path) -> Seal:
     """
     path = checkpoint / COMPLETE
     return as_record(read_json(path), Seal, str(path))
+
+
+@contextlib.contextmanager
+def naming_the_last_whole(folder: Path) -> Iterator[None]:
+    """Add to the error of a failed save which checkpoint of `folder` is still whole."""
+    try:
+        yield
+    except Exception as error:
+        unfinished = [path for path in folder.glob("checkpoint-*") if not is_whole(path)]
+        if not unfinished or isinstance(error, SecateurError) or launch.has_lost_contact(error):
+            raise
+        last = last_whole(folder)
+        raise OSError(
+            f"{unfinished[0]} could not be written: {error}. "
+            f"The last whole checkpoint is {last.name if last else 'none'}; make room and go on with --resume"
+        ) from error
 
 
 def _all(folder: Path) -> list[Path]:

@@ -18,10 +18,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ from secateur.decide.rule import decide
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe, logits_of
-from secateur.files.records import Count, Experts, Layer, as_record
+from secateur.files.records import as_record
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
@@ -38,25 +36,11 @@ from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, u
 from secateur.surgery.oracle import barred_experts
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
+from secateur.train.laep_state import STATE_VERSION, LAEPState, check_state
 from secateur.train.phases import PhaseConstants
-from secateur.train.rearrange import Rearrangement, rearranged
+from secateur.train.rearrange import Rearrangement, nothing_dropped, rearranged, settled
 from secateur.train.schedule import Pruning, as_prunings, check_count, check_goal
 from secateur.train.watch import LoadWatch
-
-STATE_VERSION = 2
-
-
-class LAEPState(msgspec.Struct, frozen=True, kw_only=True):
-    """What `LAEP.state_dict` gives; plan, events and watch check their parts themselves."""
-
-    version: Literal[2]
-    num_steps: Count
-    settings: dict[str, Any]
-    watch: dict[str, Any]
-    events: list[dict[str, Any]]
-    plan: dict[str, Any]
-    counts: dict[Layer, Experts]
-    checksums: dict[str, int]
 
 
 class LAEP:
@@ -106,7 +90,7 @@ class LAEP:
         self._job = Job(self.moe)
         self._optimizer = unwrap(optimizer)
         try:
-            self._rearrange = _placement_rule(rearrange, self._job.ranks.ep_size, self.moe)
+            self._rearrange = settled(rearrange, self._job.ranks.ep_size, self.moe.counts)
             if self.prunings or self._rearrange:
                 check_optimizer(self._optimizer)
             for pruning in self.prunings:  # an impossible floor shows before training, not at the pruning step
@@ -212,23 +196,7 @@ class LAEP:
         saved = as_record(state, LAEPState, "LAEP state")
         events = [PruneEvent.from_json(event) for event in saved.events]
         plan = Plan.from_json(saved.plan)
-        if saved.counts != self.moe.counts:
-            raise SecateurError(
-                f"LAEP state is of a model with experts {saved.counts}, this model has {self.moe.counts}: load the "
-                "model from the checkpoint itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
-            )
-        if saved.settings != self._settings():
-            raise SecateurError(
-                f"LAEP state is of a run with other settings: {saved.settings}, this run has {self._settings()}"
-            )
-        checksums = self._job.checksums(self.moe)
-        wrong = [name for name, value in saved.checksums.items() if checksums.get(name) != value]
-        if wrong:
-            raise SecateurError(
-                f"{len(wrong)} expert tensors, e.g. {wrong[0]}, are not those of the moment this LAEP state was taken. "
-                "Trainer does not load experts that a checkpoint stores one by one: load the model from the checkpoint "
-                "itself (AutoModelForCausalLM.from_pretrained(checkpoint)) before resuming"
-            )
+        check_state(saved, self.moe.counts, self._settings(), self._job.checksums(self.moe))
         self._watch.load_state_dict(saved.watch)  # the last check
         self.num_steps, self.events, self.plan = saved.num_steps, events, plan
 
@@ -263,7 +231,7 @@ class LAEP:
         started = time.perf_counter()
         stats = self._watch.statistics()
         self._check_finite()
-        plan = self._decide(stats, pruning) if pruning else _no_change(self.moe.counts, stats)
+        plan = self._decide(stats, pruning) if pruning else nothing_dropped(self.moe.counts, stats)
         placement = None
         if self._rearrange:
             ranks = self._rearrange.ranks
@@ -374,28 +342,3 @@ def _align_(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_sharded(tensor) and tensor.data_ptr() % 64:  # FSDP gathers shards into memory of its own
             tensor.data = tensor.data.clone()
-
-
-def _placement_rule(given: Rearrangement | bool | None, ep_size: int, moe: MoEModel) -> Rearrangement | None:
-    """The rule with its number of ranks settled; None when experts keep their order.
-
-    Raises:
-        SecateurError: no number of ranks to place on, or experts that do not divide over them.
-    """
-    if given is False or (given is None and ep_size == 1):
-        return None
-    rule = given if isinstance(given, Rearrangement) else Rearrangement()
-    ranks = rule.ranks or ep_size
-    if ranks == 1:
-        raise SecateurError("rearrange: the job has no expert parallelism; give the number of ranks to place on")
-    if ep_size > 1 and ranks != ep_size:
-        raise SecateurError(f"rearrange: {ranks} ranks given, but the job's expert-parallel size is {ep_size}")
-    for layer, count in moe.counts.items():
-        if count % ranks:
-            raise SecateurError(f"rearrange: layer {layer} has {count} experts, expected a multiple of {ranks} ranks")
-    return replace(rule, ranks=ranks)
-
-
-def _no_change(counts: Mapping[int, int], stats: RouterStats) -> Plan:
-    kept = Plan.identity(counts)
-    return Plan(layers=kept.layers, criterion="placement", stats_digest=stats.digest())

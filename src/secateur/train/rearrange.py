@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from secateur.errors import SecateurError
 from secateur.placement import METHODS, Placement, balance, place, rank_loads
 from secateur.plans import LayerPlan, Plan
+from secateur.stats import RouterStats
 from secateur.surgery.events import LayerPlacement
 from secateur.train.schedule import check_count
 
@@ -85,3 +86,29 @@ def _moved(order: Sequence[int], experts_before: int, num_ranks: int) -> int:
     """Experts that are on another rank than before."""
     before, after = experts_before // num_ranks, len(order) // num_ranks
     return sum(old // before != new // after for new, old in enumerate(order))
+
+
+def settled(given: Rearrangement | bool | None, ep_size: int, counts: Mapping[int, int]) -> Rearrangement | None:
+    """The rule with its number of ranks settled; None when experts keep their order.
+
+    Raises:
+        SecateurError: no number of ranks to place on, or experts that do not divide over them.
+    """
+    if given is False or (given is None and ep_size == 1):
+        return None
+    rule = given if isinstance(given, Rearrangement) else Rearrangement()
+    ranks = rule.ranks or ep_size
+    if ranks == 1:
+        raise SecateurError("rearrange: the job has no expert parallelism; give the number of ranks to place on")
+    if ep_size > 1 and ranks != ep_size:
+        raise SecateurError(f"rearrange: {ranks} ranks given, but the job's expert-parallel size is {ep_size}")
+    for layer, count in counts.items():
+        if count % ranks:
+            raise SecateurError(f"rearrange: layer {layer} has {count} experts, expected a multiple of {ranks} ranks")
+    return replace(rule, ranks=ranks)
+
+
+def nothing_dropped(counts: Mapping[int, int], stats: RouterStats) -> Plan:
+    """The plan that a rearrangement between prunings starts from."""
+    kept = Plan.identity(counts)
+    return Plan(layers=kept.layers, criterion="placement", stats_digest=stats.digest())
