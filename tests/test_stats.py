@@ -187,6 +187,11 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
             format_,
             r"count\[0\]' is 1.0",
         ),
+        (
+            {"layers.0.token_count": torch.tensor([1]), "layers.0.num_tokens": torch.tensor([1, 2])},
+            format_,
+            r"'layers.0.num_tokens' is \[1, 2\], expected a whole number",
+        ),
         ({"layers.0.norm_sum": torch.ones(1, dtype=torch.float64)}, format_, "unknown tensor layers.0.norm_sum"),
     ]
     for tensors, metadata, message in contents:

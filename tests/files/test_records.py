@@ -90,6 +90,18 @@ def test_a_dataclass_inside_a_record_may_have_more_keys_and_its_own_refusal_is_p
         as_record({"whole": {"name": "a"}, "flag": 0}, Outer, "a.json")
 
 
+class Renamed(msgspec.Struct, frozen=True, kw_only=True):
+    short: Count = msgspec.field(name="long name")
+
+
+def test_a_field_is_named_as_in_the_file() -> None:
+    assert as_record({"long name": 1}, Renamed, "a.json") == Renamed(short=1)
+    with pytest.raises(SecateurError, match=r"^a.json: 'long name' is missing, found \['short'\]$"):
+        as_record({"short": 1}, Renamed, "a.json")
+    with pytest.raises(SecateurError, match=r"^a.json: 'long name' is -1, expected a whole number of at least 0$"):
+        as_record({"long name": -1}, Renamed, "a.json")
+
+
 def test_a_message_stays_short_and_on_one_line() -> None:
     long = {"name": "a", "more": {}, "one": {"count": "x\n" * 10_000}}
     for data in (long, {"name": "a", "\n" * 10_000: 1}, {"name": "a", "parts": {"\n" * 10_000: 1}}):
