@@ -58,3 +58,8 @@ def test_an_event_that_contradicts_itself_is_refused(change: dict[str, Any], mes
     (tmp_path / "events.json").write_text(json.dumps([FIRST, FIRST | change]))
     with pytest.raises(SecateurError, match=rf"/events.json, event 2: .*{message}"):
         read_events(tmp_path / "events.json")
+
+
+def test_loads_are_in_the_order_of_the_layers() -> None:
+    event = PruneEvent.from_json(FIRST | {"loads": {"10": [1], "2": [1], **FIRST["loads"]}})
+    assert list(event.loads) == [0, 2, 10]
