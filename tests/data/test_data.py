@@ -651,9 +651,9 @@ def test_changed_token_file_is_refused(two_domains: Path, tmp_path: Path) -> Non
     with pytest.raises(SecateurError, match=r"validation-Novels\.safetensors: found tokens with digest"):
         load_prepared(folder)
     (folder / "data.json").write_text('{"format": "other"}')
-    with pytest.raises(SecateurError, match=r"data\.json: found format 'other' version None"):
+    with pytest.raises(SecateurError, match=r"data\.json: 'format' is 'other', expected 'secateur-data'"):
         load_prepared(folder)
-    with pytest.raises(SecateurError, match=r"data\.json: not readable as the data of a run"):
+    with pytest.raises(SecateurError, match=r"data\.json: cannot be read"):
         load_prepared(tmp_path / "nowhere")
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from secateur import stats
 from secateur.data.packing import PackedTokens
+from secateur.data.prepare import read_record as read_prepared
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
 from secateur.files.json import read_json
@@ -477,6 +478,24 @@ RECORDS = {
         sample=FACTS,
         read=read_json_text(ModelFacts.from_json),
         accepts={"model_type": TEXTS, "digest": TEXTS, "has_one_count": frozenset({"true"})},
+    ),
+    "prepared data": Record(
+        file="data.json",
+        sample={
+            "format": "secateur-data",
+            "version": 1,
+            "train": {"file": "train.safetensors", "digest": "0f"},
+            "validation": {"prose": {"file": "validation-prose.safetensors", "digest": "0f"}},
+            "report": {"documents": 1},
+        },
+        read=read_prepared,
+        accepts={
+            "report": frozenset({"object", "unknown key"}),
+            "report.": ANYTHING,
+            "validation.prose": frozenset({"missing"}),
+            "train.digest": TEXTS,
+            "validation.prose.digest": TEXTS,
+        },
     ),
     "undo": Record(
         file="undo.json",

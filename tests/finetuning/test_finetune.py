@@ -28,7 +28,7 @@ from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
 from secateur.files.work_folder import place_of_work
 from secateur.finetuning.model import kept_files, load
-from secateur.finetuning.options import FinetuneOptions
+from secateur.finetuning.options import FinetuneOptions, in_parts
 from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains, text_task
 from secateur.model_folder.evaluation.on_text import evaluate
@@ -392,7 +392,8 @@ def test_the_largest_token_of_the_data_is_in_a_vocabulary_that_is_one_larger(roo
         (source / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
         message = rf"makes a token of id {largest}, but its vocabulary is {size}" if size == largest else None
         with pytest.raises(SecateurError, match=message) if message else contextlib.nullcontext():
-            text_task(read_model_folder(source), text_options(root))
+            settings = in_parts(text_options(root))
+            text_task(read_model_folder(source), settings.data, settings.model)
 
 
 def test_the_command_says_what_it_would_do_and_does_it(root: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.corpus import Document, embedded_specs, read_documents
@@ -19,13 +20,33 @@ from secateur.data.split import Corpus, Progress, build_corpus
 from secateur.data.tokenizer import load_tokenizer, separator, train_tokenizer
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.json import read_json
 from secateur.files.new_folder import written_beside
+from secateur.files.records import as_record
 
 FORMAT = "secateur-data"
 VERSION = 1
+
 # A validation loss over fewer blocks is noise, and none is an error; tokenizers make 3 to 5 bytes of text into a token.
 MIN_VALIDATION_BLOCKS = 8
 BYTES_PER_TOKEN = 4
+
+
+class TokenFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of packed tokens beside data.json, and their digest."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]+\.safetensors$", description="a file beside data.json")]
+    digest: str
+
+
+class DataRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """data.json: which files hold the tokens of a run, and how they were made."""
+
+    format: Literal["secateur-data"]
+    version: Literal[1]
+    train: TokenFile
+    validation: dict[str, TokenFile]
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,28 +211,28 @@ def load_prepared(folder: Path | str) -> PreparedData:
         SecateurError: a file is missing, damaged, of another format, or not the one that was saved.
     """
     folder = Path(folder)
-    path = folder / "data.json"
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SecateurError(f"{path}: not readable as the data of a run ({error})") from error
-    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        raise SecateurError(
-            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}"
-        )
+    record = read_record(folder / "data.json")
     return PreparedData(
         tokenizer=load_tokenizer(folder / "tokenizer"),
-        train=_load_checked(folder, content["train"]),
-        validation={domain: _load_checked(folder, entry) for domain, entry in content["validation"].items()},
-        report=content["report"],
+        train=_load_checked(folder, record.train),
+        validation={domain: _load_checked(folder, entry) for domain, entry in record.validation.items()},
+        report=record.report,
     )
 
 
-def _load_checked(folder: Path, entry: dict[str, str]) -> PackedTokens:
-    packed = PackedTokens.load(folder / entry["file"])
-    if packed.digest() != entry["digest"]:
+def read_record(path: Path) -> DataRecord:
+    """What data.json says; nothing else is opened.
+
+    Raises:
+        SecateurError: it is missing, or not what `save_prepared` writes.
+    """
+    return as_record(read_json(path), DataRecord, str(path))
+
+
+def _load_checked(folder: Path, entry: TokenFile) -> PackedTokens:
+    packed = PackedTokens.load(folder / entry.file)
+    if packed.digest() != entry.digest:
         raise SecateurError(
-            f"{folder / entry['file']}: found tokens with digest {packed.digest()}, expected {entry['digest']}"
+            f"{folder / entry.file}: found tokens with digest {packed.digest()}, expected {entry.digest}"
         )
     return packed
