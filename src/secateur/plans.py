@@ -100,10 +100,7 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         """True when every expert stays where it is."""
-        return all(
-            layer_observer.order == tuple(range(layer_observer.experts_before))
-            for layer_observer in self.layers.values()
-        )
+        return all(planned.order == tuple(range(planned.experts_before)) for planned in self.layers.values())
 
     @property
     def leaves_zero_slots(self) -> bool:

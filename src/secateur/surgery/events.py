@@ -101,9 +101,7 @@ class PruneEvent:
     def rerouted_share(self) -> float:
         """Share of all routed tokens, over all layers, whose expert went."""
         total = sum(sum(loads) for loads in self.loads.values())
-        gone = sum(
-            self.loads[layer][old] for layer, layer_observer in self.layers.items() for old in layer_observer.dropped
-        )
+        gone = sum(self.loads[layer][old] for layer, layer_event in self.layers.items() for old in layer_event.dropped)
         return gone / total if total else 0.0
 
     def describe(self) -> str:
@@ -135,8 +133,8 @@ class PruneEvent:
             "placement": placement,
             "loads": {str(layer): list(loads) for layer, loads in self.loads.items()},
             "layers": {
-                str(layer): asdict(layer_observer) | {"dropped": list(layer_observer.dropped)}
-                for layer, layer_observer in self.layers.items()
+                str(layer): asdict(layer_event) | {"dropped": list(layer_event.dropped)}
+                for layer, layer_event in self.layers.items()
             },
             "memory_before": asdict(self.memory_before),
             "memory_after": asdict(self.memory_after),
