@@ -49,7 +49,7 @@ def test_a_plan_file_says_what_becomes_of_removed_experts_only_if_the_plan_does(
 def test_another_meaning_is_refused() -> None:
     with pytest.raises(SecateurError, match="removed is 'zero', expected reroute or zero-slot"):
         plan("zero")
-    with pytest.raises(SecateurError, match=r"removed is \['reroute'\]"):
+    with pytest.raises(SecateurError, match=r"'removed' is \['reroute'\], expected a text or null"):
         Plan.from_json(plan(None).to_json() | {"removed": ["reroute"]})
     with pytest.raises(SecateurError, match="--removed zero: expected reroute or zero-slot"):
         Choice(criterion="random", keep=Keep(count=3), removed="zero")

@@ -14,9 +14,7 @@ import secateur
 AUTO = "from transformers import AutoConfig, AutoModelForImageClassification"
 ORDERS = {
     "Secateur first": f"import secateur; {AUTO}",
-    "transformers first": f"{AUTO}; import secateur",
     "between configs and models": f"from transformers import AutoConfig; import secateur; {AUTO}",
-    "the classes of V-MoE first": f"from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification; {AUTO}",
     "the module of V-MoE first": f"import secateur.models.vmoe.modeling; {AUTO}",
 }
 BUILD = """

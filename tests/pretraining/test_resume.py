@@ -21,7 +21,6 @@ from secateur import cli
 from secateur.errors import SecateurError
 from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions
-from secateur.pretraining.presets import PRESETS
 from secateur.pretraining.run import pretrain, resume
 from secateur.train import checkpoints
 from support.faults import Kill, LimitFileSize
@@ -120,7 +119,6 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
     "while the data is packed": ("plain", Kill("secateur.data.prepare:pack", 2)),
     "while the data is written": ("plain", Kill("secateur.data.prepare:atomic_write", 3)),
     "before the first step": ("plain", Kill("secateur.pretraining.run:make_model")),
-    "before the first checkpoint": ("plain", Kill(STEP_END, 7)),
     "before the pruning": ("plain", Kill(STEP_END, 22)),
     "in the middle of the pruning, optimizer done and model not": (
         "plain",
@@ -131,8 +129,6 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
         "plain",
         Kill("secateur.pretraining.run_folder:RunFolder.write_events", 2),
     ),
-    "after the pruning was recorded": ("plain", Kill(STEP_END, 24)),
-    "after the first checkpoint of the pruned model": ("plain", Kill(STEP_END, 33)),
     "with half a line in the log": ("plain", Kill("secateur.pretraining.run_log:append_line", 9, how=half_of_the_line)),
     "between two domains of a validation": ("plain", Kill("transformers:Trainer.evaluation_loop", 2)),
     "with half a model in a checkpoint": (
@@ -146,16 +142,12 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
         "plain",
         Kill("transformers.trainer_utils:shutil.rmtree", 3, how=one_file_of_the_folder),
     ),
-    "after the last checkpoint": ("plain", Kill("secateur.train.training_log:seal", 4, "after")),
     "while the model is saved": ("plain", Kill("secateur.pretraining.run:os.rename")),
     "between the model and the summary": ("plain", Kill("secateur.pretraining.run:run_summary")),
     "before the report": ("plain", Kill("secateur.pretraining.run:write_report")),
     "in the control run": ("control", Kill(STEP_END, 40 + 27)),
-    "while the control model is saved": ("control", Kill("secateur.pretraining.run:os.rename", 2)),
     "within a window that the detector will count": ("detector", Kill(STEP_END, 11)),
-    "after the detector pruned": ("detector", Kill(STEP_END, 21)),
     "between two prunings": ("all", Kill(STEP_END, 24)),
-    "after two prunings": ("all", Kill(STEP_END, 38)),
     "after a last validation that no interval asked for": ("odd steps", Kill("secateur.pretraining.run:run_summary")),
 }
 QUICK = ("in the middle of the pruning, optimizer done and model not",)
@@ -178,8 +170,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_goes_on_from_a_checkpoint_of_its_pruned_model(preset: str, tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("preset", ["deepseek_v3", "gpt_oss", "qwen3_next"])  # latent, biased, linear attention
+def test_every_kind_of_preset_goes_on_from_its_pruned_checkpoint(preset: str, tmp_path: Path, corpus: Path) -> None:
     times = {"steps": 8, "log_steps": 2, "eval_steps": 4, "save_steps": 2, "prune_at_step": 3, "batch_size": 2}
     settings = PretrainOptions(data=data_in(corpus), preset=preset, **{**SMALL, **times})
     whole, out = tmp_path / "whole", tmp_path / "run"

@@ -49,7 +49,6 @@ def a_pause(*args: Any) -> None:
 # checkpoints at every sixth step, a rearrangement at the eighth, the pruning at the ninth.
 KILLED: dict[str, tuple[int, Kill, str | None]] = {
     "before any checkpoint": (1, Kill(STEP_END, 4), None),
-    "before the pruning": (1, Kill(STEP_END, 8), "checkpoint-6"),
     "in the pruning, between two layers": (0, Kill(f"{SURGERY}:replace_parameters_", 4), "checkpoint-6"),
     "in the pruning, optimizer done and model not": (1, Kill(f"{SURGERY}:set_counts_", 2), "checkpoint-6"),
     "in a checkpoint": (1, Kill(WRITER), "checkpoint-6"),
@@ -58,7 +57,6 @@ KILLED: dict[str, tuple[int, Kill, str | None]] = {
         Kill("transformers:Trainer._save_rng_state", how=a_pause),
         "checkpoint-6",
     ),
-    "after the pruning": (1, Kill(STEP_END, 9), "checkpoint-12"),
     "while the model is gathered": (1, Kill("secateur.pretraining.run:save_whole"), "checkpoint-18"),
 }
 
@@ -86,12 +84,6 @@ FAILED = {
     ),
     "no room for its shard of the model": (
         LimitFileSize("transformers:Trainer._save_checkpoint", 1, 10_000),
-        1,
-        ROOM.format(12, "checkpoint-6"),
-        "checkpoint-6",
-    ),
-    "no room for its shard of the optimizer": (
-        LimitFileSize(WRITER, 1, 10_000),
         1,
         ROOM.format(12, "checkpoint-6"),
         "checkpoint-6",

@@ -54,8 +54,7 @@ FOUR = Scenarios(__name__, 4)
 
 # split otherwise than most: biases, buffers, groups, an expert axis 1, no gate, layers without experts
 FAMILIES = (
-    "qwen3_moe", "mixtral", "deepseek_v3", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe", "minimax_m2", "lfm2_moe",
-    "nemotron_h", "glm4_moe", "qwen3_next",
+    "qwen3_moe", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe", "lfm2_moe", "nemotron_h", "qwen3_next",
 )  # fmt: skip
 KEPT_IN_FLOAT32 = ("ernie4_5_moe",)  # transformers loads some of its parameters so whatever the dtype asked for
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -159,9 +160,10 @@ def test_only_finished_stages_on_the_disk_count(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_goes_on_only_where_all_that_decides_it_is_the_same(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path / "stats")
-    with work.opened({"seed": 1, "data": {"a": [1]}}):
-        pass
-    with work.opened({"data": {"a": [1]}, "seed": 1}):
+    for run in ({"seed": 1, "data": {"a": [1]}}, {"data": {"a": [1]}, "seed": 1}):
+        with contextlib.suppress(KeyboardInterrupt), work.opened(run):
+            assert work.is_begun
+            raise KeyboardInterrupt
         assert work.is_begun
     for run, message in (
         ({"seed": 1, "data": {"a": [1]}, "device": "cpu"}, "device was None, is 'cpu'"),
