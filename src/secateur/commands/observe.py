@@ -108,7 +108,7 @@ def _summary(result: dict[str, Any], dry_run: bool) -> str:
     if "images" in data:
         lines.append(f"{data['images']:,} images of {data['of']:,}, {data['batch_size']} at a time")
     if "tokens" in data:
-        shares = ", ".join(f"{name} {one['sequences']}" for name, one in data["domains"].items())
+        shares = ", ".join(f"{name} {domain['sequences']}" for name, domain in data["domains"].items())
         lines.append(f"{data['tokens']:,} tokens; sequences: {shares}")
         lines.append(
             f"{in_words(result['bytes_to_read'])} read, one layer at a time; about "

@@ -140,9 +140,9 @@ def _show(result: Mapping[str, Any]) -> None:
         table.add_row(name, str(len(layer["order"])), *numbers, str(layer["moved"]))
     console = Console()
     console.print(table)
-    means = [sum(one[f"balance_{which}"] for one in layers.values()) / len(layers) for which in ("before", "after")]
-    moved = sum(one["moved"] for one in layers.values())
-    experts = sum(len(one["order"]) for one in layers.values())
+    means = [sum(layer[f"balance_{which}"] for layer in layers.values()) / len(layers) for which in ("before", "after")]
+    moved = sum(layer["moved"] for layer in layers.values())
+    experts = sum(len(layer["order"]) for layer in layers.values())
     console.print(
         f"mean of the layers: {means[0]:.3f} -> {means[1]:.3f}; {moved} of {experts} experts change their rank"
     )

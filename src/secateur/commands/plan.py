@@ -89,7 +89,7 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
     """What a plan does to a model, in words; see `decide.outcome`."""
     from secateur.model_folder.rewrite.card import LOADS_EVERYWHERE, who_loads
 
-    layers = {name: (one["experts_before"], one["experts_after"]) for name, one in result["layers"].items()}
+    layers = {name: (counts["experts_before"], counts["experts_after"]) for name, counts in result["layers"].items()}
     size = [in_words(result[f"bytes_{when}"]) for when in ("before", "after")]
     lines = [
         f"{result['criterion']}: experts {result['experts_before']} -> {result['experts_after']} in {len(layers)} "

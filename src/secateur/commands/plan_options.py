@@ -38,7 +38,7 @@ CriterionOption = Annotated[
     typer.Option(
         "--criterion",
         help="Which experts stay, those of the highest score: "
-        + _listed({name: one.help for name, one in CRITERIA.items()} | {"laep": LAEP_HELP})
+        + _listed({name: criterion.help for name, criterion in CRITERIA.items()} | {"laep": LAEP_HELP})
         + ".",
     ),
 ]

@@ -119,12 +119,12 @@ def _checked_weights(where: str, needs: str, num_experts: Mapping[int, int], wei
     if weights is None:
         raise SecateurError(f"{where} needs {needs}, found none")
     for layer in num_experts:
-        one = weights[layer]
-        if not isinstance(one, KINDS[needs]):
-            raise SecateurError(f"{where} needs {needs}, found {type(one).__name__}")
-        if isinstance(one, RouterChange):
+        layer_weights = weights[layer]
+        if not isinstance(layer_weights, KINDS[needs]):
+            raise SecateurError(f"{where} needs {needs}, found {type(layer_weights).__name__}")
+        if isinstance(layer_weights, RouterChange):
             continue
-        read = one.num_weights if needs == "expert weights" else one.router_square_sum.any()[None]
+        read = layer_weights.num_weights if needs == "expert weights" else layer_weights.router_square_sum.any()[None]
         if not read.all():
             raise SecateurError(f"{where}, layer {layer}: {needs} are missing or, for a router, all 0")
     return weights

@@ -126,7 +126,7 @@ def calibrate(
         raise SecateurError(f"data: found {sum(map(len, sequences.values()))} {what} ({found}), expected {samples}")
     chosen = {domain: _drawn(found, shares[domain], f"{seed} {domain}") for domain, found in sequences.items()}
     return Calibration(
-        sequences=tuple(one for found in chosen.values() for one in found),
+        sequences=tuple(sequence for found in chosen.values() for sequence in found),
         packed=pack,
         domains={domain: len(found) for domain, found in chosen.items()},
         about={

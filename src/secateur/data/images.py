@@ -129,7 +129,7 @@ def read_images(path: Path) -> Images:
 
 def _of_folder(path: Path) -> Images:
     folders = sorted(
-        (entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."), key=lambda one: one.name
+        (entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."), key=lambda entry: entry.name
     )
     if not folders:
         raise SecateurError(f"{path}: no folders in it, expected one for every class")

@@ -159,7 +159,7 @@ def check_modality(options: FinetuneOptions, modality: str, model_type: str) -> 
     Raises:
         SecateurError: names the first one that was given.
     """
-    defaults = {one.name: one.default for one in fields(options)}
+    defaults = {option.name: option.default for option in fields(options)}
     for name in NOT_FOR[modality]:
         if getattr(options, name) != defaults[name]:
             raise SecateurError(f"{option(name)}: a {model_type!r} model reads {modality}; leave it out")

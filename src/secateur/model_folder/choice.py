@@ -160,7 +160,7 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
     facts, layers = source.facts, plan.layers
     if plan.leaves_zero_slots:
         facts = facts_for_zero_slots(facts, source.found)
-    gone = {layer: one.dropped for layer, one in layers.items()}
+    gone = {layer: layer_plan.dropped for layer, layer_plan in layers.items()}
     saved = sum(len(ids) * facts.bytes_per_expert[layer] for layer, ids in gone.items())
     never: Mapping[int, list[int]] = {}
     if source.stats is not None:
@@ -174,11 +174,11 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
         "removed": plan.removed or REROUTE,
         "model_type": facts.model_type,
         "layers": {
-            str(layer): {"experts_before": one.experts_before, "experts_after": one.experts_after}
-            for layer, one in layers.items()
+            str(layer): {"experts_before": layer_plan.experts_before, "experts_after": layer_plan.experts_after}
+            for layer, layer_plan in layers.items()
         },
-        "experts_before": sum(one.experts_before for one in layers.values()),
-        "experts_after": sum(one.experts_after for one in layers.values()),
+        "experts_before": sum(layer_plan.experts_before for layer_plan in layers.values()),
+        "experts_after": sum(layer_plan.experts_after for layer_plan in layers.values()),
         "bytes_before": facts.total_bytes,
         "bytes_after": facts.total_bytes - saved,
         "rerouted_share": plan.details.get("rerouted_share"),

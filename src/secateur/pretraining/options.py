@@ -254,7 +254,7 @@ class PretrainOptions:
         return as_record({**data, "alpha": alpha}, cls, "the saved configuration")
 
 
-_DEFAULTS = {one.name: one.default for one in fields(PretrainOptions)}
+_DEFAULTS = {option.name: option.default for option in fields(PretrainOptions)}
 
 
 def option(name: str) -> str:

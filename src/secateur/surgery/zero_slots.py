@@ -68,7 +68,7 @@ def kept_after(
         slots: {layer: slots of its router}. kept: the same as what is returned, before the plan. layers: of the plan.
     """
     after = dict(kept)
-    for layer, one in layers.items():
+    for layer, layer_plan in layers.items():
         now = kept.get(layer, tuple(range(slots[layer])))
-        after[layer] = tuple(now[old] for old in one.order)
+        after[layer] = tuple(now[old] for old in layer_plan.order)
     return {layer: ids for layer, ids in after.items() if layer in kept or ids != tuple(range(slots[layer]))}

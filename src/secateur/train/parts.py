@@ -11,5 +11,5 @@ Part = TypeVar("Part")
 def part_of(kind: type[Part], options: object) -> Part:
     """The `kind` of settings, taken from the options by the names of its fields."""
     dataclass: Any = kind
-    part: Part = dataclass(**{one.name: getattr(options, one.name) for one in fields(dataclass)})
+    part: Part = dataclass(**{option.name: getattr(options, option.name) for option in fields(dataclass)})
     return part

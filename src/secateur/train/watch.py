@@ -112,7 +112,7 @@ class LoadWatch:
         """
         saved = as_record(state, WatchState, "LAEP state, watch")
         window = None if saved.open_window is None else RouterStats.from_json(saved.open_window)
-        windows = [RouterStats.from_json(one) for one in saved.windows]
+        windows = [RouterStats.from_json(window) for window in saved.windows]
         self._detector.restore(saved.detector)
         self.num_tokens = saved.num_tokens
         self._open_window(self._moe)

@@ -60,8 +60,8 @@ def survey(stored: StoredCheckpoint, naming: Naming, plan: Plan) -> Survey:
             keys.setdefault(entry.parameter, set()).add(entry.key)
     changes = {}
     for name, entry in entries.items():
-        one = plan.layers.get(entry.layer) if entry.layer is not None else None
-        if one is None or entry.layer is None or one.order == tuple(range(one.experts_before)):
+        layer_plan = plan.layers.get(entry.layer) if entry.layer is not None else None
+        if layer_plan is None or entry.layer is None or layer_plan.order == tuple(range(layer_plan.experts_before)):
             continue
         if entry.section == "settings":
             _check_setting(name, entry, stored)
@@ -73,8 +73,8 @@ def survey(stored: StoredCheckpoint, naming: Naming, plan: Plan) -> Survey:
             dim = _axis_of_state(name, entry, _state_rule(name, entry, keys[entry.parameter]), stored, parts)
         if dim is None:
             continue
-        spec = _spec(name, entry, dim, stored.tensors[name], one.experts_before)
-        changes[name] = Change(layer=entry.layer, spec=spec, layer_plan=one, to_zero=entry.role == "counter")
+        spec = _spec(name, entry, dim, stored.tensors[name], layer_plan.experts_before)
+        changes[name] = Change(layer=entry.layer, spec=spec, layer_plan=layer_plan, to_zero=entry.role == "counter")
     return Survey(counts=counts, changes=changes)
 
 

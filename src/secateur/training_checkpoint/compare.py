@@ -67,10 +67,10 @@ def _same(old: StoredTensor, new: StoredTensor, change: Change | None) -> bool:
 
 def _matches(change: Change) -> list[tuple[int, int, int]]:
     """(start before, start after, entries) on the expert axis, for each kept expert and for what belongs to none."""
-    rows, one = change.spec.rows_per_expert, change.layer_plan
-    found = [(old * rows, new * rows, rows) for new, old in enumerate(one.order)]
+    rows, layer_plan = change.spec.rows_per_expert, change.layer_plan
+    found = [(old * rows, new * rows, rows) for new, old in enumerate(layer_plan.order)]
     if change.spec.num_trailing:
-        found.append((one.experts_before * rows, one.experts_after * rows, change.spec.num_trailing))
+        found.append((layer_plan.experts_before * rows, layer_plan.experts_after * rows, change.spec.num_trailing))
     return found
 
 

@@ -85,8 +85,8 @@ def new_rows(tensor: StoredTensor, change: Change | None, piece: Piece) -> Tenso
         return read_rows(tensor, rows)
     if change.to_zero:
         return torch.zeros(piece.sizes, dtype=piece.dtype)
-    spec, one = change.spec, change.layer_plan
+    spec, layer_plan = change.spec, change.layer_plan
     if spec.dim == 0:
-        old = row_index(one.order, one.experts_before, spec).tolist()
+        old = row_index(layer_plan.order, layer_plan.experts_before, spec).tolist()
         return read_rows(tensor, old[rows.start : rows.stop])
-    return gather(read_rows(tensor, rows), spec, one.order, one.experts_before)
+    return gather(read_rows(tensor, rows), spec, layer_plan.order, layer_plan.experts_before)

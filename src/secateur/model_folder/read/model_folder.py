@@ -92,14 +92,14 @@ def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
     mtp = frozenset(
         name
         for name in parts
-        if is_mtp(name) or ((one := parts[name]) and one.path == path and one.layer >= config.num_layers)
+        if is_mtp(name) or ((parsed := parts[name]) and parsed.path == path and parsed.layer >= config.num_layers)
     )
     numbers: dict[int, set[int]] = {}
     by_layer: dict[int, list[str]] = {}
     for name, hit in hits.items():
-        one = parts[name]
-        assert one is not None
-        layer = _layer(config, one)
+        parsed = parts[name]
+        assert parsed is not None
+        layer = _layer(config, parsed)
         by_layer.setdefault(layer, []).append(name)
         if hit.axis is None:
             numbers.setdefault(layer, set()).add(hit.number)
@@ -194,9 +194,9 @@ def _path_of_layers(parts: Mapping[str, Name | None], hits: Iterable[str]) -> st
     """Where the decoder layers with experts are; there is one such place in a model."""
     paths: dict[str, str] = {}
     for name in hits:
-        one = parts[name]
-        if one is not None and not is_mtp(one.path):
-            paths.setdefault(one.path, name)
+        parsed = parts[name]
+        if parsed is not None and not is_mtp(parsed.path):
+            paths.setdefault(parsed.path, name)
     if len(paths) != 1:
         raise SecateurError(f"MoE layers under several paths: {', '.join(paths.values()) or 'none'}; expected one")
     return next(iter(paths))

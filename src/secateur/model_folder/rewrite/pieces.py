@@ -95,7 +95,7 @@ def rows_of(
 ) -> NewTensor:
     """The experts of a tensor that holds all of a layer, in this order, with the rows that belong to none of them."""
     size = tensor.shape[spec.dim]
-    rows = [range(one * spec.rows_per_expert, (one + 1) * spec.rows_per_expert) for one in experts]
+    rows = [range(expert * spec.rows_per_expert, (expert + 1) * spec.rows_per_expert) for expert in experts]
     if with_trailing and spec.num_trailing:
         rows.append(range(size - spec.num_trailing, size))
     shape = (*tensor.shape[: spec.dim], sum(map(len, rows)), *tensor.shape[spec.dim + 1 :])

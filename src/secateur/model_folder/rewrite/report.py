@@ -57,16 +57,16 @@ def describe(
     for layer, before in folder.all_counts.items():
         if layer in folder.mtp_counts and left_out:
             continue
-        one = layer_plan(plan, folder.all_counts, layer)
+        planned = layer_plan(plan, folder.all_counts, layer)
         mine = [
             place for place in folder.located.values() if place.layer == layer and not router_is_untouched(place, plan)
         ]
-        tensors = len(mine) if one.dropped else 0
+        tensors = len(mine) if planned.dropped else 0
         changed += tensors
         layers[str(layer)] = {
             "experts_before": before,
-            "experts_after": one.experts_after,
-            "dropped": list(one.dropped),
+            "experts_after": planned.experts_after,
+            "dropped": list(planned.dropped),
             "tensors_changed": tensors,
         }
     after = sum(tensor.length for tensor in kept)

@@ -235,8 +235,8 @@ def _compare_ranks(ddp: DistributedDataParallel) -> None:
     mine = torch.tensor([int.from_bytes(digest[:8], "big", signed=True)], device=ddp.device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(ddp.process_group))]
     dist.all_gather(found, mine, group=ddp.process_group)
-    digests = [int(one) for one in found]
-    others = [rank for rank, one in enumerate(digests) if one != digests[0]]
+    digests = [int(digest) for digest in found]
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise SecateurError(
             f"after surgery rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} of {len(digests)} have "

@@ -95,7 +95,10 @@ def _writable(model: nn.Module) -> dict[str, Any]:
     value: Any
     for name, value in get_model_state_dict(model).items():
         if isinstance(value, DTensor):
-            placements = [Shard(one.dim) if isinstance(one, _StridedShard) else one for one in value.placements]
+            placements = [
+                Shard(placement.dim) if isinstance(placement, _StridedShard) else placement
+                for placement in value.placements
+            ]
             value = value.redistribute(placements=placements)
         place = (value.to_local() if isinstance(value, DTensor) else value).data_ptr()
         state[name] = torch.clone(value) if place in seen else value
