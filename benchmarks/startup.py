@@ -63,10 +63,12 @@ def main() -> None:
         work = Path(folder)
         cases = prepared(work)
         rounds = [one_round(cases, work) for _ in range(arguments.rounds)]
-    found = {case.name: result(case, rounds) for case in cases}
-    print_table(found)
+    found = {case.name: measured(case, rounds) for case in cases}
+    columns, *rows = table = table_of(found)
+    show(f"Start-up: at most {MOST_ABOVE} s above pass, or {MOST_RATIO} times the import", columns, rows)
     goals = {"seconds_above_pass": MOST_ABOVE, "times_import": MOST_RATIO}
-    print(f"stored {store('startup', {'rounds': len(rounds), 'goals': goals, 'cases': found}, stored=arguments.store)}")
+    result = {"rounds": len(rounds), "goals": goals, "cases": found, "table": table}
+    print(f"stored {store('startup', result, stored=arguments.store)}")
 
 
 def prepared(work: Path) -> list[Case]:
@@ -121,7 +123,7 @@ def timed(case: Case, work: Path) -> tuple[float, float]:
     return seconds, usage.ru_utime + usage.ru_stime
 
 
-def result(case: Case, rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
+def measured(case: Case, rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
     """Medians over the rounds; ratios and differences are those of one round."""
     own = [one[case.name] for one in rounds]
     against = [one[case.against] for one in rounds]
@@ -139,7 +141,8 @@ def result(case: Case, rounds: list[dict[str, tuple[float, float]]]) -> dict[str
     }
 
 
-def print_table(found: dict[str, dict[str, Any]]) -> None:
+def table_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The columns, then a row for each case."""
     rows = [
         [
             name,
@@ -152,7 +155,7 @@ def print_table(found: dict[str, dict[str, Any]]) -> None:
         for name, one in found.items()
     ]
     columns = ["process", "s", "processor s", "s above pass", "times import", "processor time"]
-    show(f"Start-up: at most {MOST_ABOVE} s above pass, or {MOST_RATIO} times the import", columns, rows)
+    return [columns, *rows]
 
 
 if __name__ == "__main__":
