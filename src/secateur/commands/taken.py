@@ -16,6 +16,6 @@ def taken_from(parameters: Mapping[str, Any], group: type[T]) -> T:
     """The group that a command's `locals()` hold: a field is the parameter of the same name.
 
     Raises:
-        KeyError: a parameter is missing, which has no default in the group.
+        TypeError: a parameter is missing, which has no default in the group.
     """
     return group(**{field.name: parameters[field.name] for field in fields(group) if field.name in parameters})

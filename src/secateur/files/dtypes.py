@@ -21,5 +21,5 @@ TORCH_DTYPES = {
 
 
 def torch_dtypes(names: str) -> dict[str, torch.dtype]:
-    """Of these names, separated by spaces, in their order."""
+    """The torch types of these names, which spaces separate, in their order."""
     return {name: TORCH_DTYPES[name] for name in names.split()}
