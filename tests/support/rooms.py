@@ -217,7 +217,7 @@ ROOMS: dict[str, Room] = {
 
 
 def shown_name(room: str) -> str:
-    """The room as docs/design.md writes it: `plans.py`, `decide/`, `model_folder/read/`."""
+    """The room as docs/design.md writes it: `plans/`, `decide/`, `model_folder/read/`."""
     path = SOURCE.joinpath(*room.split("."))
     if room == "model_folder":
         return "`model_folder/*.py`"

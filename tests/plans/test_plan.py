@@ -161,7 +161,7 @@ def test_minimal_file_is_read(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("secateur-plan", "other", "'format' is 'other', expected 'secateur-plan'"),
-        ('"version": 1', '"version": 2, "new": 3', "'version' is 2, expected 1"),
+        ('"version": 1', '"version": 3, "new": 3', "'version' is 3, expected one of 1, 2"),
         ('"version": 1', '"version": true', "'version' is True, expected 1"),
         ('"criterion": "x", ', "", "'criterion' is missing, found "),
         ('"criterion": "x", ', '"criterion": "x", "masks": 1, ', "'masks' is unknown, expected format, version"),

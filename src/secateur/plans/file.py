@@ -1,0 +1,298 @@
+"""The files of a plan: JSON that people read and compare, and a safetensors file beside it for its arrays.
+
+Version 1 has one source for each new expert and no side file. It is written wherever that is enough, so that other
+software, and earlier releases, read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
+from secateur.files.digest import sha256_of
+from secateur.files.json import read_json
+from secateur.files.records import Count, Expert, Experts, Finite, Layer, Name, Positive, as_record
+from secateur.files.safetensors_header import Header, parse_header, read_header, with_sorted_metadata
+from secateur.plans.arrays import Matrix, Neurons
+from secateur.plans.layer import LayerPlan, Source
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT, VERSION, VERSION_WITH_SOURCES = "secateur-plan", 1, 2
+SIDE_FORMAT = "secateur-plan-arrays/1"
+SIDE = ".safetensors"  # in the place of .json
+DTYPES = {"I32": "<i4", "F32": "<f4", "F64": "<f8"}
+ONLY_IN_2 = ("rows", "weights")
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="a SHA-256 in hexadecimal digits")]
+
+
+class LayerEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A layer of a plan of version 1."""
+
+    experts_before: Experts
+    order: tuple[Expert, ...]
+
+
+class PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan of version 1; what the entries must be together, `Plan` checks."""
+
+    format: Literal["secateur-plan"]
+    version: Literal[1]
+    criterion: Name
+    layers: dict[Layer, LayerEntry]
+    details: dict[str, Any] = {}
+    stats_digest: str | None = None
+    removed: str | None = None
+
+
+class SourceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An old expert in a new one; `neurons` is a row of the layer's tensor in the side file, left out for all."""
+
+    expert: Expert
+    weight: Finite
+    neurons: Count | None = None
+
+
+class SourcesEntry(LayerEntry, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A layer of a plan of version 2; what it leaves out is as in version 1."""
+
+    sources: dict[Expert, tuple[SourceEntry, ...]] = {}
+    width_before: Positive | None = None
+    solved: tuple[str, ...] = ()
+
+
+class SourcesFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan of version 2."""
+
+    format: Literal["secateur-plan"]
+    version: Literal[1, 2]  # 1 is read as PlanFile; it is here for the message about another one
+    criterion: Name
+    layers: dict[Layer, SourcesEntry]
+    details: dict[str, Any] = {}
+    stats_digest: str | None = None
+    removed: str | None = None
+    rows: str = "representative"
+    weights: str = "convex"
+    side_sha256: Sha256 | None = None
+
+
+def to_json(head: Mapping[str, Any], layers: Mapping[int, LayerPlan]) -> dict[str, Any]:
+    """A plan as JSON.
+
+    Args:
+        head: what it says beside the layers, without what is as usual.
+    """
+    is_first = all(layer_plan.is_copy for layer_plan in layers.values()) and not (
+        head.get("removed") == "mapped" or any(name in head for name in ONLY_IN_2)
+    )
+    side = {} if is_first else _arrays(layers)
+    return {
+        "format": FORMAT,
+        "version": VERSION if is_first else VERSION_WITH_SOURCES,
+        **head,
+        **({"side_sha256": hashlib.sha256(_packed(side)).hexdigest()} if side else {}),
+        "layers": {str(layer): _entry(layer_plan) for layer, layer_plan in layers.items()},
+    }
+
+
+def from_json(data: object, side: bytes | None) -> tuple[dict[str, Any], dict[int, LayerPlan]]:
+    """What `Plan` is made of: all but the layers, by name, and the layers.
+
+    Raises:
+        SecateurError: another format or version, a missing or unknown entry, or a side file that does not fit.
+    """
+    if isinstance(data, dict) and data.get("version") == VERSION:
+        first = as_record(data, PlanFile, "plan")
+        layers = {
+            layer: LayerPlan(experts_before=entry.experts_before, order=entry.order)
+            for layer, entry in first.layers.items()
+        }
+        return _head(first, ("criterion", "details", "stats_digest", "removed")), layers
+    second = as_record(data, SourcesFile, "plan")
+    arrays = _unpacked(second.side_sha256, side)
+    layers = {layer: _layer(layer, entry, arrays) for layer, entry in second.layers.items()}
+    if arrays:
+        raise SecateurError(f"plan: its side file has {sorted(arrays)!r:.200}, which no layer names")
+    return _head(second, ("criterion", "details", "stats_digest", "removed", *ONLY_IN_2)), layers
+
+
+def save(path: Path, data: dict[str, Any], layers: Mapping[int, LayerPlan]) -> None:
+    """Write a plan as JSON, one line for each layer, and its side file first if it has one.
+
+    Raises:
+        SecateurError: something else lies where the side file goes.
+        OSError: the disk refused.
+    """
+    head = dict(data)
+    entries = head.pop("layers")
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    start = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
+    if "side_sha256" in head:
+        beside = side_of(path)
+        if beside.exists() and read_header(beside).metadata.get("format") != SIDE_FORMAT:
+            raise SecateurError(f"{beside}: the arrays of the plan go there, but it is something else; take it away")
+        path.unlink(missing_ok=True)  # so that an old plan is never found beside new arrays
+        atomic_write(beside, _packed(_arrays(layers)))
+    atomic_write(path, f'{start},\n  "layers": {{\n{lines}\n  }}\n}}\n')
+
+
+def load(path: Path) -> tuple[Any, bytes | None]:
+    """The JSON of a plan file, and the content of its side file if it names one.
+
+    Raises:
+        SecateurError: a file cannot be read, or the side file is another plan's; the message names it.
+    """
+    where = f"plan file {path}"
+    data = read_json(path, where=where, constants=False)
+    digest = data.get("side_sha256") if isinstance(data, dict) else None
+    if digest is None:
+        return data, None
+    beside = side_of(path)
+    try:
+        if sha256_of(beside) != digest:
+            raise SecateurError(f"{where}: {beside.name} beside it is the side file of another plan")
+        return data, beside.read_bytes()
+    except OSError as error:
+        raise SecateurError(f"{where}: its side file {beside.name} cannot be read ({error.strerror})") from error
+
+
+def side_of(path: Path) -> Path:
+    """Where the arrays of a plan are: plan.json -> plan.safetensors. No file says so, the name does.
+
+    Raises:
+        SecateurError: the plan itself has that name.
+    """
+    beside = path.with_suffix(SIDE)
+    if beside == path:
+        raise SecateurError(f"{path}: its arrays would go into a file of that name; expected a name such as plan.json")
+    return beside
+
+
+def _head(record: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
+
+
+def _entry(layer_plan: LayerPlan) -> dict[str, Any]:
+    entry: dict[str, Any] = {"experts_before": layer_plan.experts_before, "order": list(layer_plan.order)}
+    if layer_plan.sources:
+        row = {place: number for number, (place, _) in enumerate(_neurons(layer_plan))}
+        entry["sources"] = {
+            str(new): [
+                {"expert": source.expert, "weight": source.weight}
+                | ({} if source.neurons is None else {"neurons": row[new, at]})
+                for at, source in enumerate(sources)
+            ]
+            for new, sources in layer_plan.sources.items()
+        }
+    if layer_plan.width_before is not None:
+        entry["width_before"] = layer_plan.width_before
+    if layer_plan.solved:
+        entry["solved"] = list(layer_plan.solved)
+    return entry
+
+
+def _layer(layer: int, entry: SourcesEntry, arrays: dict[str, NDArray[Any]]) -> LayerPlan:
+    """A layer; what it names is taken out of `arrays`."""
+    where = f"plan, layer {layer}"
+    num_lists = sum(source.neurons is not None for sources in entry.sources.values() for source in sources)
+    rows = _taken(arrays, f"layers.{layer}.neurons", "I32", where) if num_lists else None
+    if rows is not None and (rows.ndim != 2 or len(rows) != num_lists):
+        raise SecateurError(f"{where}: neurons of shape {rows.shape}, expected {num_lists} lists of one length")
+    try:
+        sources = {
+            new: tuple(
+                Source(
+                    expert=source.expert,
+                    weight=source.weight,
+                    neurons=None if source.neurons is None or rows is None else Neurons(rows[source.neurons]),
+                )
+                for source in sources
+            )
+            for new, sources in entry.sources.items()
+        }
+        solved = {name: Matrix(_taken(arrays, f"layers.{layer}.solved.{name}", "F", where)) for name in entry.solved}
+    except IndexError as error:
+        raise SecateurError(f"{where}: a source names a list of neurons that the side file does not have") from error
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+    return LayerPlan(
+        experts_before=entry.experts_before,
+        order=entry.order,
+        sources=sources,
+        width_before=entry.width_before,
+        solved=solved,
+    )
+
+
+def _taken(arrays: dict[str, NDArray[Any]], name: str, dtype: str, where: str) -> NDArray[Any]:
+    """The array of that name, which is no longer in `arrays`; dtype "F" is any floating one."""
+    found = arrays.pop(name, None)
+    if found is None:
+        raise SecateurError(f"{where}: the side file has no {name}")
+    if found.dtype.kind != {"I32": "i", "F": "f"}[dtype]:
+        raise SecateurError(f"{where}: {name} is {found.dtype}, expected {'int32' if dtype == 'I32' else 'a float'}")
+    return found
+
+
+def _neurons(layer_plan: LayerPlan) -> Iterator[tuple[tuple[int, int], Neurons]]:
+    """((new expert, place in its sources), neurons) of all sources that list them, in one order."""
+    for new, sources in layer_plan.sources.items():
+        for at, source in enumerate(sources):
+            if source.neurons is not None:
+                yield (new, at), source.neurons
+
+
+def _arrays(layers: Mapping[int, LayerPlan]) -> dict[str, NDArray[Any]]:
+    import numpy as np
+
+    found: dict[str, NDArray[Any]] = {}
+    for layer, layer_plan in layers.items():
+        if lists := [neurons.array for _, neurons in _neurons(layer_plan)]:
+            found[f"layers.{layer}.neurons"] = np.stack(lists)
+        for name, matrix in layer_plan.solved.items():
+            found[f"layers.{layer}.solved.{name}"] = matrix.array
+    return found
+
+
+def _packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    from safetensors.numpy import save as packed
+
+    return with_sorted_metadata(packed(dict(arrays), metadata={"format": SIDE_FORMAT}))
+
+
+def _unpacked(digest: str | None, side: bytes | None) -> dict[str, NDArray[Any]]:
+    if digest is None:
+        return {}
+    if side is None:
+        raise SecateurError("plan: its arrays are in a side file, which is not at hand")
+    if hashlib.sha256(side).hexdigest() != digest:
+        raise SecateurError("plan: the side file is another plan's")
+    header = parse_header(side, len(side), Path("the side file"))
+    if header.metadata.get("format") != SIDE_FORMAT:
+        raise SecateurError(f"the side file has format {header.metadata.get('format')!r:.60}, expected {SIDE_FORMAT!r}")
+    return {name: _array(header, name, side) for name in header.entries}
+
+
+def _array(header: Header, name: str, side: bytes) -> NDArray[Any]:
+    import numpy as np
+
+    entry = header.entries[name]
+    if entry.dtype not in DTYPES:
+        raise SecateurError(f"the side file: {name!r:.100} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
+    return np.frombuffer(side, DTYPES[entry.dtype], entry.length * 8 // _bits(entry.dtype), entry.start).reshape(
+        entry.shape
+    )
+
+
+def _bits(dtype: str) -> int:
+    return int(dtype[1:])
