@@ -77,6 +77,11 @@ def parse_header(data: bytes, size: int, path: Path) -> Header:
         raise SecateurError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def header_end(data: bytes) -> int:
+    """Where the header of a file ends that begins with `data`, by its own word: not checked yet."""
+    return LENGTH.size + LENGTH.unpack(data[: LENGTH.size])[0] if len(data) >= LENGTH.size else LENGTH.size
+
+
 def with_sorted_metadata(data: bytes) -> bytes:
     """A safetensors file with the texts of its header in order of their names; the library's order varies."""
     (length,) = LENGTH.unpack(data[: LENGTH.size])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +21,7 @@ from secateur.files.atomic import atomic_write
 from secateur.files.digest import sha256_of
 from secateur.files.json import read_json
 from secateur.files.records import Count, Expert, Experts, Finite, Layer, Name, Positive, as_record
-from secateur.files.safetensors_header import Header, parse_header, read_header, with_sorted_metadata
+from secateur.files.safetensors_header import Header, header_end, parse_header, read_header, with_sorted_metadata
 from secateur.plans.arrays import Matrix, Neurons
 from secateur.plans.layer import LayerPlan, Source
 
@@ -204,10 +205,16 @@ def _entry(layer_plan: LayerPlan) -> dict[str, Any]:
 def _layer(layer: int, entry: SourcesEntry, arrays: dict[str, NDArray[Any]]) -> LayerPlan:
     """A layer; what it names is taken out of `arrays`."""
     where = f"plan, layer {layer}"
-    num_lists = sum(source.neurons is not None for sources in entry.sources.values() for source in sources)
-    rows = _taken(arrays, f"layers.{layer}.neurons", "I32", where) if num_lists else None
-    if rows is not None and (rows.ndim != 2 or len(rows) != num_lists):
-        raise SecateurError(f"{where}: neurons of shape {rows.shape}, expected {num_lists} lists of one length")
+    named = Counter(
+        source.neurons for sources in entry.sources.values() for source in sources if source.neurons is not None
+    )
+    rows = _taken(arrays, f"layers.{layer}.neurons", "I32", where) if named else None
+    if rows is not None and (rows.ndim != 2 or len(rows) != named.total()):
+        raise SecateurError(f"{where}: neurons of shape {rows.shape}, expected {named.total()} lists of one length")
+    if twice := [(row, times) for row, times in named.items() if times > 1]:
+        raise SecateurError(
+            f"{where}: {twice[0][1]} sources name list {twice[0][0]} of neurons, expected each list once"
+        )
     try:
         sources = {
             new: tuple(
@@ -277,7 +284,7 @@ def _unpacked(digest: str | None, side: bytes | None) -> dict[str, NDArray[Any]]
         raise SecateurError("plan: its arrays are in a side file, which is not at hand")
     if hashlib.sha256(side).hexdigest() != digest:
         raise SecateurError("plan: the side file is another plan's")
-    header = parse_header(side, len(side), Path("the side file"))
+    header = parse_header(side[: header_end(side)], len(side), Path("the side file"))
     if header.metadata.get("format") != SIDE_FORMAT:
         raise SecateurError(f"the side file has format {header.metadata.get('format')!r:.60}, expected {SIDE_FORMAT!r}")
     return {name: _array(header, name, side) for name in header.entries}

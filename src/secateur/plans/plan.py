@@ -88,6 +88,18 @@ class Plan:
         """True when every new expert is one old expert as it was, with its row of the router."""
         return all(layer_plan.is_copy for layer_plan in self.layers.values())
 
+    def beyond_copies(self) -> str | None:
+        """The first thing in it that is more than to keep, drop or move whole experts, in words; None without any."""
+        for layer, layer_plan in self.layers.items():
+            for new, entry in layer_plan.sources.items():
+                made = ", ".join(str(source.expert) for source in entry)
+                if len(entry) > 1 or entry[0].weight != 1:
+                    return f"layer {layer}: the new expert {new} is mixed from {made}"
+                return f"layer {layer}: of expert {made} some neurons are kept, or all in another order"
+            for name in layer_plan.solved:
+                return f"layer {layer}: {name} was solved for"
+        return "slots of routers are mapped to the experts that absorbed theirs" if self.removed == MAPPED else None
+
     @property
     def leaves_zero_slots(self) -> bool:
         """True when the routers stay as they are, and what they send to a dropped expert contributes nothing."""
@@ -103,9 +115,9 @@ class Plan:
             raise SecateurError(f"plan: stats_digest is {self.stats_digest!r}, expected a string or nothing")
         if self.removed not in (None, *MEANINGS, MIXED):
             raise SecateurError(f"plan: removed is {self.removed!r}, expected {' or '.join(MEANINGS)}")
-        if self.removed == MAPPED:
+        if self.removed == MAPPED or self.rows == SUM:
             for layer, layer_plan in self.layers.items():
-                _check_mapped(layer, layer_plan)
+                _check_one_target(layer, layer_plan)
 
     def filled(self, counts: Mapping[int, int]) -> Plan:
         """The same plan, listing every layer of a model with these expert counts: those it left out stay as they are.
@@ -241,15 +253,15 @@ def layer_plan(plan: Plan, counts: Mapping[int, int], layer: int) -> LayerPlan:
     return plan.layers.get(layer) or LayerPlan.identity(counts[layer])
 
 
-def _check_mapped(layer: int, layer_plan: LayerPlan) -> None:
-    """Each old slot must lead to one new expert, or to none."""
+def _check_one_target(layer: int, layer_plan: LayerPlan) -> None:
+    """Each old slot must lead to one new expert, or to none: gates and rows add up, and are added once."""
     targets: dict[int, int] = {}
     for new in range(layer_plan.experts_after):
         for source in layer_plan.made_of(new):
             if targets.setdefault(source.expert, new) != new:
                 raise SecateurError(
                     f"plan, layer {layer}: expert {source.expert} is in the new experts {targets[source.expert]} and "
-                    f"{new}, but a mapped slot leads to one"
+                    f"{new}, but where slots are mapped or rows added up it can be in one only"
                 )
 
 

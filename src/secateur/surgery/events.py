@@ -17,6 +17,7 @@ from secateur.files.json import read_json
 from secateur.files.limits import SHOWN
 from secateur.files.records import Count, Expert, Experts, Finite, Layer, Positive, as_record
 from secateur.plans import LayerPlan, Plan
+from secateur.surgery.fits import check_copies
 
 if TYPE_CHECKING:
     from secateur.stats import RouterStats
@@ -189,6 +190,7 @@ def _event(data: Any, where: str) -> PruneEvent:
     file = as_record(data, EventFile, where)
     try:
         plan = Plan.from_json(file.plan)
+        check_copies(plan)
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from error
     said, planned = _counts(file.layers), _counts(plan.layers)

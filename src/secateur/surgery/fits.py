@@ -21,6 +21,18 @@ def check_multiple(counts: Mapping[int, int], expert_parallel: int) -> None:
             )
 
 
+def check_copies(plan: Plan) -> None:
+    """Refuse a plan that does more than keep, drop and move whole experts, which no room can apply yet.
+
+    Raises:
+        SecateurError: names the first such thing.
+    """
+    if (more := plan.beyond_copies()) is not None:
+        raise SecateurError(
+            f"plan: {more}; expected a plan that keeps, drops and moves whole experts: this release cannot apply others"
+        )
+
+
 def check_plan_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, num_groups: int) -> None:
     """Compare a plan with the model it is for.
 
@@ -30,8 +42,10 @@ def check_plan_fits(plan: Plan, counts: Mapping[int, int], *, min_experts: int, 
 
     Raises:
         SecateurError: a layer the model does not have, another number of experts, fewer left than the router needs,
-            experts that leave their router group, or steps composed that mean two things by removing an expert.
+            experts that leave their router group, steps composed that mean two things by removing an expert, or more
+            than `check_copies` allows.
     """
+    check_copies(plan)
     if plan.removed == MIXED:
         raise SecateurError("plan: its steps mean different things by removing an expert; apply them one after another")
     if plan.leaves_zero_slots:
@@ -55,8 +69,9 @@ def check_reroutes(plan: Plan) -> None:
     """Refuse a plan whose removed experts leave zero slots, where rows of routers will be cut.
 
     Raises:
-        SecateurError: the plan says so.
+        SecateurError: the plan says so, or as `check_copies`.
     """
+    check_copies(plan)
     if plan.removed not in (None, REROUTE):
         raise SecateurError(
             f"plan: its removed experts are {plan.removed!r}, expected {REROUTE!r}: zero slots are made of a model's "

@@ -31,6 +31,7 @@ from secateur.files.records import as_record
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
+from secateur.surgery.fits import check_copies
 from secateur.surgery.module import check_model, router_tensors
 from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
 from secateur.surgery.oracle import barred_experts
@@ -196,6 +197,7 @@ class LAEP:
         saved = as_record(state, LAEPState, "LAEP state")
         events = [PruneEvent.from_json(event) for event in saved.events]
         plan = Plan.from_json(saved.plan)
+        check_copies(plan)
         check_state(saved, self.moe.counts, self._settings(), self._job.checksums(self.moe))
         self._watch.load_state_dict(saved.watch)  # the last check
         self.num_steps, self.events, self.plan = saved.num_steps, events, plan

@@ -19,6 +19,7 @@ from secateur.model_folder.rewrite.pieces import NewTensor, router_is_untouched
 from secateur.model_folder.rewrite.recipe import recipe
 from secateur.plans import JSON, REROUTE, Plan, layer_plan
 from secateur.reporting.html import document, section, table
+from secateur.surgery.fits import check_copies
 from secateur.surgery.report import FORMAT, VERSION
 from secateur.version import __version__
 
@@ -42,7 +43,9 @@ def read_applied(path: Path) -> tuple[Plan, str | None]:
     """
     applied = as_record(read_object(path), Applied, str(path))
     try:
-        return Plan.from_json(applied.plan), applied.mtp
+        plan = Plan.from_json(applied.plan)
+        check_copies(plan)
+        return plan, applied.mtp
     except SecateurError as error:
         raise SecateurError(f"{path}: {error}") from error
 

@@ -27,6 +27,7 @@ from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor,
 from secateur.model_folder.rewrite.pieces import NewTensor, dropped_tensors, kept_tensors
 from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
 from secateur.plans import Plan
+from secateur.surgery.fits import check_copies
 
 RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
 HEADERS, FILES = "headers", "files"
@@ -158,7 +159,9 @@ def read_record(undo: Path) -> tuple[UndoFile, Plan]:
     where = str(undo / RECORD)
     record = as_record(read_object(undo / RECORD), UndoFile, where)
     try:
-        return record, Plan.from_json(record.plan)
+        plan = Plan.from_json(record.plan)
+        check_copies(plan)
+        return record, plan
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from error
 

@@ -1,0 +1,241 @@
+"""A plan with sources reads back from its two files as it was, and files that do not belong together are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from plans.test_laws import plan_of, random_layer
+from secateur.errors import SecateurError
+from secateur.plans import FREE, MEAN, LayerPlan, Matrix, Neurons, Plan, Source
+
+MERGED = Plan(
+    layers={
+        7: LayerPlan(
+            experts_before=3,
+            order=(2, 0),
+            sources={
+                0: (
+                    Source(expert=1, weight=0.1, neurons=Neurons([2, 0])),
+                    Source(expert=2, weight=0.9, neurons=Neurons([0, 1])),
+                ),
+                1: (Source(expert=0, neurons=Neurons([1, 2])),),
+            },
+            width_before=3,
+            solved={"0.down_proj": Matrix(np.float32([[1, 2]])), "router": Matrix(np.ones((2, 4)))},
+        ),
+        2: LayerPlan(experts_before=4, order=(3, 1)),
+    },
+    criterion="merge",
+    removed="zero-slot",
+    rows=MEAN,
+)
+
+
+def test_json_is_the_documented_format() -> None:
+    data = MERGED.to_json()
+    digest = data.pop("side_sha256")
+    assert isinstance(digest, str)
+    assert data == {
+        "format": "secateur-plan",
+        "version": 2,
+        "criterion": "merge",
+        "details": {},
+        "stats_digest": None,
+        "removed": "zero-slot",
+        "rows": "mean",
+        "layers": {
+            "2": {"experts_before": 4, "order": [3, 1]},
+            "7": {
+                "experts_before": 3,
+                "order": [2, 0],
+                "sources": {
+                    "0": [
+                        {"expert": 1, "weight": 0.1, "neurons": 0},
+                        {"expert": 2, "weight": 0.9, "neurons": 1},
+                    ],
+                    "1": [{"expert": 0, "weight": 1.0, "neurons": 2}],
+                },
+                "width_before": 3,
+                "solved": ["0.down_proj", "router"],
+            },
+        },
+    }
+
+
+def test_a_saved_plan_reads_back_equal_and_its_arrays_are_beside_it(tmp_path: Path) -> None:
+    MERGED.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == MERGED
+    side = tmp_path / "plan.safetensors"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", side.name]
+    assert {name: array.tolist() for name, array in load_file(side).items()} == {
+        "layers.7.neurons": [[2, 0], [0, 1], [1, 2]],
+        "layers.7.solved.0.down_proj": [[1, 2]],
+        "layers.7.solved.router": [[1] * 4] * 2,
+    }
+    assert json.loads((tmp_path / "plan.json").read_text())["side_sha256"] == _digest(side)
+    before = side.read_bytes()
+    MERGED.save(tmp_path / "plan.json")
+    assert side.read_bytes() == before, "the same plan has the same bytes"
+
+
+def test_any_plan_reads_back_equal(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    versions = set()
+    for _ in range(60):
+        plan = replace(plan_of(random_layer(rng, 4, 3)), weights=rng.choice(["convex", FREE]))
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
+        versions.add(plan.to_json()["version"])
+    assert versions == {1, 2}
+
+
+def test_weights_alone_need_no_side_file(tmp_path: Path) -> None:
+    pair = (Source(expert=0, weight=0.3), Source(expert=1, weight=0.7))
+    plan = plan_of(LayerPlan(experts_before=2, order=(1,), sources={0: pair}))
+    plan.save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert Plan.load(tmp_path / "plan.json") == plan == Plan.from_json(plan.to_json())
+
+
+def test_a_side_file_is_never_written_over_something_else(tmp_path: Path) -> None:
+    statistics = tmp_path / "plan.safetensors"
+    save_file({"x": np.ones(1)}, statistics)
+    before = statistics.read_bytes()
+    with pytest.raises(SecateurError, match=r"plan.safetensors: the arrays of the plan go there, but it is something"):
+        MERGED.save(tmp_path / "plan.json")
+    assert statistics.read_bytes() == before
+    assert not (tmp_path / "plan.json").exists()
+    with pytest.raises(SecateurError, match=r"its arrays would go into a file of that name"):
+        MERGED.save(tmp_path / "other.safetensors")
+
+
+def test_a_kill_between_the_two_files_leaves_no_plan_that_could_be_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    MERGED.save(path)
+    other = replace(MERGED, layers={7: replace(MERGED.layers[7], order=(1, 0))})
+    written = []
+
+    def killed(target: Path, content: bytes | str) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(target)
+        target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    monkeypatch.setattr("secateur.plans.file.atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(path)
+    assert written == [tmp_path / "plan.safetensors"]
+    assert not path.exists()
+
+
+def test_a_plan_whose_side_file_is_not_at_hand_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match="its arrays are in a side file, which is not at hand"):
+        Plan.from_json(MERGED.to_json())
+    MERGED.save(tmp_path / "plan.json")
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises(SecateurError, match=r"plan file .*plan.json: its side file plan.safetensors cannot be read"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_the_side_file_of_another_plan_is_refused(tmp_path: Path) -> None:
+    MERGED.save(tmp_path / "plan.json")
+    other = replace(MERGED.layers[7], solved={"router": Matrix(np.zeros((2, 4)))})
+    replace(MERGED, layers={7: other}).save(tmp_path / "other.json")
+    (tmp_path / "other.safetensors").replace(tmp_path / "plan.safetensors")
+    with pytest.raises(SecateurError, match=r"plan.safetensors beside it is the side file of another plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _rewrite(tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], form: str | None = None) -> Path:
+    """A plan whose two files were changed by hand, with the digest that belongs to them."""
+    MERGED.save(tmp_path / "plan.json")
+    path, side = tmp_path / "plan.json", tmp_path / "plan.safetensors"
+    data, arrays = json.loads(path.read_text()), load_file(side)
+    change(data, arrays)
+    save_file(arrays, side, metadata={"format": form or "secateur-plan-arrays/1"})
+    path.write_text(json.dumps({**data, "side_sha256": _digest(side)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data, arrays: arrays.pop("layers.7.neurons"), "layer 7: the side file has no layers.7.neurons"),
+        (lambda data, arrays: arrays.pop("layers.7.solved.router"), "the side file has no layers.7.solved.router"),
+        (
+            lambda data, arrays: arrays.update({"layers.9.neurons": np.int32([[0]])}),
+            r"its side file has \['layers.9.neurons'\], which no layer names",
+        ),
+        (
+            lambda data, arrays: arrays.update({"layers.7.neurons": np.int32([[0, 1]])}),
+            r"layer 7: neurons of shape \(1, 2\), expected 3 lists of one length",
+        ),
+        (
+            lambda data, arrays: arrays.update({"layers.7.neurons": np.ones((3, 2), np.float32)}),
+            "layers.7.neurons is float32, expected int32",
+        ),
+        (
+            lambda data, arrays: arrays.update({"layers.7.neurons": np.int64([[2, 0], [0, 1], [1, 2]])}),
+            "'layers.7.neurons' is I64, expected one of I32, F32, F64",
+        ),
+        (
+            lambda data, arrays: arrays.update({"layers.7.neurons": np.int32([[2, 0], [0, 0], [1, 2]])}),
+            r"layer 7: neurons: \[0\] are listed more than once",
+        ),
+        (
+            lambda data, arrays: arrays.update({"layers.7.solved.router": np.full((2, 4), np.nan)}),
+            "layer 7: a solved matrix: an entry is not finite",
+        ),
+        (
+            lambda data, arrays: data["layers"]["7"]["sources"]["0"][0].update(neurons=9),
+            "layer 7: a source names a list of neurons that the side file does not have",
+        ),
+        (
+            lambda data, arrays: data["layers"]["7"]["sources"]["0"][0].update(neurons=1),
+            "layer 7: 2 sources name list 1 of neurons, expected each list once",
+        ),
+        (
+            lambda data, arrays: data["layers"]["7"].update(width_before=2),
+            "neuron 2 is out of range, expected 0 to 1",
+        ),
+        (lambda data, arrays: data.update(version=1), "'layers.7.solved' is unknown, expected experts_before, order"),
+        (lambda data, arrays: data.update(version=3), "'version' is 3, expected one of 1, 2"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
+    path = _rewrite(tmp_path, change)
+    with pytest.raises(SecateurError, match=message) as caught:
+        Plan.load(path)
+    assert "plan.json" in str(caught.value)
+
+
+def test_a_file_of_another_kind_is_no_side_file(tmp_path: Path) -> None:
+    path = _rewrite(tmp_path, lambda data, arrays: None, form="secateur-stats/3")
+    with pytest.raises(SecateurError, match="format 'secateur-stats/3', expected 'secateur-plan-arrays/1'"):
+        Plan.load(path)
+
+
+def test_a_truncated_side_file_is_refused(tmp_path: Path) -> None:
+    MERGED.save(tmp_path / "plan.json")
+    side = tmp_path / "plan.safetensors"
+    side.write_bytes(side.read_bytes()[:-1])
+    data = {**json.loads((tmp_path / "plan.json").read_text()), "side_sha256": _digest(side)}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(SecateurError, match="not a whole safetensors file"):
+        Plan.load(tmp_path / "plan.json")
