@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from plans.test_laws import plan_of, random_layer
 from secateur.errors import SecateurError
-from secateur.plans import FREE, MEAN, LayerPlan, Matrix, Neurons, Plan, Source
+from secateur.files.records import as_record
+from secateur.plans import FREE, MAPPED, MEAN, ROWS, WEIGHTS, LayerPlan, Matrix, Neurons, Plan, Source
+from secateur.plans.file import SourcesEntry
+from secateur.plans.plan import MEANINGS
 
 MERGED = Plan(
     layers={
@@ -107,6 +111,15 @@ def test_weights_alone_need_no_side_file(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == plan == Plan.from_json(plan.to_json())
 
 
+def test_a_rule_that_version_1_does_not_know_is_written_as_version_2(tmp_path: Path) -> None:
+    copies = plan_of(LayerPlan(experts_before=2, order=(1,)))
+    for rule in ({"removed": MAPPED}, {"rows": MEAN}, {"weights": FREE}):
+        plan = replace(copies, **rule)  # type: ignore[arg-type]
+        assert plan.to_json()["version"] == 2
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
+
+
 def test_a_side_file_is_never_written_over_something_else(tmp_path: Path) -> None:
     statistics = tmp_path / "plan.safetensors"
     save_file({"x": np.ones(1)}, statistics)
@@ -143,6 +156,8 @@ def test_a_kill_between_the_two_files_leaves_no_plan_that_could_be_taken_for_one
 def test_a_plan_whose_side_file_is_not_at_hand_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="its arrays are in a side file, which is not at hand"):
         Plan.from_json(MERGED.to_json())
+    with pytest.raises(SecateurError, match="plan: the side file is another plan's"):
+        Plan.from_json(MERGED.to_json(), side=b"")
     MERGED.save(tmp_path / "plan.json")
     (tmp_path / "plan.safetensors").unlink()
     with pytest.raises(SecateurError, match=r"plan file .*plan.json: its side file plan.safetensors cannot be read"):
@@ -239,3 +254,15 @@ def test_a_truncated_side_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(SecateurError, match="not a whole safetensors file"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_the_page_of_plans_runs_and_names_every_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    assert Plan.load("plan.json").layers[0].order == (3, 0, 5)
+    assert all(f"`{word}`" in page for word in (*MEANINGS, *ROWS, *WEIGHTS))
+    sources = re.search(r'"sources": .*?\}\]\},\s+"width_before": 768, "solved": \["0.down_proj"\]', page, re.DOTALL)
+    assert sources
+    as_record({"experts_before": 4, "order": [3], **json.loads(f"{{{sources[0]}}}")}, SourcesEntry, "the page")

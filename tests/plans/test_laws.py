@@ -221,7 +221,8 @@ def test_weights_that_do_not_sum_up_to_one_are_said() -> None:
         experts_before=2, order=(0,), sources={0: (Source(expert=0, weight=1.5), Source(expert=1, weight=-1.0))}
     )
     free = plan_of(layer, weights=FREE)
-    assert free.compose(plan_of(LayerPlan(experts_before=1, order=(0,)))).weights == FREE
+    one = plan_of(LayerPlan.identity(1))
+    assert free.compose(one).weights == one.compose(plan_of(LayerPlan.identity(1), weights=FREE)).weights == FREE
     with pytest.raises(SecateurError, match=r"new expert 0: weights \[1.5, -1.0\] sum up to 0.5, expected 1 and none"):
         plan_of(layer)
 
@@ -244,6 +245,10 @@ def test_solved_matrices_do_not_compose() -> None:
         ({"sources": {0: (Source(expert=4),)}}, r"expert ids \[4\] are out of range, expected 0 to 3"),
         ({"sources": {0: (Source(expert=3),)}}, "takes the place of expert 0, which is not among its sources"),
         ({"sources": {0: (Source(expert=0, weight=0.5),)}}, "sum up to 0.5, expected 1"),
+        (
+            {"sources": {0: (Source(expert=0, weight=1.5), Source(expert=1, weight=-0.5))}},
+            r"weights \[1.5, -0.5\] sum up to 1.0, expected 1 and none below 0",
+        ),
         ({"sources": {0: (Source(expert=0, weight=float("nan")),)}}, "a weight is nan, expected a finite number"),
         ({"sources": {0: (Source(expert=0, weight=True),)}}, "a weight is True, expected a finite number"),
         (

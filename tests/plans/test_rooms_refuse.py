@@ -16,7 +16,7 @@ from secateur.families import describe_moe
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import RECORD, restore
-from secateur.plans import MAPPED, REROUTE, ZERO_SLOT, LayerPlan, Matrix, Neurons, Plan, Source
+from secateur.plans import FREE, MAPPED, REROUTE, ZERO_SLOT, LayerPlan, Matrix, Neurons, Plan, Source
 from secateur.surgery.module import prune_model_
 from secateur.surgery.oracle import barred_experts
 from secateur.surgery.zero_slots import remove_into_zero_slots_
@@ -98,3 +98,6 @@ def test_a_report_and_an_undo_folder_of_a_later_release_are_refused_by_name(sour
 def test_plans_that_the_rooms_take_are_not_beyond_them() -> None:
     for removed in (None, REROUTE, ZERO_SLOT):
         assert _plan(order=(3, 0), removed=removed).beyond_copies() is None
+    half = LayerPlan(experts_before=8, order=(3,), sources={0: (Source(expert=3, weight=0.5),)})
+    free = Plan(layers={1: half}, criterion="test", weights=FREE)
+    assert free.beyond_copies() == "layer 1: the new expert 0 is mixed from 3"
