@@ -307,7 +307,7 @@ def test_a_training_run_is_pruned_by_its_last_loads(run: Run, tiny: Path, tmp_pa
         (["--keep", "3", "--criterion", "raep"], "criterion is 'raep', expected one of frequency,"),
         (["--keep", "3", "--allocation", "even"], "expected one of uniform, global, laep"),
         (["--keep", "3", "--criterion", "aimer"], "reads expert weights: name the folder of the model with --model"),
-        (["--keep", "3", "--criterion", "laep"], "expected thresholds (--alpha, --beta)"),
+        (["--keep", "3", "--criterion", "laep"], "expected thresholds (--alpha, --beta or both)"),
         (["--keep", "3", "--alpha", "1"], "and no --keep"),
         (["--alpha", "1", "--criterion", "reap"], "are for criterion 'laep', found 'reap'"),
         (["--alpha", "1", "--target-params", "0.5"], "expected exactly one of"),

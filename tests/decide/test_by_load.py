@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from secateur.decide.by_load import Allocation, laep, max_rerouted, target_params
+from secateur.decide import by_load
+from secateur.decide.by_load import Allocation, Problem
 from secateur.decide.knapsack import cheapest_saving, largest_saving, saving_unit
 from secateur.decide.laep_rule import laep_removable
 from secateur.decide.limits import LayerLimits
@@ -28,6 +30,30 @@ SPEC_TABLE = [
     (math.inf, 0.2, [0, 1, 2, 4, 5, 6], [0, 1, 2, 4, 5, 6], [0, 2, 4, 6]),
     (0.4, 1, [0, 1, 2, 4, 6], [0, 2, 4, 6], [0, 2, 4, 6]),
 ]
+
+
+def of_problem(rule: Callable[..., Allocation]) -> Callable[..., Allocation]:
+    """The function of a rule, taking the parts of its problem."""
+
+    def decide(
+        loads: Mapping[int, list[int]],
+        limits: Mapping[int, LayerLimits],
+        *,
+        params_per_expert: Mapping[int, int] | None = None,
+        total_params: int = 0,
+        uniform: bool = False,
+        **options: float,
+    ) -> Allocation:
+        sizes = params_per_expert or {}
+        problem = Problem(
+            loads=loads, limits=limits, params_per_expert=sizes, total_params=total_params, uniform=uniform
+        )
+        return rule(problem, **options)
+
+    return decide
+
+
+laep, target_params, max_rerouted = map(of_problem, (by_load.laep, by_load.target_params, by_load.max_rerouted))
 
 
 class Case:
@@ -195,7 +221,7 @@ def test_target_params_equals_trying_everything(uniform: bool) -> None:
             for saving, cost, counts in choices
             if case.total - saving <= limit
         ]
-        goal: dict[str, Any] = {"params_per_expert": case.params, "total_params": case.total, "target": target}
+        goal: dict[str, Any] = {"params_per_expert": case.params, "total_params": case.total, "target_params": target}
         if fitting:
             solved += 1
             case.check(target_params(case.loads, case.limits, **goal, uniform=uniform), min(fitting)[3])
@@ -219,7 +245,7 @@ def test_max_rerouted_equals_trying_everything(uniform: bool) -> None:
             for saving, cost, counts in case.every_choice(uniform)
             if cost <= Fraction(str(share)) * case.tokens
         ]
-        goal: dict[str, Any] = {"params_per_expert": case.params, "share": share}
+        goal: dict[str, Any] = {"params_per_expert": case.params, "max_rerouted": share}
         if fitting:
             solved += 1
             case.check(max_rerouted(case.loads, case.limits, **goal, uniform=uniform), min(fitting)[3])
@@ -268,9 +294,13 @@ def test_equal_cost_keeps_more_in_lower_layers() -> None:
     loads = {0: [10, 10], 1: [10, 10], 2: [10, 10]}
     limits = {layer: LayerLimits(num_experts=2) for layer in loads}
     sizes = dict.fromkeys(loads, 5)
-    goal = target_params(loads, limits, params_per_expert=sizes, total_params=30, target=0.8)
+    goal = target_params(loads, limits, params_per_expert=sizes, total_params=30, target_params=0.8)
     assert goal.kept == {0: (0, 1), 1: (0,), 2: (0,)}
-    assert max_rerouted(loads, limits, params_per_expert=sizes, share=0.2).kept == {0: (0, 1), 1: (0, 1), 2: (0,)}
+    assert max_rerouted(loads, limits, params_per_expert=sizes, max_rerouted=0.2).kept == {
+        0: (0, 1),
+        1: (0, 1),
+        2: (0,),
+    }
 
 
 def test_a_model_of_real_size_is_solved_to_the_last_parameter() -> None:
@@ -280,14 +310,14 @@ def test_a_model_of_real_size_is_solved_to_the_last_parameter() -> None:
     limits = {layer: LayerLimits(num_experts=64, multiple_of=8, min_experts=8, max_experts=48) for layer in loads}
     sizes = dict.fromkeys(loads, 226_497_024)
     total = 1_516_320_000_000
-    goal = target_params(loads, limits, params_per_expert=sizes, total_params=total, target=0.6666)
+    goal = target_params(loads, limits, params_per_expert=sizes, total_params=total, target_params=0.6666)
     removed = sum(map(len, goal.removed.values()))
     assert 0 <= removed * 226_497_024 - 0.3334 * total < 8 * 226_497_024
     back = max_rerouted(
         loads,
         limits,
         params_per_expert=sizes,
-        share=(sum(goal.rerouted.values()) + 0.5) / sum(map(sum, loads.values())),
+        max_rerouted=(sum(goal.rerouted.values()) + 0.5) / sum(map(sum, loads.values())),
     )
     assert back.kept == goal.kept, "the two goals are each other's inverse on the frontier"
 
@@ -298,7 +328,7 @@ def test_unequal_expert_sizes_are_rounded_but_the_goal_is_met() -> None:
     limits = {layer: LayerLimits(num_experts=96, min_experts=8) for layer in loads}
     sizes = {layer: 1_000_003 + 7 * layer for layer in loads}
     total = 96 * sum(sizes.values()) + 1
-    goal = target_params(loads, limits, params_per_expert=sizes, total_params=total, target=0.67)
+    goal = target_params(loads, limits, params_per_expert=sizes, total_params=total, target_params=0.67)
     saved = sum(len(ids) * sizes[layer] for layer, ids in goal.removed.items())
     assert 0.33 * total <= saved < 0.332 * total
 
@@ -327,13 +357,13 @@ def test_arguments_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(SecateurError, match="layer 0: loads of 3 experts, expected 2"):
         laep({0: [1, 2, 3]}, limits, alpha=1, beta=1)
     with pytest.raises(SecateurError, match="layer 0: no token was routed"):
-        max_rerouted({0: [0, 0]}, limits, params_per_expert={0: 5}, share=0.5)
+        max_rerouted({0: [0, 0]}, limits, params_per_expert={0: 5}, max_rerouted=0.5)
     with pytest.raises(SecateurError, match="layer 0: params_per_expert is 0"):
-        max_rerouted(loads, limits, params_per_expert={}, share=0.5)
+        max_rerouted(loads, limits, params_per_expert={}, max_rerouted=0.5)
     with pytest.raises(SecateurError, match="total_params is 9, but the experts alone have 10"):
-        target_params(loads, limits, params_per_expert={0: 5}, total_params=9, target=0.5)
+        target_params(loads, limits, params_per_expert={0: 5}, total_params=9, target_params=0.5)
     with pytest.raises(SecateurError, match=r"target_params is 1\.0, expected a share"):
-        target_params(loads, limits, params_per_expert={0: 5}, total_params=10, target=1.0)
+        target_params(loads, limits, params_per_expert={0: 5}, total_params=10, target_params=1.0)
 
 
 def test_impossible_goal_names_the_floors_behind_it() -> None:
@@ -344,7 +374,7 @@ def test_impossible_goal_names_the_floors_behind_it() -> None:
         2: LayerLimits(num_experts=4, min_experts=3),
     }
     with pytest.raises(SecateurError) as caught:
-        target_params(loads, limits, params_per_expert=dict.fromkeys(loads, 10), total_params=220, target=0.5)
+        target_params(loads, limits, params_per_expert=dict.fromkeys(loads, 10), total_params=220, target_params=0.5)
     message = str(caught.value)
     assert "smallest share that can be reached is 0.591:" in message, "130 of 220, rounded up"
     assert "layers [0, 1] keep at least 4 experts (num_experts=8, multiple_of=4" in message
@@ -385,8 +415,10 @@ def test_every_kind_of_rule_decides_as_its_function_does(rule: Rule) -> None:
     limits = {layer: LayerLimits(num_experts=8, multiple_of=2) for layer in loads}
     sizes = {0: 3, 1: 4}
     direct = {
-        "target_params": lambda: target_params(loads, limits, params_per_expert=sizes, total_params=60, target=0.7),
-        "max_rerouted": lambda: max_rerouted(loads, limits, params_per_expert=sizes, share=0.2),
+        "target_params": lambda: target_params(
+            loads, limits, params_per_expert=sizes, total_params=60, target_params=0.7
+        ),
+        "max_rerouted": lambda: max_rerouted(loads, limits, params_per_expert=sizes, max_rerouted=0.2),
         "thresholds": lambda: laep(loads, limits, alpha=math.inf, beta=0.2),
     }[rule.kind]()
     plan = decide(RouterStats.from_loads(loads, 500), limits, rule, params_per_expert=sizes, total_params=60)

@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur import families
 from secateur.data.tokenizer import train_tokenizer
+from secateur.decide.rules import OPTIONS
 from secateur.errors import SecateurError
 from secateur.pretraining import options as options_module
 from secateur.pretraining import preflight
@@ -25,9 +26,7 @@ from support.small_runs import corpus_in, light_report, options
 
 # option -> where it is in the settings, for those that are not simply a field of the same name in a part
 PARSED = {
-    **dict.fromkeys(
-        ("no_prune", "prune", "alpha", "beta", "target_params", "max_rerouted", "uniform"), "pruning.prunings"
-    ),
+    **dict.fromkeys(("no_prune", "prune", *OPTIONS, "uniform"), "pruning.prunings"),
     **dict.fromkeys(
         ("prune_at_step", "prune_at_tokens", "multiple_of", "min_experts", "max_experts"), "pruning.prunings"
     ),
@@ -60,10 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "balance": {"balance": "mixtral"},
     "balance_strength": {"balance": "mixtral", "balance_strength": 0.5},
     "prune": {"prune": ("stable alpha=0.2",)},
-    "alpha": {"alpha": 0.2},
-    "beta": {"beta": 0.2},
-    "target_params": {"target_params": 0.5},
-    "max_rerouted": {"max_rerouted": 0.5},
+    **{name: {name: option.parse("2" if option.type is int else "0.5")} for name, option in OPTIONS.items()},
     "rearrange_method": {"rearrange_method": "greedy"},
     "rearrange_nodes": {"rearrange_ranks": 4, "rearrange_nodes": 2},
     "rearrange_tolerance": {"rearrange_tolerance": 0.1},

@@ -11,6 +11,7 @@ import typer
 from secateur.commands import plan_options as options
 from secateur.commands.bars import bytes_bar
 from secateur.commands.new_file import check_new_file
+from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.taken import taken_from
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
@@ -22,6 +23,7 @@ LOADS = "loads.jsonl"  # of a training run
 LISTED = 12  # layers in a message
 
 
+@with_rule_options(after="protect", help=help_for_folders)
 def plan(
     source: Annotated[
         Path,
@@ -44,14 +46,11 @@ def plan(
     min_experts: options.MinExperts = 1,
     seed: options.Seed = 0,
     protect: options.Protect = None,
-    alpha: options.Alpha = None,
-    beta: options.Beta = None,
-    target_params: options.TargetParams = None,
-    max_rerouted: options.MaxRerouted = None,
     force: Annotated[bool, typer.Option("--force", help="Write over --out if it is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the plan would do; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and what it does as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    **rule: Any,
 ) -> None:
     """Decide which experts stay, and write that down as a plan.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -83,33 +84,14 @@ Protect = Annotated[
         "Left out: wherever the statistics show them.",
     ),
 ]
-Alpha = Annotated[
-    float | None,
-    typer.Option("--alpha", help="laep: an expert goes only if its load is at most so many times the layer's mean."),
-]
-Beta = Annotated[
-    float | None,
-    typer.Option("--beta", help="laep: the least used go only while together they have less than this share."),
-]
-TargetParams = Annotated[
-    float | None,
-    typer.Option("--target-params", help="laep: keep at most this share of the model, counted in bytes."),
-]
-MaxRerouted = Annotated[
-    float | None,
-    typer.Option("--max-rerouted", help="laep: at most this share of the routed tokens loses its expert."),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceOptions:
-    """The options as they were typed; see `taken_from`."""
+    """The options as they were typed; see `taken_from`. rule: those of the table of rules, None where not typed."""
 
     keep: str | None
-    alpha: float | None
-    beta: float | None
-    target_params: float | None
-    max_rerouted: float | None
+    rule: Mapping[str, Any]
     allocation: str
     expert_parallel: int
     min_experts: int
@@ -120,7 +102,7 @@ class ChoiceOptions:
     @property
     def has_rule(self) -> bool:
         """Whether one of LAEP's options was typed."""
-        return any(value is not None for value in (self.alpha, self.beta, self.target_params, self.max_rerouted))
+        return any(value is not None for value in self.rule.values())
 
     def choice(self, criterion: str) -> Choice:
         """What they say; a SecateurError where they contradict each other."""
@@ -128,15 +110,10 @@ class ChoiceOptions:
         from secateur.decide.rule import Rule
         from secateur.model_folder.choice import Choice
 
-        rule = (
-            Rule(alpha=self.alpha, beta=self.beta, target_params=self.target_params, max_rerouted=self.max_rerouted)
-            if self.has_rule
-            else None
-        )
         return Choice(
             criterion=criterion,
             keep=None if self.keep is None else Keep.parse(self.keep),
-            rule=rule,
+            rule=Rule(**self.rule) if self.has_rule else None,
             allocation=self.allocation,
             multiple_of=self.expert_parallel,
             min_experts=self.min_experts,

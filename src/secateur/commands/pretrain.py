@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.exits import fail
+from secateur.commands.rule_options import help_for_training, with_rule_options
 from secateur.errors import SecateurError
 from secateur.files.json import parse_json
 
@@ -33,6 +34,7 @@ def _option(help: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
+@with_rule_options(after="prune", help=help_for_training, panel=PRUNING)
 def pretrain(
     context: typer.Context,
     out: Annotated[Path, _option("Folder of the run: new or empty, or with --resume an earlier run.", RECORD)],
@@ -67,10 +69,6 @@ def pretrain(
     balance_strength: Annotated[float | None, _option("Coefficient of the loss, or update rate of the bias. Default: the method's.", BALANCE)] = None,
     no_prune: Annotated[bool, _option("Watch the loads, prune nothing.", PRUNING)] = False,
     prune: Annotated[list[str] | None, _option("One pruning of a schedule, e.g. --prune 'stable alpha=0.2' --prune 'step=400 alpha=0.4'. Repeatable.", PRUNING)] = None,
-    alpha: Annotated[float | None, _option("An expert may go if its load is at most alpha times the mean.", PRUNING)] = None,
-    beta: Annotated[float | None, _option("Experts may go while together they have less than this share of the load.", PRUNING)] = None,
-    target_params: Annotated[float | None, _option("Goal: keep this share of the parameters. 0.67 when nothing else is given.", PRUNING)] = None,
-    max_rerouted: Annotated[float | None, _option("Goal: re-route at most this share of the routed tokens.", PRUNING)] = None,
     uniform: Annotated[bool, _option("Keep one expert count for all layers.", PRUNING)] = False,
     prune_at_step: Annotated[int | None, _option("Prune after this step, stable or not.", PRUNING)] = None,
     prune_at_tokens: Annotated[int | None, _option("Prune at the end of the window in which this many tokens are reached.", PRUNING)] = None,
@@ -97,6 +95,7 @@ def pretrain(
     dry_run: Annotated[bool, _option("Print the plan of the run and its memory, and leave.", RECORD)] = False,
     json_output: Annotated[bool, _option("Print the result as JSON on standard output.", RECORD, "--json")] = False,
     quiet: Annotated[bool, _option("No progress.", RECORD)] = False,
+    **rule: Any,
 ) -> None:  # fmt: skip
     """Pre-train a Mixture-of-Experts language model that prunes its own experts (LAEP, arXiv 2601.14327).
 

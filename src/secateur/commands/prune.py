@@ -16,6 +16,7 @@ from secateur.commands.bars import bytes_bar
 from secateur.commands.data_options import DataOptions, device_named
 from secateur.commands.data_pass import prepare
 from secateur.commands.plan import outcome_lines
+from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.taken import taken_from
 from secateur.commands.verify import WORDS
 from secateur.errors import SecateurError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.model_folder.read.model_folder import ModelFolder
 
 
+@with_rule_options(after="protect", help=help_for_folders)
 def prune(
     model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model; it is only read.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")],
@@ -45,10 +47,6 @@ def prune(
     min_experts: options.MinExperts = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of data, and of the criterion random.")] = 0,
     protect: options.Protect = None,
-    alpha: options.Alpha = None,
-    beta: options.Beta = None,
-    target_params: options.TargetParams = None,
-    max_rerouted: options.MaxRerouted = None,
     undo: Annotated[
         Path | None, typer.Option("--undo", help="Keep the dropped experts in this new folder, to restore the source.")
     ] = None,
@@ -68,6 +66,7 @@ def prune(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    **rule: Any,
 ) -> None:
     """Make a smaller model of a model: observe it on data, plan, apply the plan, verify what was written.
 

@@ -6,7 +6,6 @@ same number in each router group; of equal scores the lower id stays; super-expe
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,18 @@ from secateur.criteria.super_experts import super_experts
 from secateur.criteria.weights import WeightStats
 from secateur.decide.keep import Keep
 from secateur.decide.knapsack import cheapest_saving
-from secateur.decide.laep_rule import check_loads, exact
-from secateur.decide.limits import LayerLimits, Limits, removal_by_group
+from secateur.decide.laep_rule import check_loads, exact, lowest_threshold
+from secateur.decide.levels import (
+    Level,
+    counts_at,
+    fewest,
+    kept_experts,
+    levels_of,
+    rounded_up,
+    saved,
+    savings_and_costs,
+)
+from secateur.decide.limits import LayerLimits, Limits
 from secateur.decide.model_facts import Sizes
 from secateur.errors import SecateurError
 from secateur.plans import JSON, LayerPlan, Plan
@@ -66,15 +75,7 @@ class Cut:
         return goes // step * step
 
     def saved(self, counts: Mapping[int, int]) -> int:
-        return sum((self.num_experts[layer] - counts[layer]) * self.size_of_expert[layer] for layer in counts)
-
-    def rounded(self, wanted: Mapping[int, int]) -> dict[int, int]:
-        """The next admissible counts, upwards, or the largest."""
-        levels = {layer: layer_limits.counts() for layer, layer_limits in self.limits.items()}
-        return {
-            layer: next((count for count in levels[layer] if count >= wanted[layer]), levels[layer][-1])
-            for layer in levels
-        }
+        return saved(self.limits, counts, self.size_of_expert)
 
     @property
     def _known_sizes(self) -> Sizes:
@@ -130,8 +131,10 @@ def plan_by_criterion(
     layers, rescued = {}, {}
     for layer, count in counts.items():
         values, safe = scores[layer].tolist(), protected.get(layer, ())
-        layers[layer] = LayerPlan(experts_before=num_experts[layer], order=_kept(values, limits[layer], count, safe))
-        rescued[layer] = sorted(set(safe) - set(_kept(values, limits[layer], count, ())))
+        layers[layer] = LayerPlan(
+            experts_before=num_experts[layer], order=kept_experts(limits[layer], count, values=values, protected=safe)
+        )
+        rescued[layer] = sorted(set(safe) - set(kept_experts(limits[layer], count, values=values)))
     details: dict[str, JSON] = {
         "source": find_criterion(criterion).source,
         "keep": keep.to_json(),
@@ -152,12 +155,14 @@ def _uniform(cut: Cut) -> dict[int, int]:
         need = cut.need
         shares = {Fraction(count, cut.num_experts[layer]) for layer, counts in levels.items() for count in counts}
         for share in sorted(shares, reverse=True):
-            counts = cut.rounded({layer: math.ceil(share * experts) for layer, experts in cut.num_experts.items()})
+            counts = rounded_up(
+                cut.limits, {layer: math.ceil(share * experts) for layer, experts in cut.num_experts.items()}
+            )
             if cut.saved(counts) >= need:
                 return counts
         raise _unreachable(cut)
     wanted = keep.wanted(cut.num_experts)
-    counts = cut.rounded(wanted)
+    counts = rounded_up(cut.limits, wanted)
     for layer, count in wanted.items():
         if count < cut.limits[layer].min_experts or (keep.share is None and count not in levels[layer]):
             raise SecateurError(
@@ -172,34 +177,22 @@ def _global(cut: Cut) -> dict[int, int]:
     """The counts that drop the smallest sum of scores, each layer's scores counted as shares of their sum."""
     costs = {layer: _shares(f"layer {layer}", values.tolist()) for layer, values in cut.scores.items()}
     levels = _levels(cut, costs, {layer: values.tolist() for layer, values in cut.scores.items()})
-    pairs = [[(saving, cost) for _, saving, cost in options] for options in levels.values()]
-    chosen = cheapest_saving(pairs, cut.need)
-    if chosen is None:
+    counts = counts_at(levels, cheapest_saving(savings_and_costs(levels), cut.need))
+    if counts is None:
         raise _unreachable(cut)
-    return {layer: levels[layer][index][0] for layer, index in zip(levels, chosen, strict=True)}
+    return counts
 
 
 def _laep(cut: Cut) -> dict[int, int]:
-    """LAEP's cumulative threshold (arXiv 2601.14327), the smallest one that is enough.
-
-    Each layer may drop its least used experts while together they carry less than a share of its load; that share is
-    raised, the same for all layers, until enough is saved. Where a step of the share is more than enough, the lower
-    layers keep more.
-    """
+    """LAEP's cumulative threshold on the loads, the smallest one that is enough; see `lowest_threshold`."""
     if cut.stats is None:
         raise SecateurError("allocation 'laep' needs token_count: statistics of the model on data, found none")
     loads = cut.stats.loads()
     for layer, values in loads.items():
         check_loads(values, f"layer {layer}")
     levels = _levels(cut, {layer: _shares(f"layer {layer}", values) for layer, values in loads.items()}, loads)
-    counts = {layer: options[0][0] for layer, options in levels.items()}
-    need = cut.need
-    steps = [(cost, -layer, -count) for layer, options in levels.items() for count, _, cost in options[1:]]
-    for _, layer, count in sorted(steps):
-        if cut.saved(counts) >= need:
-            break
-        counts[-layer] = -count
-    if cut.saved(counts) < need:
+    counts = lowest_threshold(levels, cut.need)
+    if counts is None:
         raise _unreachable(cut)
     return counts
 
@@ -209,25 +202,20 @@ ALLOCATIONS: dict[str, Callable[[Cut], dict[int, int]]] = {"uniform": _uniform, 
 
 def _levels(
     cut: Cut, costs: Mapping[int, Sequence[int]], ranking: Mapping[int, Sequence[float]]
-) -> dict[int, list[tuple[int, int, int]]]:
-    """{layer: [(count, saving, summed cost of what is dropped)]}, keeping most first."""
+) -> dict[int, list[Level]]:
+    """{layer: what each admissible count saves, and the summed cost of what it drops}."""
     if cut.keep.layers is not None:
         raise SecateurError("keep: a number for each layer leaves nothing to allocate; use allocation 'uniform'")
-    levels = {}
-    for layer, layer_limits in cut.limits.items():
-        groups = removal_by_group(ranking[layer], layer_limits.num_groups, cut.protected.get(layer, ()))
-        rounds = [sum(costs[layer][expert] for expert in ids) for ids in zip(*groups, strict=True)]
-        dropped = [0, *itertools.accumulate(rounds)]
-        size = cut.size_of_expert[layer]
-        levels[layer] = [
-            (
-                count,
-                (layer_limits.num_experts - count) * size,
-                dropped[(layer_limits.num_experts - count) // layer_limits.num_groups],
-            )
-            for count in reversed(layer_limits.counts())
-        ]
-    return levels
+    return {
+        layer: levels_of(
+            layer_limits,
+            values=ranking[layer],
+            costs=costs[layer],
+            size=cut.size_of_expert[layer],
+            protected=cut.protected.get(layer, ()),
+        )
+        for layer, layer_limits in cut.limits.items()
+    }
 
 
 def _shares(name: str, values: Sequence[float]) -> list[int]:
@@ -236,12 +224,6 @@ def _shares(name: str, values: Sequence[float]) -> list[int]:
         raise SecateurError(f"{name}: a score is {min(values)}; scores that can be below 0 have no shares to compare")
     total = sum(map(Fraction, values)) or Fraction(1)
     return [round(Fraction(value) / total * PRECISION) for value in values]
-
-
-def _kept(scores: Sequence[float], limits: LayerLimits, count: int, protected: Sequence[int]) -> tuple[int, ...]:
-    groups = removal_by_group(scores, limits.num_groups, protected)
-    dropped = (limits.num_experts - count) // limits.num_groups
-    return tuple(sorted(expert for group in groups for expert in group[dropped:]))
 
 
 def _protected(stats: RouterStats | None) -> Ids:
@@ -262,8 +244,8 @@ def _with_room(limits: LayerLimits, protected: Sequence[int]) -> LayerLimits:
 
 def _unreachable(cut: Cut) -> SecateurError:
     unit = "bytes" if cut.keep.num_bytes is not None else "experts"
-    most = cut.saved({layer: layer_limits.counts()[0] for layer, layer_limits in cut.limits.items()})
-    floors = {layer: layer_limits.counts()[0] for layer, layer_limits in cut.limits.items()}
+    floors = fewest(cut.limits)
+    most = cut.saved(floors)
     named = {layer: _super_experts(ids) for layer, ids in cut.protected.items()}
     return SecateurError(
         f"keep: {cut.need} {unit} must go, but at most {most} can: the layers keep at least {floors} experts"

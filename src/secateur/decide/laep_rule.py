@@ -6,7 +6,7 @@ Symbols: n_i tokens routed to expert i, S their sum, E experts, c(i) the running
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from secateur.errors import SecateurError
@@ -84,3 +84,23 @@ def implied_thresholds(loads: Sequence[int], removed: Collection[int]) -> tuple[
     while exact(beta) <= cumulative:
         beta = math.nextafter(beta, math.inf)
     return alpha, min(beta, 1.0)
+
+
+def lowest_threshold(levels: Mapping[int, Sequence[tuple[int, int, int]]], need: int) -> dict[int, int] | None:
+    """The experts that each layer keeps at the smallest cumulative threshold that saves enough; None if none does.
+
+    Each layer may drop its least used experts while together they carry less than a share of its load; that share is
+    raised, the same for all layers, until enough is saved. Where a step of the share is more than enough, the lower
+    layers keep more.
+
+    Args:
+        levels: {layer: (experts kept, saving, share of the layer's load that is dropped), keeping most first}.
+    """
+    counts = {layer: of_layer[0][0] for layer, of_layer in levels.items()}
+    saving = {layer: of_layer[0][1] for layer, of_layer in levels.items()}
+    steps = [(cost, -layer, -count, saves) for layer, of_layer in levels.items() for count, saves, cost in of_layer[1:]]
+    for _, layer, count, saves in sorted(steps):
+        if sum(saving.values()) >= need:
+            break
+        counts[-layer], saving[-layer] = -count, saves
+    return counts if sum(saving.values()) >= need else None

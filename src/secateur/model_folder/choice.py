@@ -12,6 +12,7 @@ from secateur.criteria.score import find_criterion
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule, decide
+from secateur.decide.rules import OPTIONS, flags_in_words
 from secateur.errors import SecateurError
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.measure.router_change import router_changes
@@ -55,8 +56,7 @@ class Choice:
         if self.criterion == LAEP:
             if self.rule is None or self.keep is not None:
                 raise SecateurError(
-                    "criterion 'laep' decides how many experts go: expected thresholds (--alpha, --beta), "
-                    "--target-params or --max-rerouted, and no --keep"
+                    f"criterion 'laep' decides how many experts go: expected {flags_in_words()}, and no --keep"
                 )
             if self.allocation not in ("uniform", LAEP) or self.protect:
                 raise SecateurError(
@@ -67,7 +67,7 @@ class Choice:
             raise SecateurError(f"criterion is {self.criterion!r}, expected one of {', '.join((*CRITERIA, LAEP))}")
         if self.rule is not None:
             raise SecateurError(
-                "--alpha, --beta, --target-params and --max-rerouted are for criterion 'laep', found "
+                f"{', '.join(option.flag for option in OPTIONS.values())} are for criterion 'laep', found "
                 f"{self.criterion!r}"
             )
         if self.keep is None:

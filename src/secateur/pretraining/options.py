@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from secateur.decide.rule import Rule
+from secateur.decide.rules import OPTIONS, RuleFields
 from secateur.errors import SecateurError
 from secateur.files.records import as_record
 from secateur.pretraining.settings import (
@@ -26,9 +27,8 @@ from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import Pruning, as_prunings
 
-RULE_FIELDS = ("alpha", "beta", "target_params", "max_rerouted")
 TIMES = ("stable", "step", "tokens")
-PRUNE_WHAT_AND_WHEN = ("prune", *RULE_FIELDS, "prune_at_step", "prune_at_tokens")
+PRUNE_WHAT_AND_WHEN = ("prune", *OPTIONS, "prune_at_step", "prune_at_tokens")
 PRECISIONS = ("fp32", "bf16", "fp16")
 # how a run is spread over processes: a resumed run may have other values
 DEVICES = ("fsdp", "ep", "tp")
@@ -36,8 +36,10 @@ REARRANGE = ("rearrange_ranks", "rearrange_every", "rearrange_method", "rearrang
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions:
+class PretrainOptions(RuleFields):
     """Every setting of `secateur pretrain`; the command line has one option for each, with the same default.
+
+    Those of a pruning rule come from `secateur.decide.rules`.
 
     Raises:
         SecateurError: a value out of its range, or options that contradict one another.
@@ -80,10 +82,6 @@ class PretrainOptions:
     # pruning
     no_prune: bool = False
     prune: tuple[str, ...] = ()
-    alpha: float | None = None
-    beta: float | None = None
-    target_params: float | None = None
-    max_rerouted: float | None = None
     uniform: bool = False
     prune_at_step: int | None = None
     prune_at_tokens: int | None = None
@@ -181,7 +179,7 @@ class PretrainOptions:
 
     def prunings(self) -> tuple[Pruning, ...]:
         """The schedule; empty with --no-prune."""
-        single = {name: getattr(self, name) for name in RULE_FIELDS}
+        single: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
         if self.no_prune:
             given = [name for name in PRUNE_WHAT_AND_WHEN if getattr(self, name) not in (None, ())]
             if given:
@@ -233,9 +231,9 @@ class PretrainOptions:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form; an infinite alpha is the string "inf"."""
+        """JSON form; an option of a rule that is infinite, such as alpha, is the string "inf"."""
         values = {**asdict(self), "data": list(self.data), "prune": list(self.prune), "overrides": dict(self.overrides)}
-        return values | {"alpha": "inf" if self.alpha == math.inf else self.alpha}
+        return values | {name: "inf" for name in OPTIONS if values[name] == math.inf}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PretrainOptions:
@@ -250,8 +248,8 @@ class PretrainOptions:
                 f"the saved configuration is not of this release: unknown settings {sorted(set(data) - known)}, "
                 f"missing settings {sorted(known - set(data))}"
             )
-        alpha = math.inf if data["alpha"] == "inf" else data["alpha"]
-        return as_record({**data, "alpha": alpha}, cls, "the saved configuration")
+        infinite = {name: math.inf for name in OPTIONS if data[name] == "inf"}
+        return as_record({**data, **infinite}, cls, "the saved configuration")
 
 
 _DEFAULTS = {option.name: option.default for option in fields(PretrainOptions)}
@@ -268,20 +266,23 @@ def parse_pruning(text: str, **shared: Any) -> Pruning:
     Raises:
         SecateurError: the words are not a time followed by name=value pairs.
     """
-    expected = "expected a time (stable, step=N or tokens=N) and thresholds or a goal, e.g. 'stable alpha=0.4 beta=0.1'"
+    expected = (
+        f"expected a time (stable, step=N or tokens=N) and a rule ({', '.join(OPTIONS)}), "
+        "e.g. 'stable alpha=0.4 beta=0.1'"
+    )
     given: dict[str, str] = {}
     for word in text.replace(",", " ").split():
         name, sign, value = word.partition("=")
-        if (name not in TIMES and name not in RULE_FIELDS) or bool(sign) == (name == "stable"):
+        if (name not in TIMES and name not in OPTIONS) or bool(sign) == (name == "stable"):
             raise SecateurError(f"--prune {text!r}: unknown word {word!r}; {expected}")
         if name in given:
             raise SecateurError(f"--prune {text!r}: {name} twice; {expected}")
         given[name] = value
-    if len(given.keys() & set(TIMES)) != 1 or not given.keys() & set(RULE_FIELDS):
+    if len(given.keys() & set(TIMES)) != 1 or not given.keys() & OPTIONS.keys():
         raise SecateurError(f"--prune {text!r}: {expected}")
     try:
         when = {f"at_{name}": int(value) for name, value in given.items() if name in ("step", "tokens")}
-        rule = {name: float(value) for name, value in given.items() if name in RULE_FIELDS}
+        rule: dict[str, Any] = {name: OPTIONS[name].parse(value) for name, value in given.items() if name in OPTIONS}
     except ValueError as error:
         raise SecateurError(f"--prune {text!r}: {error}; {expected}") from error
     uniform = shared.pop("uniform", False)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from secateur.decide.rules import RuleOptions, spelled_out
 from secateur.errors import SecateurError
+from secateur.families import MoEModel
 from secateur.surgery.events import PruneEvent
 from secateur.train.laep import LAEP
-from secateur.train.schedule import as_prunings
+from secateur.train.phases import PhaseConstants
+from secateur.train.rearrange import Rearrangement
+from secateur.train.schedule import Pruning, as_prunings
 
 
 class LAEPCallback(TrainerCallback, ExportableState):
@@ -25,7 +29,8 @@ class LAEPCallback(TrainerCallback, ExportableState):
 
     Args:
         on_event: called with the PruneEvent at the moment of a pruning, e.g. to send it to a logger of your own.
-        laep: the keyword arguments of `LAEP`.
+        moe: as for `LAEP`, for the first training alone: a later one may begin with a pruned model.
+        all others: see `LAEP`.
 
     Attributes:
         pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
@@ -33,12 +38,46 @@ class LAEPCallback(TrainerCallback, ExportableState):
     Raises:
         SecateurError: at construction for a schedule that cannot be, at the start of training for a model, optimizer or
             set of training arguments that is not supported.
+        TypeError: an option that no rule has.
     """
 
-    def __init__(self, *, on_event: Callable[[PruneEvent], None] | None = None, **laep: Any) -> None:
-        settings = ("prunings", "window_steps", "phase", "self_check", "rearrange", "moe")
-        as_prunings(laep.get("prunings"), **{key: value for key, value in laep.items() if key not in settings})
-        self._laep = laep
+    @spelled_out
+    def __init__(
+        self,
+        *,
+        on_event: Callable[[PruneEvent], None] | None = None,
+        prunings: Sequence[Pruning] | None = None,
+        at_step: int | None = None,
+        at_tokens: int | None = None,
+        multiple_of: int = 1,
+        min_experts: int = 1,
+        max_experts: int | None = None,
+        uniform: bool = False,
+        window_steps: int = 20,
+        phase: PhaseConstants | None = None,
+        self_check: bool = True,
+        rearrange: Rearrangement | bool | None = None,
+        moe: MoEModel | None = None,
+        **rule: Unpack[RuleOptions],
+    ) -> None:
+        schedule = as_prunings(
+            prunings,
+            at_step=at_step,
+            at_tokens=at_tokens,
+            multiple_of=multiple_of,
+            min_experts=min_experts,
+            max_experts=max_experts,
+            uniform=uniform,
+            **rule,
+        )
+        self._laep: dict[str, Any] = {
+            "prunings": schedule,
+            "window_steps": window_steps,
+            "phase": phase,
+            "self_check": self_check,
+            "rearrange": rearrange,
+        }
+        self._moe = moe
         self._on_event = on_event
         self._saved: dict[str, Any] | None = None
         self.pruner: LAEP | None = None
@@ -54,7 +93,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
             SecateurError: see the class.
         """
         refuse_arguments(args)
-        pruner = LAEP(model, optimizer, **self._laep)
+        pruner = LAEP(model, optimizer, moe=self._moe, **self._laep)
         pruner.detach()
         pruner.check_goal()
 
@@ -71,7 +110,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
                 f"resumed at step {state.global_step} from a checkpoint that was written without {type(self).__name__}:"
                 " the loads before it are unknown; start a new run from its weights instead"
             )
-        moe = self._laep.pop("moe", None)  # of this training alone: a later one may begin with a pruned model
+        moe, self._moe = self._moe, None  # of this training alone: a later one may begin with a pruned model
         self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], moe=moe, **self._laep)
         try:
             if state.global_step:

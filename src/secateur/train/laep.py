@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from secateur.decide.rule import decide
+from secateur.decide.rules import RuleOptions, spelled_out
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe, logits_of
@@ -49,9 +50,10 @@ class LAEP:
 
     Args:
         model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it.
-        prunings: a schedule (an empty one only watches the loads); or give one `Rule` by its fields (alpha, beta,
-            target_params, max_rerouted, uniform), with `at_step` or `at_tokens` for a fixed time. Default:
-            `target_params=0.67` at the stable phase.
+        prunings: a schedule (an empty one only watches the loads); or give one `Pruning` by its fields and those of its
+            rule: `at_step` or `at_tokens` for a fixed time, `multiple_of`, `min_experts`, `max_experts`; `uniform` and
+            the options of one `Rule`, such as alpha and beta. Default: `secateur.decide.rules.DEFAULT`, keep at most
+            0.67 of the parameters, at the stable phase.
         window_steps: optimizer steps a statistics window.
         phase: constants of the stable-phase detector.
         self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training
@@ -63,8 +65,10 @@ class LAEP:
     Raises:
         SecateurError: the model, the optimizer, the schedule or the way the job was started is not supported. Nothing
             has been changed then.
+        TypeError: an option that no rule has.
     """
 
+    @spelled_out
     def __init__(
         self,
         model: nn.Module,
@@ -73,15 +77,28 @@ class LAEP:
         prunings: Sequence[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,
+        multiple_of: int = 1,
+        min_experts: int = 1,
+        max_experts: int | None = None,
+        uniform: bool = False,
         window_steps: int = 20,
         phase: PhaseConstants | None = None,
         self_check: bool = True,
         rearrange: Rearrangement | bool | None = None,
         moe: MoEModel | None = None,
-        **rule_and_limits: Any,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         check_count("window_steps", window_steps)
-        self.prunings = as_prunings(prunings, at_step=at_step, at_tokens=at_tokens, **rule_and_limits)
+        self.prunings = as_prunings(
+            prunings,
+            at_step=at_step,
+            at_tokens=at_tokens,
+            multiple_of=multiple_of,
+            min_experts=min_experts,
+            max_experts=max_experts,
+            uniform=uniform,
+            **rule,
+        )
         self.window_steps = window_steps
         self.self_check = self_check
         if moe is not None and moe.model is not model:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
-from secateur.decide.by_load import target_params
+from secateur.decide.by_load import Problem, target_params
 from secateur.decide.limits import Limits
 from secateur.decide.rule import Rule
+from secateur.decide.rules import DEFAULT, RuleOptions, check_names, given, spelled_out
 from secateur.errors import SecateurError
 
 
@@ -37,6 +38,7 @@ class Pruning:
                 check_count(name, getattr(self, name))
 
 
+@spelled_out
 def as_prunings(
     prunings: Sequence[Pruning] | None,
     *,
@@ -45,23 +47,24 @@ def as_prunings(
     multiple_of: int = 1,
     min_experts: int = 1,
     max_experts: int | None = None,
-    **rule: Any,
+    uniform: bool = False,
+    **rule: Unpack[RuleOptions],
 ) -> tuple[Pruning, ...]:
     """A schedule from either form; see `LAEP`.
 
     Raises:
         SecateurError: both forms at once, or fixed times that do not increase.
+        TypeError: an option that no rule has.
     """
+    check_names(rule, "as_prunings")
+    when: dict[str, Any] = {"at_step": at_step, "at_tokens": at_tokens}
     limits: dict[str, Any] = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
     if prunings is None:
-        goal = any(rule.get(name) is not None for name in ("alpha", "beta", "target_params", "max_rerouted"))
-        rule = rule if goal else {**rule, "target_params": 0.67}
-        return (Pruning(rule=Rule(**rule), at_step=at_step, at_tokens=at_tokens, **limits),)
-    fields = {**rule, "at_step": at_step, "at_tokens": at_tokens}
-    given = [name for name, value in fields.items() if value not in (None, False)]
-    given += [name for name, value in limits.items() if value not in (None, 1)]
-    if given:
-        raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {given}")
+        return (Pruning(rule=Rule(uniform=uniform, **given(rule) or DEFAULT), **when, **limits),)
+    found = [name for name, value in {**rule, "uniform": uniform, **when}.items() if value not in (None, False)]
+    found += [name for name, value in limits.items() if value not in (None, 1)]
+    if found:
+        raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {found}")
     for name in ("at_step", "at_tokens"):
         times = [getattr(pruning, name) for pruning in prunings if getattr(pruning, name) is not None]
         if times != sorted(set(times)):
@@ -91,14 +94,14 @@ def check_goal(
     rule = prunings[-1].rule
     if rule.target_params is None:
         return
-    target_params(
-        {layer: [1] * count for layer, count in counts.items()},
-        limits,
+    problem = Problem(
+        loads={layer: [1] * count for layer, count in counts.items()},
+        limits=limits,
         params_per_expert=params_per_expert,
         total_params=total_params,
-        target=math.prod(pruning.rule.target_params or 1.0 for pruning in prunings),
         uniform=rule.uniform,
     )
+    target_params(problem, target_params=math.prod(pruning.rule.target_params or 1.0 for pruning in prunings))
 
 
 def check_count(name: str, value: object) -> None:
