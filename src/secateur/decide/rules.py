@@ -225,7 +225,11 @@ def spelled_out(
 
 def with_options_listed(cls: C) -> C:
     """List the options in the docstring of a class, as the first of its arguments."""
-    lines = [f"        {name}: {option.row.help}; {option.row.range.expected}.\n" for name, option in OPTIONS.items()]
+    off = {name: f" Left out: {option.row.off:g}, off." for name, option in OPTIONS.items() if option.row.off}
+    lines = [
+        f"        {name}: {option.row.help}; {option.row.range.expected}.{off.get(name, '')}\n"
+        for name, option in OPTIONS.items()
+    ]
     if cls.__doc__:  # python -OO has none
         cls.__doc__ = cls.__doc__.replace("    Args:\n", f"    Args:\n{''.join(lines)}")
     return cls

@@ -1,0 +1,229 @@
+"""The table of pruning rules: every option is reachable from everywhere, and a new rule costs two edits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+import secateur
+from secateur import LAEP, LAEPCallback, Pruning, Rule, SecateurError
+from secateur.cli import app
+from secateur.decide import by_load
+from secateur.decide.rules import DEFAULT, OPTIONS, RULES, RuleOption, RuleOptions, flags_in_words
+from secateur.pretraining.options import PretrainOptions, parse_pruning
+from secateur.train.schedule import as_prunings
+from support.rule_ways import WAYS
+from support.small_runs import in_child
+
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def a_value(option: RuleOption) -> float:
+    return 2 if option.type is int else 0.9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ways")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_reachable_in_every_way(name: str, way: str, folder: Path) -> None:
+    value = a_value(OPTIONS[name])
+    found = WAYS[way](folder, name, value)
+    expected = Rule(**{name: value}).to_json() | {"uniform": way == "secateur plan"}  # --allocation uniform
+    if way in ("secateur pretrain", "secateur plan"):  # these print strict JSON
+        expected = {key: "inf" if one == math.inf else one for key, one in expected.items()}
+    assert found == expected
+    assert type(found[name]) is OPTIONS[name].type
+
+
+@pytest.mark.parametrize("command", ["pretrain", "plan", "prune"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_command_has_the_option_with_its_help(name: str, command: str) -> None:
+    (parameter,) = (one for one in COMMANDS[command].params if one.name == name)
+    option = OPTIONS[name]
+    assert (parameter.opts, parameter.default) == ([option.flag], None)
+    assert option.row.help[1:] in parameter.help
+
+
+def test_the_options_stand_together_in_the_help() -> None:
+    for command, before in (("pretrain", "prune"), ("plan", "protect"), ("prune", "protect")):
+        names = [one.name for one in COMMANDS[command].params]
+        start = names.index(before) + 1
+        assert names[start : start + len(OPTIONS)] == list(OPTIONS)
+        assert "rule" not in names
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_options_of_a_kind_have_one_function_which_takes_them(kind: str) -> None:
+    (name,) = {option.row.decides for option in RULES[kind].options}
+    assert RULES[kind].function is getattr(by_load, name)
+    names = [option.name for option in RULES[kind].options]
+    assert list(inspect.signature(RULES[kind].function).parameters) == ["problem", *names]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_value_of_another_type_or_out_of_range_is_refused_in_the_words_of_the_row(name: str) -> None:
+    option = OPTIONS[name]
+    for value in (0, -1, math.nan, True, "1"):
+        with pytest.raises(SecateurError) as caught:
+            Rule(**{name: value})  # type: ignore[arg-type]
+        assert str(caught.value) == f"{name} ({option.flag}) is {value!r}, expected {option.row.range.expected}"
+
+
+def test_an_option_of_whole_numbers_takes_no_others() -> None:
+    option = dataclasses.replace(OPTIONS["alpha"], name="drop_count", type=int)
+    option.check(2)
+    assert option.parse("2") == 2
+    with pytest.raises(SecateurError, match=r"drop_count \(--drop-count\) is 2\.0, expected"):
+        option.check(2.0)
+    with pytest.raises(ValueError, match="invalid literal"):
+        option.parse("2.5")
+
+
+def test_a_rule_says_what_was_given_and_what_stands_for_the_rest() -> None:
+    rule = Rule(alpha=0.4)
+    assert (rule.alpha, rule.beta, rule.target_params) == (0.4, None, None)
+    assert (rule.kind, rule.given, rule.thresholds) == ("thresholds", {"alpha": 0.4}, (0.4, 1.0))
+    assert rule.values == {"alpha": 0.4, "beta": 1.0}
+    assert Rule(beta=0.1, uniform=True).to_json() == {"alpha": math.inf, "beta": 0.1, "uniform": True}
+    assert Rule(target_params=0.5).to_json() == {"target_params": 0.5, "uniform": False}
+    text = "Rule(alpha=0.4, beta=None, target_params=None, max_rerouted=None, uniform=False)"
+    assert repr(rule) == text, "the state of LAEP in a checkpoint is compared by this"
+
+
+def test_a_rule_is_a_value() -> None:
+    rule = Rule(max_rerouted=0.1, uniform=True)
+    for other in (Rule(max_rerouted=0.1, uniform=True), pickle.loads(pickle.dumps(rule)), copy.deepcopy(rule)):  # noqa: S301
+        assert other == rule
+        assert hash(other) == hash(rule)
+    assert rule != Rule(max_rerouted=0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.max_rerouted = 0.2  # type: ignore[misc]
+
+
+def test_the_docstring_of_a_rule_lists_its_options() -> None:
+    assert secateur.Rule.__doc__
+    for name, option in OPTIONS.items():
+        assert f"{name}: {option.row.help}; {option.row.range.expected}" in secateur.Rule.__doc__
+
+
+def test_a_goal_is_the_default_only_where_no_rule_is_named() -> None:
+    assert as_prunings(None)[0].rule == Rule(**DEFAULT) == Rule(target_params=0.67)
+    assert as_prunings(None, alpha=None, uniform=True)[0].rule == Rule(target_params=0.67, uniform=True)
+    for name, option in OPTIONS.items():
+        assert as_prunings(None, **{name: a_value(option)})[0].rule.given == {name: a_value(option)}
+    assert PretrainOptions().prunings()[0].rule.given == DEFAULT
+
+
+@pytest.mark.parametrize("function", [as_prunings, LAEP, LAEPCallback], ids=lambda function: function.__name__)
+def test_a_function_that_takes_a_rule_spells_out_its_options(function: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    assert not [one for one in parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
+    for name, option in OPTIONS.items():
+        found = parameters[name]
+        assert (found.kind, found.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+        assert found.annotation == option.type | None
+    for field in dataclasses.fields(Pruning):
+        if field.name != "rule":
+            found = parameters[field.name]
+            assert (found.default, str(found.annotation)) == (field.default, field.type)
+
+
+def test_the_callback_takes_what_laep_takes_in_the_same_order() -> None:
+    laep, callback = (list(inspect.signature(one).parameters.values()) for one in (LAEP, LAEPCallback))
+    assert [one.name for one in laep[:2]] == ["model", "optimizer"]
+    assert callback[0].name == "on_event"
+    assert laep[2:] == callback[1:]
+
+
+def test_an_unknown_keyword_is_a_type_error_whatever_else_is_given() -> None:
+    for given in ({}, {"prunings": []}, {"alpha": 0.4}):
+        for value in (1, None):
+            with pytest.raises(TypeError, match="unexpected keyword argument 'drop_count'"):
+                LAEPCallback(**given, drop_count=value)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_count'"):
+        Rule(drop_count=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_count'"):
+        PretrainOptions(drop_count=1)
+
+
+def test_words_of_a_schedule_are_named_where_one_is_unknown() -> None:
+    with pytest.raises(SecateurError, match=f"unknown word 'drop_count=2'; .*{', '.join(OPTIONS)}"):
+        parse_pruning("step=4 drop_count=2")
+
+
+def test_all_rules_in_words() -> None:
+    assert flags_in_words() == "thresholds (--alpha, --beta or both), --target-params or --max-rerouted"
+
+
+def test_the_settings_of_a_run_hold_the_options_at_the_top_as_they_did() -> None:
+    saved = PretrainOptions(alpha=math.inf, beta=0.05).to_json()
+    found = {name: saved[name] for name in OPTIONS}
+    assert found == {"alpha": "inf", "beta": 0.05, "target_params": None, "max_rerouted": None}
+
+
+# The two edits of a new rule: its function behind the others, its row below the others.
+FUNCTION = '''
+
+def drop_count(problem: Problem, *, drop_count: int) -> Allocation:
+    """Drop this many of the least used experts of each layer."""
+    return problem.keep({layer: limits.num_experts - drop_count for layer, limits in problem.limits.items()})
+'''
+ROW = """    drop_count: Annotated[
+        int | None,
+        Row(
+            decides="drop_count",
+            range=Range(accepts=lambda value: value >= 1, expected="a whole number of at least 1"),
+            help="this many of the least used experts of each layer go",
+        ),
+    ]
+"""
+
+
+def ask_in_every_way(source: Path, folder: Path) -> None:
+    """Import Secateur from `source` instead of what was imported, and ask for two experts by the new rule."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("secateur", "support")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(source))
+    ways = importlib.import_module("support.rule_ways")
+    assert ways.OPTIONS is importlib.import_module("secateur.decide.rules").OPTIONS
+    found = {way: ask(folder, "drop_count", 2) for way, ask in ways.WAYS.items()}
+    (folder / "found.json").write_text(json.dumps({"ways": found, "plan": ways.plan(folder, "drop_count", 2)}))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_new_rule_is_a_function_and_a_row_and_then_reachable_from_everywhere(tmp_path: Path) -> None:
+    source = tmp_path / "src" / "secateur"
+    shutil.copytree(Path(secateur.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
+    with (source / "decide" / "by_load.py").open("a") as file:
+        file.write(FUNCTION)
+    table = source / "decide" / "rules.py"
+    before, mark, after = table.read_text().partition("\n\n# The rule of a training that names none.")
+    assert mark
+    table.write_text(f"{before.rstrip()}\n{ROW}{mark}{after}")
+
+    assert in_child(ask_in_every_way, source.parent, tmp_path) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ways"] == {way: {"drop_count": 2, "uniform": way == "secateur plan"} for way in WAYS}
+    assert {type(rule["drop_count"]) for rule in found["ways"].values()} == {int}
+    assert {layer: one["order"] for layer, one in found["plan"]["layers"].items()} == {"0": [2, 3], "3": [0, 1]}
+
+
+def test_the_table_is_the_type_of_the_keywords() -> None:
+    assert list(RuleOptions.__annotations__) == list(OPTIONS) == [field.name for field in dataclasses.fields(Rule)][:-1]
