@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 
 import secateur
-from secateur import LAEP, LAEPCallback, Pruning, Rule, SecateurError
+from secateur import LAEP, LAEPCallback, PhaseConstants, Pruning, Rule, SecateurError
 from secateur.cli import app
 from secateur.decide import by_load
 from secateur.decide.rules import DEFAULT, OPTIONS, RULES, RuleOption, RuleOptions, flags_in_words
+from secateur.families import describe_moe
 from secateur.pretraining.options import PretrainOptions, parse_pruning
+from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import as_prunings
-from support.rule_ways import WAYS
+from support.rule_ways import WAYS, begun
 from support.small_runs import in_child
+from support.tiny_models import tiny_model
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -71,6 +75,7 @@ def test_the_options_stand_together_in_the_help() -> None:
 @pytest.mark.parametrize("kind", RULES)
 def test_the_options_of_a_kind_have_one_function_which_takes_them(kind: str) -> None:
     (name,) = {option.row.decides for option in RULES[kind].options}
+    assert len(RULES[kind].options) == 1 or all(option.row.off is not None for option in RULES[kind].options)
     assert RULES[kind].function is getattr(by_load, name)
     names = [option.name for option in RULES[kind].options]
     assert list(inspect.signature(RULES[kind].function).parameters) == ["problem", *names]
@@ -149,6 +154,32 @@ def test_the_callback_takes_what_laep_takes_in_the_same_order() -> None:
     assert [one.name for one in laep[:2]] == ["model", "optimizer"]
     assert callback[0].name == "on_event"
     assert laep[2:] == callback[1:]
+
+
+def test_the_callback_hands_all_that_it_takes_to_laep(folder: Path) -> None:
+    model = tiny_model("mixtral")
+    pruning: dict[str, Any] = {"at_step": 3, "multiple_of": 2, "min_experts": 4, "max_experts": 6}
+    phase, moe = PhaseConstants(windows=5), describe_moe(model)
+    others: dict[str, Any] = {
+        "window_steps": 7,
+        "phase": phase,
+        "self_check": False,
+        "rearrange": Rearrangement(ranks=2),
+    }
+    callback = LAEPCallback(alpha=0.3, beta=0.2, uniform=True, moe=moe, **pruning, **others)
+    pruner = begun(callback, model, folder)
+    assert pruner.prunings == (Pruning(rule=Rule(alpha=0.3, beta=0.2, uniform=True), **pruning),)
+    assert (pruner.window_steps, pruner.self_check, pruner.moe) == (7, False, moe)
+    assert (
+        pruner.state_dict()["watch"]
+        == LAEP(model, torch.optim.AdamW(model.parameters()), prunings=[], **others).state_dict()["watch"]
+    )
+    assert pruner._rearrange == Rearrangement(ranks=2)
+    with pytest.raises(SecateurError, match="at_tokens is 0"):
+        LAEPCallback(at_tokens=0)
+    assert {*pruning, *others, "at_tokens", "uniform", "moe", "prunings", "on_event", *OPTIONS} == set(
+        inspect.signature(LAEPCallback).parameters
+    ), "a keyword that is not tried here"
 
 
 def test_an_unknown_keyword_is_a_type_error_whatever_else_is_given() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from typer.main import get_command
 
 from secateur import LAEP, LAEPCallback, RouterStats, Rule
@@ -63,15 +63,8 @@ def plan(folder: Path, name: str, value: float) -> Found:
     return found
 
 
-def _of_laep(folder: Path, name: str, value: float) -> Found:
-    model = tiny_model("mixtral")
-    pruner = LAEP(model, torch.optim.AdamW(model.parameters()), **{name: value})
-    pruner.detach()
-    return pruner.prunings[0].rule.to_json()
-
-
-def _of_callback(folder: Path, name: str, value: float) -> Found:
-    callback, model = LAEPCallback(**{name: value}), tiny_model("mixtral")
+def begun(callback: LAEPCallback, model: PreTrainedModel, folder: Path) -> LAEP:
+    """The pruner of a callback whose training has begun."""
     callback.on_train_begin(
         TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[]),
         TrainerState(),
@@ -81,7 +74,18 @@ def _of_callback(folder: Path, name: str, value: float) -> Found:
     )
     assert callback.pruner is not None
     callback.pruner.detach()
-    return callback.pruner.prunings[0].rule.to_json()
+    return callback.pruner
+
+
+def _of_laep(folder: Path, name: str, value: float) -> Found:
+    model = tiny_model("mixtral")
+    pruner = LAEP(model, torch.optim.AdamW(model.parameters()), **{name: value})
+    pruner.detach()
+    return pruner.prunings[0].rule.to_json()
+
+
+def _of_callback(folder: Path, name: str, value: float) -> Found:
+    return begun(LAEPCallback(**{name: value}), tiny_model("mixtral"), folder).prunings[0].rule.to_json()
 
 
 def _of_options(folder: Path, name: str, value: float) -> Found:
