@@ -22,7 +22,7 @@ import secateur
 from secateur import LAEP, LAEPCallback, PhaseConstants, Pruning, Rule, SecateurError
 from secateur.cli import app
 from secateur.decide import by_load
-from secateur.decide.rules import DEFAULT, OPTIONS, RULES, RuleOption, RuleOptions, flags_in_words
+from secateur.decide.rules import DEFAULT_RULE, OPTIONS, RULES, RuleOption, RuleOptions, flags_in_words
 from secateur.families import describe_moe
 from secateur.pretraining.options import PretrainOptions, parse_pruning
 from secateur.train.rearrange import Rearrangement
@@ -128,11 +128,11 @@ def test_the_docstring_of_a_rule_lists_its_options() -> None:
 
 
 def test_a_goal_is_the_default_only_where_no_rule_is_named() -> None:
-    assert as_prunings(None)[0].rule == Rule(**DEFAULT) == Rule(target_params=0.67)
+    assert as_prunings(None)[0].rule == Rule(**DEFAULT_RULE) == Rule(target_params=0.67)
     assert as_prunings(None, alpha=None, uniform=True)[0].rule == Rule(target_params=0.67, uniform=True)
     for name, option in OPTIONS.items():
         assert as_prunings(None, **{name: a_value(option)})[0].rule.given == {name: a_value(option)}
-    assert PretrainOptions().prunings()[0].rule.given == DEFAULT
+    assert PretrainOptions().prunings()[0].rule.given == DEFAULT_RULE
 
 
 @pytest.mark.parametrize("function", [as_prunings, LAEP, LAEPCallback], ids=lambda function: function.__name__)
@@ -156,7 +156,7 @@ def test_the_callback_takes_what_laep_takes_in_the_same_order() -> None:
     assert laep[2:] == callback[1:]
 
 
-def test_the_callback_hands_all_that_it_takes_to_laep(folder: Path) -> None:
+def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the_rest_on(folder: Path) -> None:
     model = tiny_model("mixtral")
     pruning: dict[str, Any] = {"at_step": 3, "multiple_of": 2, "min_experts": 4, "max_experts": 6}
     phase, moe = PhaseConstants(windows=5), describe_moe(model)
@@ -168,15 +168,18 @@ def test_the_callback_hands_all_that_it_takes_to_laep(folder: Path) -> None:
     }
     callback = LAEPCallback(alpha=0.3, beta=0.2, uniform=True, moe=moe, **pruning, **others)
     pruner = begun(callback, model, folder)
-    assert pruner.prunings == (Pruning(rule=Rule(alpha=0.3, beta=0.2, uniform=True), **pruning),)
+    expected = Pruning(rule=Rule(alpha=0.3, beta=0.2, uniform=True), **pruning)
+    direct = LAEP(model, torch.optim.AdamW(model.parameters()), alpha=0.3, beta=0.2, uniform=True, **pruning)
+    assert pruner.prunings == direct.prunings == (expected,)
     assert (pruner.window_steps, pruner.self_check, pruner.moe) == (7, False, moe)
     assert (
         pruner.state_dict()["watch"]
         == LAEP(model, torch.optim.AdamW(model.parameters()), prunings=[], **others).state_dict()["watch"]
     )
     assert pruner._rearrange == Rearrangement(ranks=2)
-    with pytest.raises(SecateurError, match="at_tokens is 0"):
-        LAEPCallback(at_tokens=0)
+    for refuse in (LAEPCallback, lambda **wrong: LAEP(model, torch.optim.AdamW(model.parameters()), **wrong)):
+        with pytest.raises(SecateurError, match="at_tokens is 0"):
+            refuse(at_tokens=0)
     assert {*pruning, *others, "at_tokens", "uniform", "moe", "prunings", "on_event", *OPTIONS} == set(
         inspect.signature(LAEPCallback).parameters
     ), "a keyword that is not tried here"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from secateur.decide.rules import DEFAULT, RuleOption, spelled_out
+from secateur.decide.rules import DEFAULT_RULE, RuleOption, spelled_out
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,6 +38,6 @@ def help_for_folders(option: RuleOption) -> str:
 
 def help_for_training(option: RuleOption) -> str:
     """For the command where one rule is the default."""
-    default = DEFAULT.get(option.name)
+    default = DEFAULT_RULE.get(option.name)
     text = f"{option.row.help[0].upper()}{option.row.help[1:]}."
     return text if default is None else f"{text} {default} when no rule is given."

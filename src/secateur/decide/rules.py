@@ -92,7 +92,7 @@ class RuleOptions(TypedDict, total=False):
 
 
 # The rule of a training that names none.
-DEFAULT: RuleOptions = {"target_params": 0.67}
+DEFAULT_RULE: RuleOptions = {"target_params": 0.67}
 
 
 @dataclass(frozen=True, kw_only=True)

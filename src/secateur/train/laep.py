@@ -52,8 +52,8 @@ class LAEP:
         model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it.
         prunings: a schedule (an empty one only watches the loads); or give one `Pruning` by its fields and those of its
             rule: `at_step` or `at_tokens` for a fixed time, `multiple_of`, `min_experts`, `max_experts`; `uniform` and
-            the options of one `Rule`, such as alpha and beta. Default: `secateur.decide.rules.DEFAULT`, keep at most
-            0.67 of the parameters, at the stable phase.
+            the options of one `Rule`, such as alpha and beta. Default: DEFAULT_RULE of `secateur.decide.rules`, a share
+            of the parameters, at the stable phase.
         window_steps: optimizer steps a statistics window.
         phase: constants of the stable-phase detector.
         self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training

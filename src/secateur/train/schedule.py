@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from secateur.decide.by_load import Problem, target_params
 from secateur.decide.limits import Limits
 from secateur.decide.rule import Rule
-from secateur.decide.rules import DEFAULT, RuleOptions, check_names, given, spelled_out
+from secateur.decide.rules import DEFAULT_RULE, RuleOptions, check_names, given, spelled_out
 from secateur.errors import SecateurError
 
 
@@ -60,7 +60,7 @@ def as_prunings(
     when: dict[str, Any] = {"at_step": at_step, "at_tokens": at_tokens}
     limits: dict[str, Any] = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
     if prunings is None:
-        return (Pruning(rule=Rule(uniform=uniform, **given(rule) or DEFAULT), **when, **limits),)
+        return (Pruning(rule=Rule(uniform=uniform, **given(rule) or DEFAULT_RULE), **when, **limits),)
     found = [name for name, value in {**rule, "uniform": uniform, **when}.items() if value not in (None, False)]
     found += [name for name, value in limits.items() if value not in (None, 1)]
     if found:
