@@ -446,27 +446,6 @@ def test_implied_thresholds_of_a_goal_give_the_same_plan_layer_by_layer() -> Non
     assert sum(bool(entry.dropped) for entry in plan.layers.values()) >= 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, r"found no option, expected exactly one of: thresholds \(alpha \(--alpha\)"),
-        ({"uniform": True}, "found no option"),
-        ({"beta": 0.1, "max_rerouted": 0.1}, r"found beta \(--beta\) with max_rerouted \(--max-rerouted\)"),
-        ({"target_params": 0.5, "max_rerouted": 0.1}, r"found target_params \(--target-params\) with"),
-        ({"alpha": 0}, r"alpha \(--alpha\) is 0, expected a number above 0, or inf"),
-        ({"alpha": math.nan}, "is nan"),
-        ({"alpha": "0.2"}, "is '0.2'"),
-        ({"beta": 1.5}, r"beta \(--beta\) is 1.5, expected a number above 0 and at most 1"),
-        ({"beta": True}, "is True"),
-        ({"target_params": 1.0}, r"target_params \(--target-params\) is 1.0, expected a share above 0 and below 1"),
-        ({"max_rerouted": math.nan}, r"max_rerouted \(--max-rerouted\) is nan"),
-    ],
-)
-def test_bad_rules_are_refused_by_option(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(SecateurError, match=message):
-        Rule(**arguments)
-
-
 def test_the_unit_of_saving_is_exact_until_the_table_is_full() -> None:
     layers = [[(0, 0), (99, 1), (100, 1)]]
     assert saving_unit(layers, 2 * 101) == 1

@@ -81,6 +81,27 @@ def test_the_options_of_a_kind_have_one_function_which_takes_them(kind: str) -> 
     assert list(inspect.signature(RULES[kind].function).parameters) == ["problem", *names]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"found no option, expected exactly one of: thresholds \(alpha \(--alpha\)"),
+        ({"uniform": True}, "found no option"),
+        ({"beta": 0.1, "max_rerouted": 0.1}, r"found beta \(--beta\) with max_rerouted \(--max-rerouted\)"),
+        ({"target_params": 0.5, "max_rerouted": 0.1}, r"found target_params \(--target-params\) with"),
+        ({"alpha": 0}, r"alpha \(--alpha\) is 0, expected a number above 0, or inf"),
+        ({"alpha": math.nan}, "is nan"),
+        ({"alpha": "0.2"}, "is '0.2'"),
+        ({"beta": 1.5}, r"beta \(--beta\) is 1.5, expected a number above 0 and at most 1"),
+        ({"beta": True}, "is True"),
+        ({"target_params": 1.0}, r"target_params \(--target-params\) is 1.0, expected a share above 0 and below 1"),
+        ({"max_rerouted": math.nan}, r"max_rerouted \(--max-rerouted\) is nan"),
+    ],
+)
+def test_bad_rules_are_refused_by_option(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        Rule(**arguments)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_value_of_another_type_or_out_of_range_is_refused_in_the_words_of_the_row(name: str) -> None:
     option = OPTIONS[name]

@@ -7,7 +7,6 @@ messages. Importing it loads no torch, so that `--help` stays quick.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -138,7 +137,8 @@ class RuleKind:
     @property
     def function(self) -> Callable[..., Allocation]:
         """(Problem, *, its options by name) -> Allocation."""
-        by_load = importlib.import_module("secateur.decide.by_load")
+        from secateur.decide import by_load
+
         function: Callable[..., Allocation] = getattr(by_load, self.options[0].row.decides)
         return function
 
@@ -196,10 +196,10 @@ def _in_words(kind: RuleKind, name: Callable[[RuleOption], str]) -> str:
     return f"{kind.name} ({names} or {'both' if len(kind.options) == 2 else 'several'})"
 
 
-def check_names(options: Mapping[str, Any], function: str) -> None:
+def check_names(options: Mapping[str, Any]) -> None:
     """Raise TypeError, as Python does for any function, where a name is not that of an option."""
     for name in options.keys() - OPTIONS.keys():
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        raise TypeError(f"got an unexpected keyword argument {name!r}")
 
 
 def spelled_out(

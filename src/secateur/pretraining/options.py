@@ -233,7 +233,8 @@ class PretrainOptions(RuleFields):
     def to_json(self) -> dict[str, Any]:
         """JSON form; an option of a rule that is infinite, such as alpha, is the string "inf"."""
         values = {**asdict(self), "data": list(self.data), "prune": list(self.prune), "overrides": dict(self.overrides)}
-        return values | {name: "inf" for name in OPTIONS if values[name] == math.inf}
+        rule = {name: values.pop(name) for name in OPTIONS}
+        return values | {name: "inf" if value == math.inf else value for name, value in rule.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PretrainOptions:

@@ -56,7 +56,7 @@ def as_prunings(
         SecateurError: both forms at once, or fixed times that do not increase.
         TypeError: an option that no rule has.
     """
-    check_names(rule, "as_prunings")
+    check_names(rule)
     when: dict[str, Any] = {"at_step": at_step, "at_tokens": at_tokens}
     limits: dict[str, Any] = {"multiple_of": multiple_of, "min_experts": min_experts, "max_experts": max_experts}
     if prunings is None:
