@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DbrxConfig, PreTraine
 
 from secateur.errors import SecateurError
 from secateur.families import REFUSED, describe_moe, router_needs
-from secateur.modeling_secateur import expert_count_key, find_expert_layout, probe_counts
+from secateur.modeling_secateur import LinearInCount, expert_count_key, find_expert_layout, probe_counts
 from secateur.surgery.module import check_model, prune_model_
 from support.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, random_plan, tiny_config, tiny_model
 
@@ -33,7 +35,7 @@ def test_blocks_tensors_and_expert_axes_are_those_of_the_family(name: str) -> No
         assert (block.name, block.num_experts) == (path, NUM_EXPERTS)
         assert block.router is moe.model.get_submodule(f"{path}.{family.router}")
         assert block.experts is moe.model.get_submodule(f"{path}.experts")
-        found = {t.name.removeprefix(f"{path}."): (t.dim, t.rows_per_expert, t.num_trailing) for t in block.tensors}
+        found = {spec.name.removeprefix(f"{path}."): dataclasses.astuple(spec.axis) for spec in block.tensors}
         assert found == {
             key: (dim, family.rows.get(key, 1), family.trailing.get(key, 0)) for key, dim in family.tensors.items()
         }
@@ -81,6 +83,15 @@ def test_the_counts_that_a_layout_is_found_with_are_enough_for_the_router(name: 
 
 def test_the_top_k_of_a_config_inside_another_is_found() -> None:
     assert probe_counts(DbrxConfig(ffn_config={"moe_num_experts": 16, "moe_top_k": 4})) == (4, 5)
+
+
+def test_an_axis_with_fewer_entries_than_its_experts_need_is_refused_by_the_name_of_its_tensor() -> None:
+    model = tiny_model("qwen3_moe")
+    layout = describe_moe(model).layout
+    name = next(iter(layout.tensors))
+    wrong = LinearInCount(rows_per_expert=2, num_trailing=-NUM_EXPERTS)
+    with pytest.raises(SecateurError, match=rf"^{name}: num_trailing is -{NUM_EXPERTS}, expected at least 0"):
+        describe_moe(model, dataclasses.replace(layout, tensors={**layout.tensors, name: wrong}))
 
 
 def test_layers_without_experts_and_shared_experts_are_left_out() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.decide.limits import LayerLimits, limits_of
 from secateur.errors import SecateurError
-from secateur.expert_axis import ExpertTensor
+from secateur.expert_axis import ExpertAxis, ExpertTensor
 from secateur.modeling_secateur import (
     TOP_K_KEYS,
     ExpertLayout,
@@ -223,11 +223,9 @@ def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]
         owner = model.get_submodule(name.rpartition(".")[0])
         tensor = getattr(owner, name.rpartition(".")[2])
         counts[name] = _count_in(name, axis, tensor.shape[axis.dim])
-        tensors.append(
-            ExpertTensor(name=name, dim=axis.dim, rows_per_expert=axis.per_expert, num_trailing=axis.constant)
-        )
+        tensors.append(ExpertTensor(name=name, axis=_expert_axis(name, axis)))
         if isinstance(tensor, nn.Parameter):
-            size += tensor.numel() // tensor.shape[axis.dim] * axis.per_expert
+            size += tensor.numel() // tensor.shape[axis.dim] * axis.rows_per_expert
     if len(set(counts.values())) != 1:
         raise SecateurError(f"layer {layer}: its tensors hold different numbers of experts: {counts}")
     routers = {name.removeprefix(f"{path}.").split(".")[0] for name in axes} - {"experts"}
@@ -249,12 +247,19 @@ def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]
 
 
 def _count_in(name: str, axis: LinearInCount, size: int) -> int:
-    count, rest = divmod(size - axis.constant, axis.per_expert)
+    count, rest = divmod(size - axis.num_trailing, axis.rows_per_expert)
     if rest or count < 1:
         raise SecateurError(
-            f"{name}: axis {axis.dim} has {size} rows, expected {axis.per_expert} an expert + {axis.constant}"
+            f"{name}: axis {axis.dim} has {size} rows, expected {axis.rows_per_expert} an expert + {axis.num_trailing}"
         )
     return count
+
+
+def _expert_axis(name: str, axis: LinearInCount) -> ExpertAxis:
+    try:
+        return ExpertAxis(dim=axis.dim, rows_per_expert=axis.rows_per_expert, num_trailing=axis.num_trailing)
+    except SecateurError as error:
+        raise SecateurError(f"{name}: {error}") from error
 
 
 def _check_no_expert_ids(path: str, block: nn.Module) -> None:
@@ -270,7 +275,7 @@ def _check_attributes(model: nn.Module, layout: ExpertLayout, blocks: Mapping[in
         if layer is None:
             continue
         count = blocks[layer].num_experts if is_of_experts(name) else blocks[layer].num_slots
-        expected = value.at(local_experts(modules[name], count))
+        expected = value.size(local_experts(modules[name], count))
         if getattr(modules[name], key) != expected:
             raise SecateurError(
                 f"{name}.{key} is {getattr(modules[name], key)!r}, expected {expected} for {count} experts"

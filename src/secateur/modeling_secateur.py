@@ -55,14 +55,14 @@ CALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class LinearInCount:
-    """A size or number that is `per_expert * num_experts + constant`; `dim` is the tensor axis that has this size."""
+    """A number that is `rows_per_expert * num_experts + num_trailing`: entries along axis `dim`, or an attribute."""
 
-    per_expert: int
-    constant: int
     dim: int = 0
+    rows_per_expert: int
+    num_trailing: int
 
-    def at(self, num_experts: int) -> int:
-        return self.per_expert * num_experts + self.constant
+    def size(self, num_experts: int) -> int:
+        return num_experts * self.rows_per_expert + self.num_trailing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def set_attributes_(
     for (name, key), value in layout.attributes.items():
         count = count_for(name, slots, kept)
         if count is not None:
-            setattr(modules[name], key, value.at(count))
+            setattr(modules[name], key, value.size(count))
 
 
 def cut_to_counts_(
@@ -219,7 +219,7 @@ def cut_to_counts_(
             raise ValueError(f"{name} has an expert axis but moe_config.per_layer_experts_blocks has no experts there")
         owner = model.get_submodule(name.rpartition(".")[0])
         tensor = getattr(owner, name.rpartition(".")[2])
-        replace_tensor_(owner, name.rpartition(".")[2], tensor.detach().narrow(axis.dim, 0, axis.at(count)).clone())
+        replace_tensor_(owner, name.rpartition(".")[2], tensor.detach().narrow(axis.dim, 0, axis.size(count)).clone())
     set_attributes_(model, layout, slots, kept)
 
 
@@ -476,7 +476,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _fit(name: str, low: int, high: int, at_low: int, at_high: int, dim: int = 0) -> LinearInCount:
-    per_expert, rest = divmod(at_high - at_low, high - low)
-    if rest or per_expert < 1:
+    rows, rest = divmod(at_high - at_low, high - low)
+    if rest or rows < 1:
         raise ValueError(f"{name}: {at_low} with {low} experts and {at_high} with {high} is not linear in the count")
-    return LinearInCount(per_expert=per_expert, constant=at_low - per_expert * low, dim=dim)
+    return LinearInCount(dim=dim, rows_per_expert=rows, num_trailing=at_low - rows * low)

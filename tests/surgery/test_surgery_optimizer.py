@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.expert_axis import ExpertTensor, gather
+from secateur.expert_axis import ExpertAxis, ExpertTensor, gather
 from secateur.surgery.optimizer import (
     OPTIMIZER_RULES,
     Replacement,
@@ -30,13 +30,13 @@ ORDER = (4, 0, 5, 1)
 # name -> (shape, where its experts are); "dense" has none and must not change
 LAYOUTS: dict[str, tuple[tuple[int, ...], ExpertTensor | None]] = {
     "dense": ((5, 3), None),
-    "expert": ((E, 3, 5), ExpertTensor(name="expert", dim=0)),
-    "router": ((E, 7), ExpertTensor(name="router", dim=0)),
-    "bias": ((E,), ExpertTensor(name="bias", dim=0)),
-    "middle": ((3, E, 5), ExpertTensor(name="middle", dim=1)),
-    "last": ((3, 5, E), ExpertTensor(name="last", dim=2)),
-    "square": ((E, E), ExpertTensor(name="square", dim=1)),
-    "packed": ((E * 2 + 3, 5), ExpertTensor(name="packed", dim=0, rows_per_expert=2, num_trailing=3)),
+    "expert": ((E, 3, 5), ExpertTensor(name="expert", axis=ExpertAxis(dim=0))),
+    "router": ((E, 7), ExpertTensor(name="router", axis=ExpertAxis(dim=0))),
+    "bias": ((E,), ExpertTensor(name="bias", axis=ExpertAxis(dim=0))),
+    "middle": ((3, E, 5), ExpertTensor(name="middle", axis=ExpertAxis(dim=1))),
+    "last": ((3, 5, E), ExpertTensor(name="last", axis=ExpertAxis(dim=2))),
+    "square": ((E, E), ExpertTensor(name="square", axis=ExpertAxis(dim=1))),
+    "packed": ((E * 2 + 3, 5), ExpertTensor(name="packed", axis=ExpertAxis(dim=0, rows_per_expert=2, num_trailing=3))),
 }
 Parameters = dict[str, nn.Parameter]
 
@@ -166,7 +166,7 @@ def test_gather_then_step_equals_step_then_gather_bit_for_bit(case: Case) -> Non
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_fused_kernels_commute_bit_for_bit_where_entries_fill_whole_vectors(case: Case) -> None:
     """16 of 32 experts: the CPU kernels round an unfilled last vector otherwise, whoever's entries it holds."""
-    spec, order = ExpertTensor(name="w", dim=0), tuple(range(31, 0, -2))
+    spec, order = ExpertTensor(name="w", axis=ExpertAxis(dim=0)), tuple(range(31, 0, -2))
     generator = torch.Generator().manual_seed(0)
     for shape in ((32, 3, 5), (32, 8), (32,)):
         first, *grads = [torch.randn(shape, generator=generator) for _ in range(5)]
@@ -341,7 +341,7 @@ def test_memory_of_state_and_old_parameters_is_given_back() -> None:
     optimizer.step()
     assert optimizer_state_bytes(optimizer) == 2 * E * 8 * 4 + 4  # two moments and one float32 step
     new, gone = nn.Parameter(torch.zeros(2, 8)), weakref.ref(old)
-    spec = ExpertTensor(name="router", dim=0)
+    spec = ExpertTensor(name="router", axis=ExpertAxis(dim=0))
     replace_parameters_(optimizer, [Replacement(old=old, new=new, spec=spec, order=(3, 1), num_experts=E)])
     assert optimizer_state_bytes(optimizer) == 2 * 2 * 8 * 4 + 4
     del old
@@ -403,7 +403,7 @@ def test_optimizers_of_packages_not_installed_are_covered_by_name(name: str, key
     optimizer.state[old] = {key: torch.randn(E, 2, dtype=torch.bfloat16) for key in keys}
     expected = {key: value[[5, 2]] for key, value in optimizer.state[old].items()}
     new = nn.Parameter(torch.zeros(2, 2))
-    spec = ExpertTensor(name="router", dim=0)
+    spec = ExpertTensor(name="router", axis=ExpertAxis(dim=0))
     replace_parameters_(optimizer, [Replacement(old=old, new=new, spec=spec, order=(5, 2), num_experts=E)])
     assert_same_state(optimizer.state[new], expected)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def test_the_names_of_transformers_give_the_axes_that_the_model_classes_build(na
         assert entry is not None, key
         assert (entry.role is not None) == (key in axes), key
         if key in axes:
-            spec = axes[key]
-            assert (entry.axis.dim, entry.axis.rows != 1) == (spec.dim, spec.rows_per_expert > 1), key
+            axis = axes[key].axis
+            assert (entry.named.axis.dim, not entry.named.rows_known) == (axis.dim, axis.rows_per_expert > 1), key
     shapes = {key: tuple(tensor.shape) for key, tensor in entries.items()}
     layers = FAMILIES[name].layers
     plan = Plan(layers={layers[0]: LayerPlan(experts_before=E, order=(2, 0, 1, 6))}, criterion="test")
@@ -179,7 +180,7 @@ def test_factored_states_follow_by_their_rule_never_by_their_shape() -> None:
     name = f"{BLOCK}.experts.down_proj"
     shapes = MODEL | {name: (E, E, E)} | state({"row_var": (E, E, 1), "col_var": (E, 1, E), "step": ()})
     changes = survey(stored(shapes), TRANSFORMERS, PLAN).changes
-    assert {key.rpartition(".")[2]: change.spec.dim for key, change in changes.items() if "optimizer" in key} == {
+    assert {key.rpartition(".")[2]: change.spec.axis.dim for key, change in changes.items() if "optimizer" in key} == {
         "row_var": 0,
         "col_var": 0,
     }
@@ -242,15 +243,14 @@ def test_another_engine_is_described_in_a_file(tmp_path: Path) -> None:
     }
     plan = Plan(layers={4: LayerPlan(experts_before=E, order=(3, 4))}, criterion="test")
     changes = survey(stored(shapes), read_naming(path), plan).changes
-    assert {name.removeprefix(f"{block}."): (c.spec.dim, c.spec.rows_per_expert, c.spec.num_trailing, c.to_zero)
-            for name, c in changes.items()} == {
+    assert {name.removeprefix(f"{block}."): (*astuple(c.spec.axis), c.to_zero) for name, c in changes.items()} == {
         "router.weight": (0, 3, 0, False),
         "router.score_bias": (0, 1, 0, False),
         "router.batch_size_per_expert": (0, 1, 0, True),
         "experts.mlp.w1": (0, 5, 0, False),
         "experts.bias": (1, 1, 2, False),
         f"optim.state.{block}.experts.mlp.w1.exp_avg": (0, 5, 0, False),
-    }  # fmt: skip
+    }
     with pytest.raises(SecateurError, match="expected experts of 5 rows each on axis 0"):
         survey(stored(shapes | {f"{block}.experts.mlp.w1": (E * 5 + 1, 2)}), read_naming(path), plan)
     with pytest.raises(SecateurError, match=r"router\.weight: axis 0 .* has 25 entries, expected 24"):
@@ -302,7 +302,7 @@ def test_the_names_file_of_the_documents_is_one(tmp_path: Path) -> None:
     }
     plan = Plan(layers={1: LayerPlan(experts_before=E, order=(4, 2))}, criterion="test")
     changes = survey(stored(shapes), naming, plan).changes
-    assert {name: change.spec.rows_per_expert for name, change in changes.items()} == {
+    assert {name: change.spec.axis.rows_per_expert for name, change in changes.items()} == {
         f"model.{block}.router.weight": 2048,
         f"model.{block}.experts.mlp.w2": 1024,
         f"optim.state.{block}.experts.mlp.w2.exp_avg": 1024,

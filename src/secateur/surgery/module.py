@@ -122,7 +122,9 @@ def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
     modules = dict(model.named_modules())
     for (name, key), value in moe.layout.attributes.items():
         layer = layer_of(name)
-        setattr(modules[name], key, value.at(local_experts(modules[name], largest if layer is None else counts[layer])))
+        setattr(
+            modules[name], key, value.size(local_experts(modules[name], largest if layer is None else counts[layer]))
+        )
     *parents, key = moe.count_key.split(".")
     setattr(functools.reduce(getattr, parents, config), key, largest)
     if len(set(counts.values())) > 1:

@@ -266,9 +266,8 @@ def _check_distinct(name: str, replacements: Sequence[Replacement], slots: _Slot
 def _check_replacement(r: Replacement) -> None:
     check_axis(r.old.shape, r.spec, r.num_experts)
     row_index(r.order, r.num_experts, r.spec)
-    kept = list(r.old.shape)
-    kept[r.spec.dim] = r.spec.axis_size(len(r.order))
-    expected = (type(r.old), tuple(kept), r.old.dtype, r.old.device, r.old.requires_grad)
+    kept = r.spec.axis.resized(r.old.shape, len(r.order))
+    expected = (type(r.old), kept, r.old.dtype, r.old.device, r.old.requires_grad)
     found = (type(r.new), tuple(r.new.shape), r.new.dtype, r.new.device, r.new.requires_grad)
     for what, is_, should in zip(("class", "shape", "dtype", "device", "requires_grad"), found, expected, strict=True):
         if is_ != should:
@@ -289,7 +288,7 @@ def _state_axes(name: str, r: Replacement, state: Mapping[str, Any]) -> Iterator
         if (value is None and rule.none_ok) or (rule.layout is None and isinstance(value, int | float)):
             yield key, None
             continue
-        expected, axis = rule.layout(shape, r.spec.dim) if rule.layout else ((), None)
+        expected, axis = rule.layout(shape, r.spec.axis.dim) if rule.layout else ((), None)
         # a scalar is a plain tensor, all else is sharded exactly where the parameter is
         kind = type(r.old.data) if rule.layout else Tensor
         if type(value) is not kind or tuple(value.shape) != expected:
@@ -300,6 +299,6 @@ def _state_axes(name: str, r: Replacement, state: Mapping[str, Any]) -> Iterator
 
 def _follow(value: Any, axis: int | None, r: Replacement, key: str) -> Any:
     if axis is not None:
-        spec = replace(r.spec, name=f"{r.spec.name}.{key}", dim=axis)
+        spec = ExpertTensor(name=f"{r.spec.name}.{key}", axis=replace(r.spec.axis, dim=axis))
         return r.gather_state(value, spec) if r.gather_state else gather(value, spec, r.order, r.num_experts)
     return value.detach().clone() if isinstance(value, Tensor) else value

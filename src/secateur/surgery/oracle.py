@@ -42,7 +42,7 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
             for (name, key), value in moe.layout.attributes.items():
                 if layer_of(name) == layer and not f"{name}.".startswith(f"{block.name}.experts."):
                     undo.append(functools.partial(setattr, modules[name], key, getattr(modules[name], key)))
-                    setattr(modules[name], key, value.at(layer_plan.experts_after))
+                    setattr(modules[name], key, value.size(layer_plan.experts_after))
             hook = block.experts.register_forward_pre_hook(
                 _old_ids(block, layer_plan.order), with_kwargs=True, prepend=True
             )
@@ -64,7 +64,7 @@ def _bar(
 
     def bar(module: nn.Module, args: Any) -> None:
         index = row_index(layer_plan.order, layer_plan.experts_before, spec, device=store[key].device)
-        rows = store[key].detach().index_select(spec.dim, index)
+        rows = store[key].detach().index_select(spec.axis.dim, index)
         whole.append(store[key])
         store[key] = nn.Parameter(rows, requires_grad=False) if key in owner._parameters else rows
 

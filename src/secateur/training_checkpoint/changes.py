@@ -6,7 +6,7 @@ Shapes: E experts before, N experts after.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, check_axis
@@ -29,9 +29,7 @@ class Change:
     to_zero: bool
 
     def new_shape(self, tensor: StoredTensor) -> tuple[int, ...]:
-        sizes = list(tensor.shape)
-        sizes[self.spec.dim] = self.spec.axis_size(self.layer_plan.experts_after)
-        return tuple(sizes)
+        return self.spec.axis.resized(tensor.shape, self.layer_plan.experts_after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +124,11 @@ def _counts(stored: StoredCheckpoint, naming: Naming, entries: Mapping[str, Entr
     for name, entry in entries.items():
         if entry.section != "model" and entry.key not in LIKE_PARAMETER_KEYS:
             continue
-        dim, rows, trailing = entry.axis.dim, entry.axis.rows, entry.axis.num_trailing
-        if entry.layer is None or rows is None or name not in stored.tensors:
+        if entry.layer is None or not entry.named.rows_known or name not in stored.tensors:
             continue
-        shape = stored.tensors[name].shape
-        count, rest = divmod(shape[dim] - trailing, rows) if dim < len(shape) else (0, 0)
+        axis, shape = entry.named.axis, stored.tensors[name].shape
+        dim, rows = axis.dim, axis.rows_per_expert
+        count, rest = divmod(shape[dim] - axis.num_trailing, rows) if dim < len(shape) else (0, 0)
         if rest or count < 1:
             raise SecateurError(f"{name}: shape {shape}, expected experts of {rows} rows each on axis {dim}")
         found.setdefault(entry.layer, {})[count] = name
@@ -171,7 +169,7 @@ def _check_setting(name: str, entry: Entry, stored: StoredCheckpoint) -> None:
 def _axis_of_parameter(name: str, entry: Entry, stored: StoredCheckpoint) -> int:
     if name in stored.blobs:
         raise SecateurError(f"{name}: stored as opaque bytes, expected a tensor with an expert axis")
-    return entry.axis.dim
+    return entry.named.axis.dim
 
 
 def _axis_of_state(name: str, entry: Entry, rule: StateRule, stored: StoredCheckpoint, parts: _Parts) -> int | None:
@@ -183,9 +181,9 @@ def _axis_of_state(name: str, entry: Entry, rule: StateRule, stored: StoredCheck
     if name in stored.blobs:
         raise SecateurError(f"{name}: stored as opaque bytes, expected a tensor that follows the parameter")
     shape = _parameter_shape(name, entry, stored, parts)
-    if len(shape) < max(rule.min_dims, entry.axis.dim + 1):
+    if len(shape) < max(rule.min_dims, entry.named.axis.dim + 1):
         raise SecateurError(f"{name}: not expected for a parameter of shape {shape}")
-    expected, axis = rule.layout(shape, entry.axis.dim)
+    expected, axis = rule.layout(shape, entry.named.axis.dim)
     if stored.tensors[name].shape != expected:
         raise SecateurError(
             f"{name}: shape {stored.tensors[name].shape}, expected {expected} for a parameter of shape {shape}"
@@ -217,11 +215,8 @@ def _parameter_shape(name: str, entry: Entry, stored: StoredCheckpoint, parts: _
 
 
 def _spec(name: str, entry: Entry, dim: int, tensor: StoredTensor, num_experts: int) -> ExpertTensor:
-    rows, trailing = entry.axis.rows, entry.axis.num_trailing
-    if rows is None:
-        size = tensor.shape[dim] if dim < len(tensor.shape) else 0
-        rows = max(1, (size - trailing) // num_experts)
-    spec = ExpertTensor(name=name, dim=dim, rows_per_expert=rows, num_trailing=trailing)
+    size = tensor.shape[dim] if dim < len(tensor.shape) else 0
+    spec = ExpertTensor(name=name, axis=replace(entry.named.in_tensor(size, num_experts), dim=dim))
     check_axis(tensor.shape, spec, num_experts)
     return spec
 

@@ -52,11 +52,11 @@ def _same(old: StoredTensor, new: StoredTensor, change: Change | None) -> bool:
         return all(_equal(read_rows(old, rows), read_rows(new, rows)) for rows in ranges)
     if change.to_zero:
         return all(not read_rows(new, range(b.first, b.first + b.rows)).any() for b in blocks)
-    if change.spec.dim == 0:
+    dim = change.spec.axis.dim
+    if dim == 0:
         return all(
             _equal(read_rows(old, range(a, a + n)), read_rows(new, range(b, b + n))) for a, b, n in _matches(change)
         )
-    dim = change.spec.dim
     for block in blocks:
         rows = range(block.first, block.first + block.rows)
         before, after = read_rows(old, rows), read_rows(new, rows)
@@ -67,10 +67,11 @@ def _same(old: StoredTensor, new: StoredTensor, change: Change | None) -> bool:
 
 def _matches(change: Change) -> list[tuple[int, int, int]]:
     """(start before, start after, entries) on the expert axis, for each kept expert and for what belongs to none."""
-    rows, layer_plan = change.spec.rows_per_expert, change.layer_plan
+    axis, layer_plan = change.spec.axis, change.layer_plan
+    rows = axis.rows_per_expert
     found = [(old * rows, new * rows, rows) for new, old in enumerate(layer_plan.order)]
-    if change.spec.num_trailing:
-        found.append((layer_plan.experts_before * rows, layer_plan.experts_after * rows, change.spec.num_trailing))
+    if axis.num_trailing:
+        found.append((layer_plan.experts_before * rows, layer_plan.experts_after * rows, axis.num_trailing))
     return found
 
 

@@ -13,23 +13,28 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from secateur.errors import SecateurError
-from secateur.expert_axis import SUSPICIOUS
+from secateur.expert_axis import SUSPICIOUS, ExpertAxis
 
 Section = Literal["model", "optimizer", "settings"]
 Role = Literal["router", "expert", "counter"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Axis:
-    """The expert axis of a tensor.
+class NamedAxis:
+    """The expert axis of a tensor, as its name tells it.
 
-    dim: the axis. rows: entries of one expert along it, expert after expert; None where only the other tensors of the
-    layer tell how many experts it has. num_trailing: entries after the last expert's that belong to none.
+    rows_known: False where it does not tell the rows of an expert, and only the other tensors of the layer tell how
+    many experts there are; `axis.rows_per_expert` then says nothing.
     """
 
-    dim: int = 0
-    rows: int | None = 1
-    num_trailing: int = 0
+    axis: ExpertAxis = field(default_factory=lambda: ExpertAxis(dim=0))
+    rows_known: bool = True
+
+    def in_tensor(self, size: int, num_experts: int) -> ExpertAxis:
+        """The axis in a tensor that has `size` entries on it."""
+        if self.rows_known:
+            return self.axis
+        return replace(self.axis, rows_per_expert=max(1, (size - self.axis.num_trailing) // num_experts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +52,8 @@ class Naming:
 
     name: str
     blocks: tuple[str, ...]
-    routers: Mapping[str, Axis]
-    experts: Mapping[str, Axis]
+    routers: Mapping[str, NamedAxis]
+    experts: Mapping[str, NamedAxis]
     counters: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
@@ -60,8 +65,8 @@ class Naming:
     )
 
 
-def _first_axis(names: str) -> dict[str, Axis]:
-    return {name: Axis() for name in names.split()}
+def _first_axis(names: str) -> dict[str, NamedAxis]:
+    return {name: NamedAxis() for name in names.split()}
 
 
 TRANSFORMERS = Naming(
@@ -77,12 +82,12 @@ TRANSFORMERS = Naming(
         "gate.weight gate.bias gate.wg.weight router.weight router.bias router.gate.weight router.layer.weight "
         "gate.e_score_correction_bias e_score_correction_bias expert_bias"
     )
-    | {"gate.moe_statics.e_score_correction_bias": Axis(dim=1)},
+    | {"gate.moe_statics.e_score_correction_bias": NamedAxis(axis=ExpertAxis(dim=1))},
     experts=_first_axis(
         "experts.gate_up_proj experts.up_proj experts.down_proj "
         "experts.gate_up_proj_bias experts.up_proj_bias experts.down_proj_bias"
     )
-    | {f"experts.mlp.{name}": Axis(rows=None) for name in ("w1", "v1", "w2")},
+    | {f"experts.mlp.{name}": NamedAxis(rows_known=False) for name in ("w1", "v1", "w2")},
     whole=(
         "shared_expert.*",
         "shared_experts.*",
@@ -133,7 +138,7 @@ class Entry:
     """What a name says.
 
     layer, block, part: MoE layer, path of its block, name inside the block; None and empty outside.
-    role, axis: of a tensor with an expert axis. prefix: see Naming.blocks. parameter, key: of an optimizer entry.
+    role, named: of a tensor with an expert axis. prefix: see Naming.blocks. parameter, key: of an optimizer entry.
     loose_in: the block it lies in though no rule says what it is; fine where the block is a dense layer's.
     """
 
@@ -142,7 +147,7 @@ class Entry:
     block: str = ""
     part: str = ""
     role: Role | None = None
-    axis: Axis = field(default_factory=Axis)
+    named: NamedAxis = field(default_factory=NamedAxis)
     prefix: str = ""
     parameter: str = ""
     key: str = ""
@@ -171,9 +176,9 @@ def _of_parameter(naming: Naming, name: str) -> Entry | None:
         if match is None:
             continue
         part, block_path = match["part"], name.removesuffix(f".{match['part']}")
-        for role, axis in _rules(naming, part):
+        for role, named in _rules(naming, part):
             return Entry(
-                layer=int(match["layer"]), part=part, role=role, axis=axis, prefix=match["prefix"], block=block_path
+                layer=int(match["layer"]), part=part, role=role, named=named, prefix=match["prefix"], block=block_path
             )
         if any(fnmatchcase(part, pattern) for pattern in naming.whole):
             return Entry()
@@ -184,13 +189,13 @@ def _of_parameter(naming: Naming, name: str) -> Entry | None:
     return None
 
 
-def _rules(naming: Naming, part: str) -> Iterable[tuple[Role, Axis]]:
+def _rules(naming: Naming, part: str) -> Iterable[tuple[Role, NamedAxis]]:
     if part in naming.routers:
         yield "router", naming.routers[part]
     if part in naming.experts:
         yield "expert", naming.experts[part]
     if part in naming.counters:
-        yield "counter", Axis()
+        yield "counter", NamedAxis()
 
 
 PLACEHOLDERS = {

@@ -9,17 +9,18 @@ from typing import Literal
 import msgspec
 
 from secateur.errors import SecateurError
+from secateur.expert_axis import ExpertAxis
 from secateur.files.json import read_json
 from secateur.files.records import Count, Positive, as_record
-from secateur.training_checkpoint.names import Axis, Naming, pattern_of
+from secateur.training_checkpoint.names import NamedAxis, Naming, pattern_of
 
 
 class AxisEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of `Axis`."""
+    """A `NamedAxis`; rows: those of an expert, null where the name does not tell."""
 
-    dim: Count = Axis.dim
-    rows: Positive | None = Axis.rows
-    num_trailing: Count = Axis.num_trailing
+    dim: Count = 0
+    rows: Positive | None = ExpertAxis.rows_per_expert
+    num_trailing: Count = ExpertAxis.num_trailing
 
 
 class NamesFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,7 +51,7 @@ class NamesFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def read_naming(path: Path) -> Naming:
-    """A naming from a JSON file: the fields of `Naming`, axes as objects with the fields of `Axis`.
+    """A naming from a JSON file: the fields of `Naming`, axes as `AxisEntry` objects.
 
     Raises:
         SecateurError: it cannot be read, or an entry is missing, unknown or of another type.
@@ -70,5 +71,6 @@ def read_naming(path: Path) -> Naming:
     )
 
 
-def _axis(entry: AxisEntry) -> Axis:
-    return Axis(dim=entry.dim, rows=entry.rows, num_trailing=entry.num_trailing)
+def _axis(entry: AxisEntry) -> NamedAxis:
+    axis = ExpertAxis(dim=entry.dim, rows_per_expert=entry.rows or 1, num_trailing=entry.num_trailing)
+    return NamedAxis(axis=axis, rows_known=entry.rows is not None)

@@ -44,8 +44,8 @@ def live_stats(model: PreTrainedModel) -> dict[int, WeightStats]:
             if "bias" in spec.name:
                 continue
             for expert in of:
-                first = expert * spec.rows_per_expert
-                row = state[spec.name].detach().narrow(spec.dim, first, spec.rows_per_expert).flatten()
+                first = expert * spec.axis.rows_per_expert
+                row = state[spec.name].detach().narrow(spec.axis.dim, first, spec.axis.rows_per_expert).flatten()
                 into = of if is_expert else routers
                 into[expert] = torch.cat([into[expert], row])
         stats[layer] = WeightStats.of_experts("live", torch.stack([*of.values()])) + WeightStats.of_router(

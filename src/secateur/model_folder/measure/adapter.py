@@ -141,4 +141,4 @@ def _router_modules(folder: ModelFolder) -> dict[int, dict[str, str]]:
 
 
 def _router_keys(layout: Layout) -> list[str]:
-    return sorted(key for key, axis in layout.axes.items() if axis.role == "router" and key.endswith(".weight"))
+    return sorted(key for key, found in layout.stacked.items() if found.role == "router" and key.endswith(".weight"))

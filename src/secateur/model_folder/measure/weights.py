@@ -97,8 +97,9 @@ def _is_matrix(tensor: StoredTensor, place: ExpertPart) -> bool:
     """Whether an expert's part of the tensor is a projection matrix, or a router's row."""
     entries, axes = math.prod(tensor.shape), len(tensor.shape)
     if place.spec is not None:
-        entries = entries // tensor.shape[place.spec.dim] * place.spec.rows_per_expert
-        axes -= place.spec.rows_per_expert == 1
+        axis = place.spec.axis
+        entries = entries // tensor.shape[axis.dim] * axis.rows_per_expert
+        axes -= axis.rows_per_expert == 1
     return entries > 1 if place.role == "router" else axes > 1 and entries > 0
 
 
@@ -118,7 +119,8 @@ def _by_expert(
         yield place.expert, (Range(file=tensor.file, start=tensor.start, length=tensor.length),)
         return
     for expert in range(count):
-        yield expert, rows_of(name, tensor, place.spec, [expert], with_trailing=False).ranges
+        rows = place.spec.rows([expert], count)[:1]  # without those that belong to no expert
+        yield expert, rows_of(name, tensor, place.spec.axis.dim, rows).ranges
 
 
 def _read(file: BinaryIO, path: Path, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:

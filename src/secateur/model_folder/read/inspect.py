@@ -61,7 +61,8 @@ def bytes_per_expert(folder: ModelFolder, *, zero_slots: bool = False) -> dict[i
         if place.role == "router" and (zero_slots or folder.config.kept):
             continue
         if place.spec is not None:
-            sizes[place.layer] += tensor.length * place.spec.rows_per_expert // tensor.shape[place.spec.dim]
+            axis = place.spec.axis
+            sizes[place.layer] += tensor.length * axis.rows_per_expert // tensor.shape[axis.dim]
         elif place.expert == 0:
             sizes[place.layer] += tensor.length
     return sizes

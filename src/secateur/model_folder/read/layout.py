@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import SecateurError
-from secateur.expert_axis import ExpertTensor
+from secateur.expert_axis import ExpertAxis
 from secateur.model_folder.read.names import numbered, split
 
 Role = Literal["expert", "router"]
@@ -28,18 +28,11 @@ COMPANIONS = ("_blocks", "_scales", "_scale_inv", "_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Axis:
-    """The expert axis of a tensor that holds all experts of a layer; see ExpertTensor."""
+class Stacked:
+    """A tensor that holds all experts of a layer: what it is of them, and where they lie in it."""
 
     role: Role
-    dim: int
-    rows_per_expert: int
-    num_trailing: int
-
-    def of(self, name: str) -> ExpertTensor:
-        return ExpertTensor(
-            name=name, dim=self.dim, rows_per_expert=self.rows_per_expert, num_trailing=self.num_trailing
-        )
+    axis: ExpertAxis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,42 +40,39 @@ class Match:
     """What a layout says of a name: `key` is its rule; either `axis`, or `number` and `after` of one expert's own."""
 
     key: str
-    axis: Axis | None = None
+    role: Role = "expert"
+    axis: ExpertAxis | None = None
     number: int = 0
     after: str = ""
-
-    @property
-    def role(self) -> Role:
-        return "expert" if self.axis is None else self.axis.role
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The names of one form of the files; all of them without the path of the layers and the layer's number.
 
-    title: for messages. containers: what the lists of layers are called. axes: name -> expert axis.
-    own: path before an expert's number -> modules of an expert. layers: MoE layer -> the keys of its `axes` and `own`.
-    plain: names without an expert axis, also those outside the layers.
+    title: for messages. containers: what the lists of layers are called. stacked: by name. own: path before an expert's
+    number -> modules of an expert. layers: MoE layer -> the keys of its `stacked` and `own`. plain: names without an
+    expert axis, also those outside the layers.
     """
 
     title: str
     containers: frozenset[str]
-    axes: Mapping[str, Axis]
+    stacked: Mapping[str, Stacked]
     own: Mapping[str, frozenset[str]]
     layers: Mapping[int, frozenset[str]]
     plain: frozenset[str]
 
     def find(self, rest: str) -> Match | None:
         """What a name within a layer is, if it has an expert axis or bears an expert's number."""
-        if rest in self.axes:
-            return Match(key=rest, axis=self.axes[rest])
+        if found := self.stacked.get(rest):
+            return Match(key=rest, role=found.role, axis=found.axis)
         for before in self.own:
-            if found := numbered(rest, before):
-                return Match(key=before, number=found[0], after=found[1])
+            if own := numbered(rest, before):
+                return Match(key=before, number=own[0], after=own[1])
         for suffix in COMPANIONS:
-            axis = self.axes.get(rest.removesuffix(suffix)) if rest.endswith(suffix) else None
-            if axis is not None and (axis.role, axis.dim, axis.rows_per_expert) == ("expert", 0, 1):
-                return Match(key=rest.removesuffix(suffix), axis=axis)
+            beside = self.stacked.get(rest.removesuffix(suffix)) if rest.endswith(suffix) else None
+            if beside and (beside.role, beside.axis.dim, beside.axis.rows_per_expert) == ("expert", 0, 1):
+                return Match(key=rest.removesuffix(suffix), axis=beside.axis)
         return None
 
     def is_plain(self, rest: str) -> bool:
@@ -90,7 +80,7 @@ class Layout:
         if rest in self.plain:
             return True
         module = rest.rpartition(".")[0]
-        inside = (*self.axes, *self.own)
+        inside = (*self.stacked, *self.own)
         beside = f"{module}.weight" in self.plain or module in self.plain
         return beside and not any(f"{key}.".startswith(f"{module}.") for key in inside)
 
@@ -114,7 +104,7 @@ def find_layouts(
     found: list[Layout] = []
     for (title, router), (small, large) in zip(routers.items(), (as_saved, states), strict=True):
         layout = _compare(title, small, large, set(router), counts)
-        if not found or (layout.axes, layout.own) != (found[0].axes, found[0].own):
+        if not found or (layout.stacked, layout.own) != (found[0].stacked, found[0].own):
             found.append(layout)
     return tuple(found)
 
@@ -134,7 +124,7 @@ def _compare(
     title: str, small: Mapping[str, Tensor], large: Mapping[str, Tensor], routers: set[str], counts: tuple[int, int]
 ) -> Layout:
     own = _own_modules(small, large)
-    axes: dict[str, Axis] = {}
+    stacked: dict[str, Stacked] = {}
     layers: dict[int, set[str]] = {}
     containers, plain = set(), set()
     for name, tensor in large.items():
@@ -148,8 +138,8 @@ def _compare(
             raise SecateurError(f"{name} follows the expert count but lies outside the decoder layers")
         if key not in own:
             role: Role = "router" if name in routers else "expert"
-            axis = _fit(name, role, small[name].shape, tensor.shape, counts)
-            if axes.setdefault(key, axis) != axis:
+            one = Stacked(role=role, axis=_fit(name, small[name].shape, tensor.shape, counts))
+            if stacked.setdefault(key, one) != one:
                 raise SecateurError(f"{name}: its expert axis is not the same in all layers")
         containers.add(parts.container)
         layers.setdefault(parts.layer, set()).add(key)
@@ -159,7 +149,7 @@ def _compare(
     return Layout(
         title=title,
         containers=frozenset(containers),
-        axes=axes,
+        stacked=stacked,
         own=own,
         layers={layer: frozenset(keys) for layer, keys in sorted(layers.items())},
         plain=frozenset(plain),
@@ -193,7 +183,7 @@ def _before_number(own: Iterable[str], rest: str) -> str | None:
     return next((before for before in own if numbered(rest, before)), None)
 
 
-def _fit(name: str, role: Role, low: torch.Size, high: torch.Size, counts: tuple[int, int]) -> Axis:
+def _fit(name: str, low: torch.Size, high: torch.Size, counts: tuple[int, int]) -> ExpertAxis:
     dims = [dim for dim, (a, b) in enumerate(zip(low, high, strict=True)) if a != b]
     if len(dims) != 1:
         raise SecateurError(f"{name}: the axes {dims} follow the expert count, expected one")
@@ -201,4 +191,4 @@ def _fit(name: str, role: Role, low: torch.Size, high: torch.Size, counts: tuple
     rows, rest = divmod(high[dim] - low[dim], more)
     if rest or rows < 1 or low[dim] < rows * counts[0]:
         raise SecateurError(f"{name}: {low[dim]} with {counts[0]} experts and {high[dim]} with {counts[1]}")
-    return Axis(role=role, dim=dim, rows_per_expert=rows, num_trailing=low[dim] - rows * counts[0])
+    return ExpertAxis(dim=dim, rows_per_expert=rows, num_trailing=low[dim] - rows * counts[0])

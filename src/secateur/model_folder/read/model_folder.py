@@ -242,7 +242,7 @@ def _locate(
     name: str, layer: int, hit: Match, place: Mapping[int, int], tensor: StoredTensor, count: int
 ) -> ExpertPart:
     if hit.axis is not None:
-        spec = hit.axis.of(name)
+        spec = ExpertTensor(name=name, axis=hit.axis)
         check_axis(tensor.shape, spec, count)
         return ExpertPart(layer=layer, role=hit.role, key=hit.key, spec=spec)
     return ExpertPart(

@@ -105,20 +105,21 @@ def _old_place(here: ExpertPart | None, name: str, source: ModelFolder, plan: Pl
 def _new_shape(before: StoredTensor, spec: ExpertTensor | None, order: tuple[int, ...] | None) -> tuple[int, ...]:
     if spec is None or order is None:
         return before.shape
-    return (*before.shape[: spec.dim], spec.axis_size(len(order)), *before.shape[spec.dim + 1 :])
+    return spec.axis.resized(before.shape, len(order))
 
 
 def _rows(
     before: StoredTensor, after: StoredTensor, spec: ExpertTensor, order: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int]]:
     """(offset in the source's tensor, offset in the written one, bytes) of every expert."""
-    outer = math.prod(before.shape[: spec.dim])
-    old_sizes, new_sizes = before.shape[spec.dim], after.shape[spec.dim]
+    axis = spec.axis
+    outer = math.prod(before.shape[: axis.dim])
+    old_sizes, new_sizes = before.shape[axis.dim], after.shape[axis.dim]
     row = before.length // max(outer * old_sizes, 1)
-    pairs = [(old * spec.rows_per_expert, new * spec.rows_per_expert) for new, old in enumerate(order)]
-    spans = [(old, new, spec.rows_per_expert) for old, new in pairs]
-    if spec.num_trailing:
-        spans.append((old_sizes - spec.num_trailing, new_sizes - spec.num_trailing, spec.num_trailing))
+    pairs = [(old * axis.rows_per_expert, new * axis.rows_per_expert) for new, old in enumerate(order)]
+    spans = [(old, new, axis.rows_per_expert) for old, new in pairs]
+    if axis.num_trailing:
+        spans.append((old_sizes - axis.num_trailing, new_sizes - axis.num_trailing, axis.num_trailing))
     for turn in range(outer):
         for old, new, count in spans:
             yield (turn * old_sizes + old) * row, (turn * new_sizes + new) * row, count * row

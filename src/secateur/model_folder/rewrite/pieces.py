@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
-from secateur.expert_axis import ExpertTensor
 from secateur.files.safetensors_header import BITS
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
@@ -55,7 +54,8 @@ def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = fro
             continue
         order = layer_plan(plan, folder.all_counts, place.layer).order
         if place.spec is not None:
-            made.append(rows_of(name, tensor, place.spec, order))
+            rows = place.spec.rows(order, folder.all_counts[place.layer])
+            made.append(rows_of(name, tensor, place.spec.axis.dim, rows))
         elif place.expert in order:
             made.append(_whole(new_name(place, order.index(place.expert)), tensor))
     return made
@@ -75,7 +75,8 @@ def dropped_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = 
         if not dropped:
             continue
         if place.spec is not None:
-            made.append(rows_of(name, tensor, place.spec, dropped, with_trailing=False))
+            rows = place.spec.rows(dropped, folder.all_counts[place.layer])[: len(dropped)]  # trailing ones are kept
+            made.append(rows_of(name, tensor, place.spec.axis.dim, rows))
         elif place.expert in dropped:
             made.append(_whole(name, tensor))
     return made
@@ -90,16 +91,10 @@ def new_name(place: ExpertPart, expert: int) -> str:
     return f"{place.before}{expert}.{place.after}"
 
 
-def rows_of(
-    name: str, tensor: StoredTensor, spec: ExpertTensor, experts: Sequence[int], *, with_trailing: bool = True
-) -> NewTensor:
-    """The experts of a tensor that holds all of a layer, in this order, with the rows that belong to none of them."""
-    size = tensor.shape[spec.dim]
-    rows = [range(expert * spec.rows_per_expert, (expert + 1) * spec.rows_per_expert) for expert in experts]
-    if with_trailing and spec.num_trailing:
-        rows.append(range(size - spec.num_trailing, size))
-    shape = (*tensor.shape[: spec.dim], sum(map(len, rows)), *tensor.shape[spec.dim + 1 :])
-    return NewTensor(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, spec.dim, rows)))
+def rows_of(name: str, tensor: StoredTensor, dim: int, rows: Sequence[range]) -> NewTensor:
+    """Entries of a tensor along one axis, such as `ExpertAxis.rows` names them, in this order."""
+    shape = (*tensor.shape[:dim], sum(map(len, rows)), *tensor.shape[dim + 1 :])
+    return NewTensor(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, dim, rows)))
 
 
 def _ranges(name: str, tensor: StoredTensor, dim: int, rows: Iterable[range]) -> Iterator[Range]:

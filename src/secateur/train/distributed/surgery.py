@@ -110,8 +110,9 @@ def _check_split(model: nn.Module, spec: ExpertTensor, states: Mapping[Any, Any]
     if not isinstance(tensor, DTensor):
         return
     layout_of(tensor, spec.name)
-    if spec.dim != 0 and any(placement.is_shard(spec.dim) for placement in tensor.placements):
-        raise SecateurError(f"{spec.name}: placements {tensor.placements} cut its expert axis {spec.dim}, expected 0")
+    dim = spec.axis.dim
+    if dim != 0 and any(placement.is_shard(dim) for placement in tensor.placements):
+        raise SecateurError(f"{spec.name}: placements {tensor.placements} cut its expert axis {dim}, expected 0")
     for name, value in states.get(tensor, {}).items():
         if isinstance(value, DTensor) and (value.device_mesh, value.placements) != (
             tensor.device_mesh,
@@ -161,7 +162,7 @@ def _kept(old: Tensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
 
 def _part(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
     """This rank's part of them."""
-    if spec.dim == 0:
+    if spec.axis.dim == 0:
         return take_rows(old, spec.name, row_index(layer_plan.order, layer_plan.experts_before, spec))
     return gather(
         old.to_local(), spec, layer_plan.order, layer_plan.experts_before
@@ -170,9 +171,7 @@ def _part(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
 
 def _shape(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> torch.Size:
     """Of the whole new tensor."""
-    shape = list(old.shape)
-    shape[spec.dim] = spec.axis_size(layer_plan.experts_after)
-    return torch.Size(shape)
+    return torch.Size(spec.axis.resized(old.shape, layer_plan.experts_after))
 
 
 def _install_dispatch_(model: Any, experts: nn.Module) -> None:
