@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from secateur.errors import SecateurError
 from secateur.model_folder.read.tensor_files import read_tensor_files
 from secateur.model_folder.rewrite import apply as apply_module
+from secateur.model_folder.rewrite import writer as writer_module
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.card import card
-from secateur.model_folder.rewrite.pieces import NewTensor
-from secateur.model_folder.rewrite.writer import Writer, into_shards
+from secateur.model_folder.rewrite.pieces import Copy, NewTensor
+from secateur.model_folder.rewrite.writer import Shard, Writer, into_shards, write_shard
 from secateur.plans import Plan
 from support.model_folders import INDEX, contents, gathered, plan_of, same_bytes, saved, tensors_of, write
 
@@ -343,8 +345,11 @@ def test_bytes_are_copied_alike_where_the_system_cannot_copy_by_itself(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr("os.copy_file_range", cannot, raising=False)
-    apply_to_model(source, PLAN, tmp_path / "slow")
+    seen: list[tuple[int, int]] = []
+    apply_to_model(source, PLAN, tmp_path / "slow", on_bytes=lambda done, total: seen.append((done, total)))
     assert contents(tmp_path / "slow") == contents(tmp_path / "fast")
+    weights = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "slow").values())
+    assert seen[-1] == (weights, weights)
     monkeypatch.delattr("os.copy_file_range")
     apply_to_model(source, PLAN, tmp_path / "without")
     assert contents(tmp_path / "without") == contents(tmp_path / "fast")
@@ -357,7 +362,7 @@ def test_other_errors_of_the_system_are_not_taken_for_that(tmp_path: Path, monke
     monkeypatch.setattr("os.copy_file_range", full)
     (tmp_path / "a").write_bytes(b"abc")
     with pytest.raises(OSError, match="No space"), Writer(tmp_path / "b", tmp_path.joinpath, lambda _: None) as writer:
-        writer.copy("a", 0, 3)
+        writer.append(Copy(file="a", start=0, length=3))
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
@@ -366,13 +371,38 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> No
         pytest.raises(SecateurError, match="a: it has become shorter while it was read"),
         Writer(tmp_path / "b", tmp_path.joinpath, lambda _: None) as writer,
     ):
-        writer.copy("a", 1, 3)
+        writer.append(Copy(file="a", start=1, length=3))
+
+
+@dataclass(frozen=True)
+class Sevens:
+    """A kind of piece that Secateur does not have."""
+
+    length: int
+
+
+def test_a_piece_is_written_and_reported_by_the_rule_for_its_kind_and_without_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    pieces: Any = (Copy(file="a", start=1, length=2), Sevens(3), Copy(file="a", start=0, length=1))
+    tensor = NewTensor(name="w", dtype="U8", shape=(6,), pieces=pieces)
+    shard, seen = Shard(file="b", tensors=(tensor,)), list[int]()
+    with pytest.raises(SecateurError, match=r"first: a piece Sevens\(length=3\), expected one of Copy$"):
+        write_shard(shard, tmp_path.joinpath, tmp_path / "first", {}, seen.append)
+    seen.clear()
+
+    def sevens(writer: Writer, piece: Sevens) -> None:
+        writer.put(b"7" * piece.length, of_piece=True)
+
+    monkeypatch.setattr(writer_module, "APPEND", {**writer_module.APPEND, Sevens: sevens})
+    write_shard(shard, tmp_path.joinpath, tmp_path / "second", {}, seen.append)
+    assert (tmp_path / "second").read_bytes().endswith(b"bc777a")
+    assert (sum(seen), tensor.length) == (6, 6)
 
 
 def made(name: str, length: int, dtype: str = "U8") -> NewTensor:
-    from secateur.model_folder.rewrite.pieces import Range
-
-    return NewTensor(name=name, dtype=dtype, shape=(length,), ranges=(Range(file="f", start=0, length=length),))
+    return NewTensor(name=name, dtype=dtype, shape=(length,), pieces=(Copy(file="f", start=0, length=length),))
 
 
 def test_tensors_fill_files_up_to_the_limit_and_wide_types_come_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from secateur.errors import SecateurError
+from secateur.model_folder.rewrite import undo as undo_module
 from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.rewrite.pieces import Copy, NewTensor, kept_tensors
 from secateur.model_folder.rewrite.undo import holds_undo, restore
 from support.model_folders import INDEX, contents, plan_of, saved, tensors_of
 
@@ -95,6 +98,19 @@ def test_folders_of_two_prunings_do_not_make_a_source(folders: Path) -> None:
     shutil.rmtree(folders / "out")
     apply_to_model(folders / "source", plan_of((0, [6, 1]), (2, [2, 5, 7])), folders / "out")
     refused(folders, "the tensor model.layers.0.mlp.experts.2.down_proj.weight is missing|bytes, expected")
+
+
+def test_only_copies_are_taken_back_from_the_pruned_folder(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blended(Copy):
+        """Has the place of a copy and other bytes."""
+
+    def blended(*arguments: Any) -> list[NewTensor]:
+        first, *rest = kept_tensors(*arguments)
+        piece = Blended(**dataclasses.asdict(first.pieces[0]))
+        return [dataclasses.replace(first, pieces=(piece, *first.pieces[1:])), *rest]
+
+    monkeypatch.setattr(undo_module, "kept_tensors", blended)
+    refused(folders, "SHA-256 .*, expected .*; the folders do not belong together")
 
 
 def test_rows_of_another_pruning_are_found_by_their_bytes(tmp_path: Path) -> None:

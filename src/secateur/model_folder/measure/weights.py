@@ -22,7 +22,7 @@ from secateur.files.dtypes import torch_dtypes
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
-from secateur.model_folder.rewrite.pieces import Range, rows_of
+from secateur.model_folder.rewrite.pieces import Copy, copies_of, whole
 
 DTYPES = torch_dtypes("F64 F32 F16 BF16")
 # what a criterion needs -> whose tensors those are, and what becomes of one expert's
@@ -54,8 +54,8 @@ def weight_stats(folder: ModelFolder, needs: str, *, on_bytes: OnProgress = sile
             for name in names:
                 place, tensor = places[name], tensors[name]
                 count = folder.counts[place.layer]
-                for expert, ranges in _by_expert(name, tensor, place, count):
-                    row = _read(opened, folder.files.path / file, ranges, DTYPES[tensor.dtype])
+                for expert, copies in _by_expert(name, tensor, place, count):
+                    row = _read(opened, folder.files.path / file, copies, DTYPES[tensor.dtype])
                     one = sums_of(name, row[None], first=expert, num_experts=count)
                     sums[place.layer] = sums[place.layer] + one if place.layer in sums else one
                 done += tensor.length
@@ -78,8 +78,8 @@ def router_rows(folder: ModelFolder) -> dict[int, dict[str, Tensor]]:
         path = folder.files.path / tensor.file
         mine = rows.setdefault(place.layer, {}).setdefault(place.key, [])
         with path.open("rb") as opened:
-            for _, ranges in _by_expert(name, tensor, place, folder.counts[place.layer]):
-                mine.append(_read(opened, path, ranges, DTYPES[tensor.dtype]))
+            for _, copies in _by_expert(name, tensor, place, folder.counts[place.layer]):
+                mine.append(_read(opened, path, copies, DTYPES[tensor.dtype]))
     return {layer: {key: torch.stack(one) for key, one in keys.items()} for layer, keys in sorted(rows.items())}
 
 
@@ -113,21 +113,21 @@ def _file_in(tensors: dict[str, StoredTensor]) -> Callable[[str], str]:
 
 def _by_expert(
     name: str, tensor: StoredTensor, place: ExpertPart, count: int
-) -> Iterator[tuple[int, tuple[Range, ...]]]:
+) -> Iterator[tuple[int, tuple[Copy, ...]]]:
     """(expert, where its bytes are), for every expert that the tensor holds."""
     if place.spec is None:
-        yield place.expert, (Range(file=tensor.file, start=tensor.start, length=tensor.length),)
+        yield place.expert, (whole(tensor),)
         return
     for expert in range(count):
         rows = place.spec.rows([expert], count)[:1]  # without those that belong to no expert
-        yield expert, rows_of(name, tensor, place.spec.axis.dim, rows).ranges
+        yield expert, tuple(copies_of(name, tensor, place.spec.axis.dim, rows))
 
 
-def _read(file: BinaryIO, path: Path, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
-    """The entries of the ranges, one after another, in one axis."""
-    data = bytearray(sum(piece.length for piece in ranges))
+def _read(file: BinaryIO, path: Path, copies: tuple[Copy, ...], dtype: torch.dtype) -> Tensor:
+    """The entries of the bytes, one after another, in one axis."""
+    data = bytearray(sum(piece.length for piece in copies))
     view, at = memoryview(data), 0
-    for piece in ranges:
+    for piece in copies:
         file.seek(piece.start)
         if file.readinto(view[at : at + piece.length]) != piece.length:  # type: ignore[attr-defined]
             raise SecateurError(f"{path}: it has become shorter while it was read")

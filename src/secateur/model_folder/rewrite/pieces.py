@@ -1,4 +1,4 @@
-"""What a plan makes of the tensors of a folder, as ranges of bytes to copy. No byte of a tensor is ever decoded.
+"""What a plan makes of the tensors of a folder: each new one a list of pieces. What is a copy is never decoded.
 
 Shapes: E experts before, N experts after.
 """
@@ -17,26 +17,29 @@ from secateur.plans import Plan, layer_plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Range:
-    """`length` bytes of `file` from `start`."""
+class Copy:
+    """`length` bytes of `file` from `start`, as they are."""
 
     file: str
     start: int
     length: int
 
 
+Piece = Copy  # every kind has a `length` in bytes, and a line in `writer.APPEND`
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewTensor:
-    """A tensor to write: the bytes of `ranges`, one after another."""
+    """A tensor to write: the bytes of `pieces`, one after another."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    ranges: tuple[Range, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def length(self) -> int:
-        return sum(piece.length for piece in self.ranges)
+        return sum(piece.length for piece in self.pieces)
 
 
 def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = frozenset()) -> list[NewTensor]:
@@ -50,14 +53,14 @@ def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = fro
         if name in left_out:
             continue
         if place is None or router_is_untouched(place, plan):
-            made.append(_whole(name, tensor))
+            made.append(_unchanged(name, tensor))
             continue
         order = layer_plan(plan, folder.all_counts, place.layer).order
         if place.spec is not None:
             rows = place.spec.rows(order, folder.all_counts[place.layer])
-            made.append(rows_of(name, tensor, place.spec.axis.dim, rows))
+            made.append(_rows(name, tensor, place.spec.axis.dim, rows))
         elif place.expert in order:
-            made.append(_whole(new_name(place, order.index(place.expert)), tensor))
+            made.append(_unchanged(new_name(place, order.index(place.expert)), tensor))
     return made
 
 
@@ -67,7 +70,7 @@ def dropped_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = 
     for name, tensor in folder.files.tensors.items():
         place = folder.located.get(name)
         if name in left_out:
-            made.append(_whole(name, tensor))
+            made.append(_unchanged(name, tensor))
             continue
         if place is None or router_is_untouched(place, plan):
             continue
@@ -76,9 +79,9 @@ def dropped_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = 
             continue
         if place.spec is not None:
             rows = place.spec.rows(dropped, folder.all_counts[place.layer])[: len(dropped)]  # trailing ones are kept
-            made.append(rows_of(name, tensor, place.spec.axis.dim, rows))
+            made.append(_rows(name, tensor, place.spec.axis.dim, rows))
         elif place.expert in dropped:
-            made.append(_whole(name, tensor))
+            made.append(_unchanged(name, tensor))
     return made
 
 
@@ -91,14 +94,14 @@ def new_name(place: ExpertPart, expert: int) -> str:
     return f"{place.before}{expert}.{place.after}"
 
 
-def rows_of(name: str, tensor: StoredTensor, dim: int, rows: Sequence[range]) -> NewTensor:
-    """Entries of a tensor along one axis, such as `ExpertAxis.rows` names them, in this order."""
-    shape = (*tensor.shape[:dim], sum(map(len, rows)), *tensor.shape[dim + 1 :])
-    return NewTensor(name=name, dtype=tensor.dtype, shape=shape, ranges=tuple(_ranges(name, tensor, dim, rows)))
+def copies_of(name: str, tensor: StoredTensor, dim: int, rows: Iterable[range]) -> Iterator[Copy]:
+    """The bytes of entries along one axis, as `ExpertAxis.rows` names them: once for each entry of the axes before it.
 
+    Neighbours are joined. `name` is for messages.
 
-def _ranges(name: str, tensor: StoredTensor, dim: int, rows: Iterable[range]) -> Iterator[Range]:
-    """The bytes of entries along one axis, neighbours joined: once for each entry of the axes before it."""
+    Raises:
+        SecateurError: an entry does not begin and end with a byte.
+    """
     before = math.prod(tensor.shape[:dim])
     block_bits = math.prod(tensor.shape[dim + 1 :]) * BITS[tensor.dtype]
     if block_bits % 8:
@@ -108,7 +111,7 @@ def _ranges(name: str, tensor: StoredTensor, dim: int, rows: Iterable[range]) ->
     for turn in range(before):
         first = tensor.start + turn * tensor.shape[dim] * block
         for run in runs:
-            yield Range(file=tensor.file, start=first + run.start * block, length=len(run) * block)
+            yield Copy(file=tensor.file, start=first + run.start * block, length=len(run) * block)
 
 
 def _joined(rows: Iterable[range]) -> list[range]:
@@ -121,6 +124,15 @@ def _joined(rows: Iterable[range]) -> list[range]:
     return runs
 
 
-def _whole(name: str, tensor: StoredTensor) -> NewTensor:
-    piece = Range(file=tensor.file, start=tensor.start, length=tensor.length)
-    return NewTensor(name=name, dtype=tensor.dtype, shape=tensor.shape, ranges=(piece,))
+def whole(tensor: StoredTensor) -> Copy:
+    """All bytes of a tensor."""
+    return Copy(file=tensor.file, start=tensor.start, length=tensor.length)
+
+
+def _unchanged(name: str, tensor: StoredTensor) -> NewTensor:
+    return NewTensor(name=name, dtype=tensor.dtype, shape=tensor.shape, pieces=(whole(tensor),))
+
+
+def _rows(name: str, tensor: StoredTensor, dim: int, rows: Sequence[range]) -> NewTensor:
+    shape = (*tensor.shape[:dim], sum(map(len, rows)), *tensor.shape[dim + 1 :])
+    return NewTensor(name=name, dtype=tensor.dtype, shape=shape, pieces=tuple(copies_of(name, tensor, dim, rows)))

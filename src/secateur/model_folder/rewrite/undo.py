@@ -24,7 +24,7 @@ from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import Header, parse_header, read_header
 from secateur.model_folder.read.model_folder import ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
-from secateur.model_folder.rewrite.pieces import NewTensor, dropped_tensors, kept_tensors
+from secateur.model_folder.rewrite.pieces import Copy, NewTensor, dropped_tensors, kept_tensors
 from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
 from secateur.plans import Plan
 from secateur.surgery.fits import check_copies
@@ -96,16 +96,15 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
         check_target(folder, out)
     record, plan = read_record(undo)
     source = understand(_source(record, undo))
-    pieces = _pieces(source, record, plan, read_tensor_files(pruned), undo)
-    total = sum(sum(piece.length for piece in file) for file in pieces.values())
+    parts = _parts(source, record, plan, read_tensor_files(pruned), undo)
+    total = sum(part.now.length for of_file in parts.values() for part in of_file)
     on_chunk = counted(total, on_bytes)
     with written_beside(out) as beside:
         for name, weights in record.weights.items():
-            paths = {str(piece.path): piece.path for piece in pieces[name]}
-            with Writer(beside / name, paths.__getitem__, on_chunk) as writer:
+            with Writer(beside / name, Path, on_chunk) as writer:
                 writer.put((undo / HEADERS / name).read_bytes())
-                for piece in pieces[name]:
-                    writer.copy(str(piece.path), piece.from_start, piece.length)
+                for part in parts[name]:
+                    writer.append(part.now)
             _check_digest(beside / name, weights.sha256, "the folders do not belong together")
         for name in record.replaced:
             copy_file(undo / FILES / name, beside / name)
@@ -116,13 +115,11 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """Bytes that belong at `start` of a file of the source, and where they are now."""
+class _Part:
+    """Bytes that belong at `start` of a file of the source, and where they are now: `file` is a whole path."""
 
     start: int
-    length: int
-    path: Path
-    from_start: int
+    now: Copy
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -181,36 +178,38 @@ def _source(record: UndoFile, undo: Path) -> TensorFiles:
     return TensorFiles(path=undo, config=config, tensors=tensors, headers=headers, index=None, others=(), left_out=())
 
 
-def _pieces(
+def _parts(
     source: ModelFolder, record: UndoFile, plan: Plan, pruned: TensorFiles, undo: Path
-) -> dict[str, list[_Piece]]:
-    """The pieces of every file of the source, in their order; together they are all of it."""
+) -> dict[str, list[_Part]]:
+    """The parts of every file of the source, in their order; together they are all of it."""
     left_out = source.mtp if record.mtp == "drop" else frozenset()
     taken = {name: undo / name for name in record.dropped}
     entries = {name: (path, entry) for path in taken.values() for name, entry in read_header(path).entries.items()}
     places = {name: (tensor.start, pruned.path / tensor.file, tensor) for name, tensor in pruned.tensors.items()}
-    pieces: dict[str, list[_Piece]] = {name: [] for name in record.weights}
+    parts: dict[str, list[_Part]] = {name: [] for name in record.weights}
     for made in kept_tensors(source, plan, left_out):
         if made.name not in places:
             raise SecateurError(f"{pruned.path}: the tensor {made.name} is missing")
         start, path, tensor = places[made.name]
-        _add(pieces, made, path, start, tensor.length)
+        _add(parts, made, path, start, tensor.length)
     for made in dropped_tensors(source, plan, left_out):
         if made.name not in entries:
             raise SecateurError(f"{undo}: the tensor {made.name} is missing")
         path, entry = entries[made.name]
-        _add(pieces, made, path, entry.start, entry.length)
-    for parts in pieces.values():
-        parts.sort(key=lambda piece: piece.start)
-    return pieces
+        _add(parts, made, path, entry.start, entry.length)
+    for of_file in parts.values():
+        of_file.sort(key=lambda part: part.start)
+    return parts
 
 
-def _add(pieces: dict[str, list[_Piece]], made: NewTensor, path: Path, start: int, length: int) -> None:
+def _add(parts: dict[str, list[_Part]], made: NewTensor, path: Path, start: int, length: int) -> None:
+    """Note where the copies in a written tensor came from; its other pieces are no bytes of the source."""
     if made.length != length:
         raise SecateurError(f"{path}: {made.name} has {length} bytes, expected {made.length}")
-    for piece in made.ranges:
-        if piece.length:
-            pieces[piece.file].append(_Piece(start=piece.start, length=piece.length, path=path, from_start=start))
+    for piece in made.pieces:
+        if type(piece) is Copy and piece.length:
+            now = Copy(file=str(path), start=start, length=piece.length)
+            parts[piece.file].append(_Part(start=piece.start, now=now))
         start += piece.length
 
 

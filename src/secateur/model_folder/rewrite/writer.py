@@ -1,4 +1,4 @@
-"""Write safetensors files from ranges of bytes of other files, without holding more than a buffer of them."""
+"""Write safetensors files from pieces, most of them bytes of other files, holding no more than a buffer of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.progress import OnChunk
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
 from secateur.model_folder.read.tensor_files import INDEX
-from secateur.model_folder.rewrite.pieces import NewTensor
+from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
 BUFFER = 4 * 2**20  # bytes in memory, where the system cannot copy by itself
@@ -58,17 +60,18 @@ def write_shard(
     """Write one file and flush it to the disk.
 
     Args:
-        source: the path of a file that a Range names.
+        source: the path of a file that a piece names.
 
     Raises:
-        OSError: the disk refused. SecateurError: a source file has become shorter, or the header would be too long.
+        OSError: the disk refused. SecateurError: a source file has become shorter, the header would be too long, or a
+            piece is of a kind that APPEND does not know.
     """
     header = _header(shard.tensors, metadata)
     with Writer(target, source, on_chunk) as writer:
         writer.put(header)
         for tensor in shard.tensors:
-            for piece in tensor.ranges:
-                writer.copy(piece.file, piece.start, piece.length)
+            for piece in tensor.pieces:
+                writer.append(piece)
 
 
 def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, object]) -> None:
@@ -79,7 +82,7 @@ def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, ob
 
 
 class Writer:
-    """A new file that takes bytes from other files; it is on the disk when the block ends."""
+    """A new file that takes pieces, one after another; it is on the disk when the block ends."""
 
     def __init__(self, target: Path, source: Callable[[str], Path], on_chunk: OnChunk) -> None:
         self._target, self._source, self._on_bytes = target, source, on_chunk
@@ -97,13 +100,24 @@ class Writer:
             for descriptor in (self._out, *self._open.values()):
                 os.close(descriptor)
 
-    def put(self, data: bytes) -> None:
+    def append(self, piece: Piece) -> None:
+        """Append the bytes of a piece by the rule for its kind, and report them."""
+        if type(piece) not in APPEND:
+            known = ", ".join(kind.__name__ for kind in APPEND)
+            raise SecateurError(f"{self._target}: a piece {piece!r:.200}, expected one of {known}")
+        APPEND[type(piece)](self, piece)
+
+    def put(self, data: bytes, *, of_piece: bool = False) -> None:
+        """Append bytes; those that belong to a piece are reported."""
         view = memoryview(data)
         while view:
-            view = view[os.write(self._out, view) :]
+            written = os.write(self._out, view)
+            view = view[written:]
+            if of_piece:
+                self._on_bytes(written)
 
-    def copy(self, file: str, start: int, length: int) -> None:
-        """Append bytes of a file."""
+    def copy(self, piece: Copy) -> None:
+        file, start, length = piece.file, piece.start, piece.length
         if file not in self._open:
             for descriptor in self._open.values():  # files follow one another: one at a time is enough
                 os.close(descriptor)
@@ -113,19 +127,24 @@ class Writer:
             if copied == 0:
                 raise SecateurError(f"{self._source(file)}: it has become shorter while it was read")
             start, length = start + copied, length - copied
-            self._on_bytes(copied)
 
     def _some(self, descriptor: int, start: int, length: int) -> int:
+        """Copy and report some of the bytes: how many."""
         if hasattr(os, "copy_file_range"):
             try:
                 if copied := os.copy_file_range(descriptor, self._out, length, offset_src=start):
+                    self._on_bytes(copied)
                     return copied  # some file systems say 0 where they mean that they cannot
             except OSError as error:
                 if error.errno not in CANNOT:
                     raise
         data = os.pread(descriptor, min(length, BUFFER), start)
-        self.put(data)
+        self.put(data, of_piece=True)
         return len(data)
+
+
+# kind of a piece -> what appends its bytes and reports them
+APPEND: Mapping[type, Callable[[Writer, Any], None]] = MappingProxyType({Copy: Writer.copy})
 
 
 def _header(tensors: Iterable[NewTensor], metadata: Mapping[str, str]) -> bytes:
