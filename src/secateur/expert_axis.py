@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from secateur.plans import LayerPlan
+
 # A name like this belongs to an expert or a router, so a rule must say what to do with it.
 SUSPICIOUS = re.compile(r"expert|router|score_correction|(?:^|\.)(?:gate|moe)(?:\.|$)", re.IGNORECASE)
 
@@ -83,13 +85,17 @@ class ExpertTensor:
             raise SecateurError(f"{self.name}: {error}") from error
 
 
-def row_index(
-    order: Sequence[int], num_experts: int, tensor: ExpertTensor, device: torch.device | str | None = None
-) -> Tensor:
-    """`rows` as an index, int64 (N * r + t,); see there for what is an error."""
+def row_index(layer_plan: LayerPlan, spec: ExpertTensor, device: torch.device | str | None = None) -> Tensor:
+    """The rows of the plan's order as an index, int64 (N * r + t,).
+
+    Raises SecateurError when the order does not fit (see `ExpertAxis.rows`), or the plan mixes or thins experts: these
+    are not rows of the tensor.
+    """
     import torch  # here: headers are checked against an axis without it
 
-    rows = tensor.rows(order, num_experts)
+    if not layer_plan.is_copy:
+        raise SecateurError(f"{spec.name}: the plan mixes or thins experts, expected one that takes them as they are")
+    rows = spec.rows(layer_plan.order, layer_plan.experts_before)
     return torch.cat([torch.arange(one.start, one.stop) for one in rows]).to(device)
 
 
@@ -106,16 +112,16 @@ def check_axis(shape: Sequence[int], spec: ExpertTensor, num_experts: int) -> No
         )
 
 
-def gather(tensor: Tensor, spec: ExpertTensor, order: Sequence[int], num_experts: int) -> Tensor:
-    """The experts of `tensor` in the given order (order[new] = old), trailing rows kept.
+def gather(tensor: Tensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
+    """The experts of `tensor` in the order of the plan, trailing rows kept.
 
-    tensor: axis spec.axis.dim has num_experts * r + t entries; any dtype, any device.
+    tensor: axis spec.axis.dim has E * r + t entries; any dtype, any device.
     Returns a contiguous tensor with storage of its own, same dtype and device, outside autograd, in which that axis
-    has len(order) * r + t entries.
-    Raises SecateurError when the axis has another size or the order does not fit (see row_index).
+    has N * r + t entries.
+    Raises SecateurError when the axis has another size or the plan does not fit (see row_index).
     """
-    check_axis(tensor.shape, spec, num_experts)
-    return tensor.detach().index_select(spec.axis.dim, row_index(order, num_experts, spec, tensor.device))
+    check_axis(tensor.shape, spec, layer_plan.experts_before)
+    return tensor.detach().index_select(spec.axis.dim, row_index(layer_plan, spec, tensor.device))
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -167,7 +167,7 @@ ROOMS: dict[str, Room] = {
     ),
     "expert_axis": Room(
         question="Gather a tensor along its expert axis. The only code of Secateur that indexes an expert axis.",
-        may_import=_rooms("errors"),
+        may_import=_rooms("plans errors"),
     ),
     "data": Room(
         question="How do text and images become what a model takes?",

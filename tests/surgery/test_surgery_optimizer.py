@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertAxis, ExpertTensor, gather
+from secateur.plans import LayerPlan
 from secateur.surgery.optimizer import (
     OPTIMIZER_RULES,
     Replacement,
@@ -26,7 +27,8 @@ from secateur.surgery.optimizer import (
 )
 
 E = 6
-ORDER = (4, 0, 5, 1)
+PLAN = LayerPlan(experts_before=E, order=(4, 0, 5, 1))
+OUTSIDE = LayerPlan(experts_before=E, order=(0, 1, 2, 6))
 # name -> (shape, where its experts are); "dense" has none and must not change
 LAYOUTS: dict[str, tuple[tuple[int, ...], ExpertTensor | None]] = {
     "dense": ((5, 3), None),
@@ -75,24 +77,22 @@ def step(optimizer: torch.optim.Optimizer, parameters: Parameters, grads: dict[s
     optimizer.zero_grad()
 
 
-def kept(name: str, tensor: Tensor, order: tuple[int, ...] = ORDER, num_experts: int = E) -> Tensor:
+def kept(name: str, tensor: Tensor, plan: LayerPlan = PLAN) -> Tensor:
     spec = LAYOUTS[name][1]
-    return tensor.detach() if spec is None else gather(tensor, spec, order, num_experts)
+    return tensor.detach() if spec is None else gather(tensor, spec, plan)
 
 
-def prune_(
-    optimizer: torch.optim.Optimizer, parameters: Parameters, order: tuple[int, ...] = ORDER, num_experts: int = E
-) -> Parameters:
-    replacements = [replacement(parameters, name, order, num_experts) for name in LAYOUTS if LAYOUTS[name][1]]
+def prune_(optimizer: torch.optim.Optimizer, parameters: Parameters, plan: LayerPlan = PLAN) -> Parameters:
+    replacements = [replacement(parameters, name, plan) for name in LAYOUTS if LAYOUTS[name][1]]
     replace_parameters_(optimizer, replacements)
     return parameters | {r.spec.name: r.new for r in replacements}
 
 
-def replacement(parameters: Parameters, name: str, order: tuple[int, ...] = ORDER, num_experts: int = E) -> Replacement:
+def replacement(parameters: Parameters, name: str, plan: LayerPlan = PLAN) -> Replacement:
     spec, old = LAYOUTS[name][1], parameters[name]
     assert spec is not None
-    new = nn.Parameter(gather(old, spec, order, num_experts), requires_grad=old.requires_grad)
-    return Replacement(old=old, new=new, spec=spec, order=order, num_experts=num_experts)
+    new = nn.Parameter(gather(old, spec, plan), requires_grad=old.requires_grad)
+    return Replacement(old=old, new=new, spec=spec, layer_plan=plan)
 
 
 def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -166,7 +166,8 @@ def test_gather_then_step_equals_step_then_gather_bit_for_bit(case: Case) -> Non
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_fused_kernels_commute_bit_for_bit_where_entries_fill_whole_vectors(case: Case) -> None:
     """16 of 32 experts: the CPU kernels round an unfilled last vector otherwise, whoever's entries it holds."""
-    spec, order = ExpertTensor(name="w", axis=ExpertAxis(dim=0)), tuple(range(31, 0, -2))
+    spec = ExpertTensor(name="w", axis=ExpertAxis(dim=0))
+    layer_plan = LayerPlan(experts_before=32, order=tuple(range(31, 0, -2)))
     generator = torch.Generator().manual_seed(0)
     for shape in ((32, 3, 5), (32, 8), (32,)):
         first, *grads = [torch.randn(shape, generator=generator) for _ in range(5)]
@@ -176,15 +177,15 @@ def test_fused_kernels_commute_bit_for_bit_where_entries_fill_whole_vectors(case
             optimizer = case.cls([parameter], **case.options)
             for done in range(len(grads) + 1):
                 if done == steps_before:
-                    old, parameter = parameter, nn.Parameter(gather(parameter, spec, order, 32))
-                    pruned = Replacement(old=old, new=parameter, spec=spec, order=order, num_experts=32)
+                    old, parameter = parameter, nn.Parameter(gather(parameter, spec, layer_plan))
+                    pruned = Replacement(old=old, new=parameter, spec=spec, layer_plan=layer_plan)
                     replace_parameters_(optimizer, [pruned])
                 if done < len(grads):
                     grad = grads[done]
                     step(
                         optimizer,
                         {"w": parameter},
-                        {"w": gather(grad, spec, order, 32) if done >= steps_before else grad},
+                        {"w": gather(grad, spec, layer_plan) if done >= steps_before else grad},
                     )
             ends.append((parameter, optimizer.state[parameter]))
         assert torch.equal(ends[0][0], ends[1][0])
@@ -208,7 +209,7 @@ def test_adafactor_does_not_commute_but_its_state_is_the_gathered_one_and_steps(
     parameters, optimizer = case.trained()
     full, reference = case.trained()
     pruned = prune_(optimizer, parameters)
-    o, rows = list(ORDER), [8, 9, 0, 1, 10, 11, 2, 3, 12, 13, 14]
+    o, rows = list(PLAN.order), [8, 9, 0, 1, 10, 11, 2, 3, 12, 13, 14]
     torch_rows = {  # written out by hand: (row factor, column factor)
         "expert": (lambda r: r[o], lambda c: c[o]),
         "router": (lambda r: r[o], lambda c: c),
@@ -258,8 +259,9 @@ def test_after_surgery_a_fresh_optimizer_loads_the_state_and_steps_alike(case: C
 def test_two_prunes_equal_one_by_the_composed_order(case: Case) -> None:
     twice, first = case.trained()
     once, second = case.trained()
-    twice = prune_(first, prune_(first, twice), (2, 3), len(ORDER))
-    once = prune_(second, once, (ORDER[2], ORDER[3]))
+    later = LayerPlan(experts_before=PLAN.experts_after, order=(2, 3))
+    twice = prune_(first, prune_(first, twice), later)
+    once = prune_(second, once, PLAN.then(later))
     for name in LAYOUTS:
         assert torch.equal(twice[name], once[name])
         assert_same_state(first.state[twice[name]], second.state[once[name]])
@@ -342,7 +344,8 @@ def test_memory_of_state_and_old_parameters_is_given_back() -> None:
     assert optimizer_state_bytes(optimizer) == 2 * E * 8 * 4 + 4  # two moments and one float32 step
     new, gone = nn.Parameter(torch.zeros(2, 8)), weakref.ref(old)
     spec = ExpertTensor(name="router", axis=ExpertAxis(dim=0))
-    replace_parameters_(optimizer, [Replacement(old=old, new=new, spec=spec, order=(3, 1), num_experts=E)])
+    plan = LayerPlan(experts_before=E, order=(3, 1))
+    replace_parameters_(optimizer, [Replacement(old=old, new=new, spec=spec, layer_plan=plan)])
     assert optimizer_state_bytes(optimizer) == 2 * 2 * 8 * 4 + 4
     del old
     gc.collect()
@@ -367,7 +370,7 @@ def test_parameters_that_are_frozen_or_not_stepped_yet_get_no_state() -> None:
     parameters["router"].requires_grad_(False)
     optimizer = torch.optim.AdamW([p for n, p in parameters.items() if n != "router"])
     with pytest.raises(SecateurError, match="names expert 6"):  # checked although there is no state to gather
-        replace_parameters_(optimizer, [dataclasses.replace(replacement(parameters, "expert"), order=(0, 1, 2, 6))])
+        replace_parameters_(optimizer, [dataclasses.replace(replacement(parameters, "expert"), layer_plan=OUTSIDE)])
     pruned = prune_(optimizer, parameters)
     assert len(optimizer.state) == 0
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for n, p in pruned.items() if n != "router"]
@@ -404,7 +407,8 @@ def test_optimizers_of_packages_not_installed_are_covered_by_name(name: str, key
     expected = {key: value[[5, 2]] for key, value in optimizer.state[old].items()}
     new = nn.Parameter(torch.zeros(2, 2))
     spec = ExpertTensor(name="router", axis=ExpertAxis(dim=0))
-    replace_parameters_(optimizer, [Replacement(old=old, new=new, spec=spec, order=(5, 2), num_experts=E)])
+    plan = LayerPlan(experts_before=E, order=(5, 2))
+    replace_parameters_(optimizer, [Replacement(old=old, new=new, spec=spec, layer_plan=plan)])
     assert_same_state(optimizer.state[new], expected)
 
 
@@ -492,8 +496,8 @@ def test_a_factored_state_on_a_vector_is_refused() -> None:
         ({"new": nn.Parameter(torch.zeros(4, 7, device="meta"))}, "device .* is meta, expected cpu"),
         ({"new": nn.Parameter(torch.zeros(4, 7), requires_grad=False)}, "requires_grad .* is False, expected True"),
         ({"new": torch.zeros(4, 7)}, "class of the new parameter"),
-        ({"num_experts": 5}, "router: axis 0 .* has 6 entries, expected 5"),
-        ({"order": (0, 1, 2, 6)}, "names expert 6"),
+        ({"layer_plan": dataclasses.replace(PLAN, experts_before=5)}, "router: axis 0 .* has 6 entries, expected 5"),
+        ({"layer_plan": OUTSIDE}, "names expert 6"),
     ],
 )
 def test_a_replacement_that_does_not_fit_is_refused_and_nothing_changes(wrong: dict[str, Any], message: str) -> None:
@@ -514,7 +518,7 @@ def test_parameters_used_twice_are_refused_and_nothing_changes() -> None:
         ([router, router], "router: replaced twice"),
         ([expert, dataclasses.replace(router, new=expert.new)], "router: its new parameter is in use already"),
         ([dataclasses.replace(router, new=parameters["bias"])], "router: its new parameter is in use already"),
-        ([dataclasses.replace(router, old=frozen, new=frozen, order=range(E))], "in use already"),
+        ([dataclasses.replace(router, old=frozen, new=frozen, layer_plan=LayerPlan.identity(E))], "in use already"),
     ]:
         with pytest.raises(SecateurError, match=message):
             replace_parameters_(optimizer, replacements)

@@ -160,7 +160,7 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
     facts, layers = source.facts, plan.layers
     if plan.leaves_zero_slots:
         facts = facts_for_zero_slots(facts, source.found)
-    gone = {layer: layer_plan.dropped for layer, layer_plan in layers.items()}
+    gone = {layer: layer_plan.gone for layer, layer_plan in layers.items()}
     saved = sum(len(ids) * facts.bytes_per_expert[layer] for layer, ids in gone.items())
     never: Mapping[int, list[int]] = {}
     if source.stats is not None:
@@ -246,7 +246,7 @@ def _origin(source: Source, plan: Plan) -> dict[str, JSON]:
     if source.stats is None:
         return more | {"rerouted_share": None}
     loads = source.stats.loads()
-    rerouted = sum(loads[layer][expert] for layer, layer_plan in plan.layers.items() for expert in layer_plan.dropped)
+    rerouted = sum(loads[layer][expert] for layer, layer_plan in plan.layers.items() for expert in layer_plan.gone)
     return more | {"data": dict(source.data), "rerouted_share": rerouted / sum(map(sum, loads.values()))}
 
 

@@ -21,7 +21,6 @@ from secateur.plans.plan import (
     WEIGHTS,
     ZERO_SLOT,
     Plan,
-    layer_plan,
 )
 
 __all__ = [
@@ -43,5 +42,4 @@ __all__ = [
     "Neurons",
     "Plan",
     "Source",
-    "layer_plan",
 ]

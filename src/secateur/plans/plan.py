@@ -248,11 +248,6 @@ class Plan:
             raise SecateurError(f"plan file {path}: {error}") from error
 
 
-def layer_plan(plan: Plan, counts: Mapping[int, int], layer: int) -> LayerPlan:
-    """The plan of one layer of a model with these expert counts; every expert stays where the plan does not list it."""
-    return plan.layers.get(layer) or LayerPlan.identity(counts[layer])
-
-
 def _check_one_target(layer: int, layer_plan: LayerPlan) -> None:
     """Each old slot must lead to one new expert, or to none: gates and rows add up, and are added once."""
     targets: dict[int, int] = {}

@@ -82,11 +82,8 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | N
         SecateurError: the plan does not fit the model, or no rule covers the optimizer's state; nothing was changed.
     """
     check_plan(moe, plan)
-    changed = {
-        layer: layer_plan
-        for layer, layer_plan in plan.layers.items()
-        if layer_plan.order != tuple(range(layer_plan.experts_before))
-    }
+    plan = plan.filled(moe.counts)
+    changed = {layer: layer_plan for layer, layer_plan in plan.layers.items() if not layer_plan.is_identity}
     replacements: list[Replacement] = []
     new_tensors: list[tuple[nn.Module, str, torch.Tensor]] = []
     for layer, layer_plan in changed.items():
@@ -95,22 +92,17 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | N
             old = getattr(owner, key)
             if is_sharded(old):
                 raise SecateurError(f"{spec.name} is sharded over ranks; prune it with LAEP or prune_sharded_model_")
-            value = gather(old.detach(), spec, layer_plan.order, layer_plan.experts_before)
+            value = gather(old.detach(), spec, layer_plan)
             if isinstance(old, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=old.requires_grad)
                 value.__dict__.update(vars(old))
-                replacements.append(
-                    Replacement(
-                        old=old, new=value, spec=spec, order=layer_plan.order, num_experts=layer_plan.experts_before
-                    )
-                )
+                replacements.append(Replacement(old=old, new=value, spec=spec, layer_plan=layer_plan))
             new_tensors.append((owner, key, value))
     if optimizer is not None:
         replace_parameters_(optimizer, replacements)
     for owner, key, value in new_tensors:
         replace_tensor_(owner, key, value)
-    counts = moe.counts | {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()}
-    set_counts_(moe, counts)
+    set_counts_(moe, {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()})
     return describe_moe(moe.model, moe.layout)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, check_axis, gather, row_index
+from secateur.plans import LayerPlan
 
 Shape = tuple[int, ...]
 # (shape of the parameter, its expert axis) -> (shape of the state, its expert axis or None where it is averaged away)
@@ -141,16 +142,15 @@ _DTENSOR = "torch.distributed.tensor.DTensor"  # a sharded parameter; its state 
 class Replacement:
     """One parameter and its pruned successor.
 
-    old: has num_experts experts laid out as `spec` says.
-    new: a Parameter of its own with the experts of order (order[new] = old); same dtype, device and requires_grad.
+    old: has layer_plan.experts_before experts laid out as `spec` says.
+    new: a Parameter of its own with the experts that the plan keeps; same dtype, device and requires_grad.
     gather_state: how the state follows where plain indexing cannot: (state tensor, its ExpertTensor) -> its successor.
     """
 
     old: nn.Parameter
     new: nn.Parameter
     spec: ExpertTensor
-    order: Sequence[int]
-    num_experts: int
+    layer_plan: LayerPlan
     gather_state: Callable[[Tensor, ExpertTensor], Tensor] | None = None
 
 
@@ -264,9 +264,9 @@ def _check_distinct(name: str, replacements: Sequence[Replacement], slots: _Slot
 
 
 def _check_replacement(r: Replacement) -> None:
-    check_axis(r.old.shape, r.spec, r.num_experts)
-    row_index(r.order, r.num_experts, r.spec)
-    kept = r.spec.axis.resized(r.old.shape, len(r.order))
+    check_axis(r.old.shape, r.spec, r.layer_plan.experts_before)
+    row_index(r.layer_plan, r.spec)
+    kept = r.spec.axis.resized(r.old.shape, r.layer_plan.experts_after)
     expected = (type(r.old), kept, r.old.dtype, r.old.device, r.old.requires_grad)
     found = (type(r.new), tuple(r.new.shape), r.new.dtype, r.new.device, r.new.requires_grad)
     for what, is_, should in zip(("class", "shape", "dtype", "device", "requires_grad"), found, expected, strict=True):
@@ -300,5 +300,5 @@ def _state_axes(name: str, r: Replacement, state: Mapping[str, Any]) -> Iterator
 def _follow(value: Any, axis: int | None, r: Replacement, key: str) -> Any:
     if axis is not None:
         spec = ExpertTensor(name=f"{r.spec.name}.{key}", axis=replace(r.spec.axis, dim=axis))
-        return r.gather_state(value, spec) if r.gather_state else gather(value, spec, r.order, r.num_experts)
+        return r.gather_state(value, spec) if r.gather_state else gather(value, spec, r.layer_plan)
     return value.detach().clone() if isinstance(value, Tensor) else value

@@ -63,7 +63,7 @@ def _bar(
     whole: list[Tensor] = []
 
     def bar(module: nn.Module, args: Any) -> None:
-        index = row_index(layer_plan.order, layer_plan.experts_before, spec, device=store[key].device)
+        index = row_index(layer_plan, spec, device=store[key].device)
         rows = store[key].detach().index_select(spec.axis.dim, index)
         whole.append(store[key])
         store[key] = nn.Parameter(rows, requires_grad=False) if key in owner._parameters else rows

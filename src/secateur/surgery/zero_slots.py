@@ -46,9 +46,7 @@ def remove_into_zero_slots_(model: nn.Module, plan: Plan) -> None:
             owner, key = locate(moe.model, spec)
             if is_sharded(getattr(owner, key)):
                 raise SecateurError(f"{spec.name} is sharded over ranks; expected a whole model")
-            new_tensors.append(
-                (owner, key, gather(getattr(owner, key), spec, layer_plan.order, layer_plan.experts_before))
-            )
+            new_tensors.append((owner, key, gather(getattr(owner, key), spec, layer_plan)))
     try:
         skip_removed_(moe.model, moe.layout, moe.slots, kept)
     except ValueError as error:

@@ -58,7 +58,7 @@ def rearranged(
     layers, placements = {}, {}
     for layer, layer_plan in plan.layers.items():
         kept = [loads[layer][old] for old in layer_plan.order]
-        only_moves = not layer_plan.dropped
+        only_moves = not layer_plan.gone
         found: Placement = place(
             kept,
             num_ranks,
@@ -69,23 +69,23 @@ def rearranged(
             tolerance=rule.tolerance if only_moves else None,
         )
         order = tuple(layer_plan.order[place] for place in found.order)
-        layers[layer] = LayerPlan(experts_before=layer_plan.experts_before, order=order)
+        layers[layer] = moved = LayerPlan(experts_before=layer_plan.experts_before, order=order)
         placements[layer] = LayerPlacement(
             num_ranks=num_ranks,
             balance_before=balance(rank_loads(kept, range(len(kept)), num_ranks)),
             balance_after=found.balance,
             over_bound=found.over_bound,
-            moved=_moved(order, layer_plan.experts_before, num_ranks),
+            moved=_num_moved(moved, num_ranks),
         )
     return Plan(
         layers=layers, criterion=plan.criterion, details=plan.details, stats_digest=plan.stats_digest
     ), placements
 
 
-def _moved(order: Sequence[int], experts_before: int, num_ranks: int) -> int:
+def _num_moved(layer_plan: LayerPlan, num_ranks: int) -> int:
     """Experts that are on another rank than before."""
-    before, after = experts_before // num_ranks, len(order) // num_ranks
-    return sum(old // before != new // after for new, old in enumerate(order))
+    before, after = layer_plan.experts_before // num_ranks, layer_plan.experts_after // num_ranks
+    return sum(old // before != new // after for new, old in enumerate(layer_plan.order))
 
 
 def settled(given: Rearrangement | bool | None, ep_size: int, counts: Mapping[int, int]) -> Rearrangement | None:

@@ -94,13 +94,14 @@ def apply_to_checkpoint(
     check_reroutes(plan)
     parts = _parts(source, naming, plan)
     counts_before = _joint_counts(parts)
-    counts_after = counts_before | {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()}
+    filled = plan.filled(counts_before)  # lists every layer; what is saved is the plan that was given
+    counts_after = {layer: layer_plan.experts_after for layer, layer_plan in filled.layers.items()}
     check_multiple(counts_after, expert_parallel)
     others = _other_files(source, parts)
     configs = _edited_configs(source, others, counts_before, counts_after)
     history = _with_earlier_plan(source, plan)
     copied = [relative for relative in others if relative not in configs]
-    report = describe(source, plan, parts, counts_before, counts_after, copied, configs)
+    report = describe(source, filled, parts, copied, configs)
     if dry_run:
         return report
     with written_beside(out) as beside:

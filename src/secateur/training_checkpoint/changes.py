@@ -59,7 +59,7 @@ def survey(stored: StoredCheckpoint, naming: Naming, plan: Plan) -> Survey:
     changes = {}
     for name, entry in entries.items():
         layer_plan = plan.layers.get(entry.layer) if entry.layer is not None else None
-        if layer_plan is None or entry.layer is None or layer_plan.order == tuple(range(layer_plan.experts_before)):
+        if layer_plan is None or entry.layer is None or layer_plan.is_identity:
             continue
         if entry.section == "settings":
             _check_setting(name, entry, stored)

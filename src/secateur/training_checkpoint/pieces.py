@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.expert_axis import gather
+from secateur.expert_axis import gather, row_index
 from secateur.training_checkpoint.changes import Change
 from secateur.training_checkpoint.rows import read_rows
 from secateur.training_checkpoint.stored import StoredCheckpoint, StoredTensor
@@ -88,6 +87,6 @@ def new_rows(tensor: StoredTensor, change: Change | None, piece: Piece) -> Tenso
         return torch.zeros(piece.sizes, dtype=piece.dtype)
     spec, layer_plan = change.spec, change.layer_plan
     if spec.axis.dim == 0:
-        old = list(itertools.chain.from_iterable(spec.rows(layer_plan.order, layer_plan.experts_before)))
+        old = row_index(layer_plan, spec).tolist()
         return read_rows(tensor, old[rows.start : rows.stop])
-    return gather(read_rows(tensor, rows), spec, layer_plan.order, layer_plan.experts_before)
+    return gather(read_rows(tensor, rows), spec, layer_plan)

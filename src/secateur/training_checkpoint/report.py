@@ -33,19 +33,17 @@ def describe(
     source: Path,
     plan: Plan,
     parts: Sequence[Part],
-    before: Mapping[int, int],
-    after: Mapping[int, int],
     copied: Sequence[PurePosixPath],
     configs: Mapping[PurePosixPath, Any],
 ) -> dict[str, JSON]:
-    """The report: layers, checkpoints, bytes and files, before and after."""
+    """The report: layers, checkpoints, bytes and files, before and after. `plan` lists every layer."""
     layers: dict[str, JSON] = {}
-    for layer in before:
+    for layer, layer_plan in plan.layers.items():
         changed = [change for part in parts for change in part.survey.changes.values() if change.layer == layer]
         layers[str(layer)] = {
-            "experts_before": before[layer],
-            "experts_after": after[layer],
-            "dropped": list(plan.layers[layer].dropped) if layer in plan.layers else [],
+            "experts_before": layer_plan.experts_before,
+            "experts_after": layer_plan.experts_after,
+            "dropped": list(layer_plan.dropped),
             "tensors_changed": len(changed),
         }
     checkpoints: list[JSON] = []

@@ -195,7 +195,7 @@ def test_config_json_says_0_layers_for_further_tokens_once_they_are_dropped(key:
         config = {**source.files.config, key: outer, "text_config": {key: inner, "others": 1}}
         folder = replace(source, files=replace(source.files, config=config))
         for mtp, number in (("drop", 0), ("whole", 1)):
-            after = edited_config(folder, PLAN, mtp)
+            after = edited_config(folder, PLAN.filled(folder.all_counts), mtp)
             assert after[key] == (outer and number)
             assert after["text_config"] == {key: inner and number, "others": 1}
 

@@ -17,7 +17,7 @@ from secateur.model_folder.read.model_folder import ModelFolder, read_model_fold
 from secateur.model_folder.rewrite.compare import differences
 from secateur.model_folder.rewrite.report import REPORT, read_applied
 from secateur.model_folder.rewrite.zero_slots import kept_slots
-from secateur.plans import Plan, layer_plan
+from secateur.plans import Plan
 
 SHOWN = 5  # failures of one check in a message
 WITHOUT = {False: "the dropped experts barred", True: "the dropped experts silent"}  # by Plan.leaves_zero_slots
@@ -57,6 +57,7 @@ def verify_model(
     plan, mtp = read_applied(pruned / REPORT)
     before, after = read_model_folder(source), read_model_folder(pruned)
     left_out = before.mtp if mtp == "drop" else frozenset()
+    plan = plan.filled(before.all_counts)
     counts = _counts(before, after, plan)
     if not counts.passed:
         return [counts]
@@ -64,7 +65,7 @@ def verify_model(
 
 
 def _counts(before: ModelFolder, after: ModelFolder, plan: Plan) -> Check:
-    expected = {layer: layer_plan(plan, before.all_counts, layer).experts_after for layer in before.counts}
+    expected = {layer: plan.layers[layer].experts_after for layer in before.counts}
     wrong_plan = [
         layer for layer, layer_plan in plan.layers.items() if before.all_counts.get(layer) != layer_plan.experts_before
     ]
@@ -118,7 +119,7 @@ def _run(
         said = generated(model, sample)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
-    ascending = all(layer_plan(plan, before.all_counts, layer).is_ascending for layer in before.counts)
+    ascending = all(plan.layers[layer].is_ascending for layer in before.counts)
     difference = float((found - expected).abs().max())
     same = torch.equal(found, expected)
     close = difference <= ROUNDING * max(float(expected.abs().max()), 1.0)

@@ -15,7 +15,7 @@ from secateur.families import describe_moe
 from secateur.model_folder.read.load import text_model
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import layer_of
-from secateur.plans import LayerPlan, Plan, layer_plan
+from secateur.plans import LayerPlan, Plan
 from secateur.surgery.oracle import barred_experts
 
 RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the router chose
@@ -23,7 +23,7 @@ RUNS_EVERY_EXPERT = "llama4_text"  # its experts are not called with what the ro
 
 @contextmanager
 def without_dropped(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterator[None]:
-    """While it lasts, the loaded source computes what the model that `plan` makes of it must compute.
+    """While it lasts, the loaded source computes what the model that `plan`, which lists every layer, makes of it must.
 
     The two agree bit for bit where the experts keep their order; if not, sums are taken in another one.
     """
@@ -41,7 +41,7 @@ def silenced(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterato
     with ExitStack() as stack:
         for layer, experts in _experts(text_model(model, folder), folder).items():
             slots = folder.config.kept.get(layer, tuple(range(folder.slots[layer])))
-            gone = [slots[old] for old in layer_plan(plan, folder.all_counts, layer).dropped]
+            gone = [slots[old] for old in plan.layers[layer].gone]
             vars(experts)["forward"] = _without(gone, experts.forward)
             stack.callback(vars(experts).pop, "forward")
         yield
@@ -83,7 +83,7 @@ def barred(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterator[
 
     Layers that the model does not have, such as multi-token-prediction layers, are passed over.
     """
-    layers = {layer: layer_plan(plan, folder.all_counts, layer) for layer in folder.counts}
+    layers = {layer: plan.layers[layer] for layer in folder.counts}
     text = text_model(model, folder)
     with ExitStack() as stack:
         if folder.config.text.model_type == RUNS_EVERY_EXPERT:

@@ -51,7 +51,7 @@ def _text_of(path: Path) -> str:
 
 
 def logits_without_dropped(folder: Path, source: ModelFolder, plan: Plan, sample: Tensor) -> Tensor:
-    """Logits of the source without the experts that the plan drops, in the plan's meaning of that."""
+    """Logits of the source without the experts that the plan drops, in its meaning of that; it lists every layer."""
     model, _ = load(folder, source)
     with without_dropped(model, source, plan):
         logits = logits_of(model, sample)

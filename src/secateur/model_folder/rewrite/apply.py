@@ -24,7 +24,7 @@ from secateur.model_folder.rewrite.report import REPORT, VERIFIED, describe, pag
 from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
-from secateur.plans import JSON, Plan, layer_plan
+from secateur.plans import JSON, Plan
 from secateur.surgery.config_json import MODULE, is_pruned
 from secateur.surgery.fits import check_multiple, check_plan_fits
 
@@ -72,17 +72,19 @@ def apply_to_model(
         check_target_pair(out, undo)
     folder = read_model_folder(source)
     _check_plan(folder, plan, expert_parallel, mtp)
+    filled = plan.filled(folder.all_counts)  # lists every layer; what is saved is the plan that was given
+    check_multiple({layer: filled.layers[layer].experts_after for layer in folder.counts}, expert_parallel)
     left_out = folder.mtp if mtp == "drop" else frozenset()
-    config = edited_config(folder, plan, mtp)
+    config = edited_config(folder, filled, mtp)
     if plan.leaves_zero_slots:
         check_buildable(folder, config)
-    kept = kept_tensors(folder, plan, left_out)
+    kept = kept_tensors(folder, filled, left_out)
     copied = _files_to_copy(folder.files)
-    report = describe(folder, plan, kept, mtp, [str(relative) for relative in copied])
+    report = describe(folder, plan, filled, kept, mtp, [str(relative) for relative in copied])
     history = _history(source, plan)
     if dry_run:
         return report
-    dropped = [] if undo is None else dropped_tensors(folder, plan, left_out)
+    dropped = [] if undo is None else dropped_tensors(folder, filled, left_out)
     limit = None if folder.files.index is None else _largest_file(folder.files)
     shards = into_shards(kept, limit)
     on_chunk = counted(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
@@ -96,7 +98,7 @@ def apply_to_model(
         if is_pruned(config):
             atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
         history.save(beside / PLAN)
-        verify_written(folder, read_model_folder(beside), plan, left_out, ENDS)
+        verify_written(folder, read_model_folder(beside), filled, left_out, ENDS)
         original = source / CARD
         text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
         atomic_write(beside / CARD, card(report, text))
@@ -145,8 +147,6 @@ def _check_plan(folder: ModelFolder, plan: Plan, expert_parallel: int, mtp: str 
     _check_model(folder, plan)
     check_removal(folder, plan, expert_parallel=expert_parallel)
     check_plan_fits(plan, folder.all_counts, min_experts=model.min_experts, num_groups=model.num_groups)
-    after = {layer: layer_plan(plan, folder.all_counts, layer).experts_after for layer in folder.counts}
-    check_multiple(after, expert_parallel)
 
 
 def _check_model(folder: ModelFolder, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from secateur.files.progress import OnChunk
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.pieces import router_is_untouched
-from secateur.plans import Plan, layer_plan
+from secateur.plans import LayerPlan, Plan
 
 BUFFER = 4 * 2**20  # bytes of either side in memory
 
@@ -46,32 +46,34 @@ def differences(
     """Every tensor of the two folders that is missing, unexpected, or not equal to its source.
 
     Args:
-        without: tensors of the source that were left out on purpose.
+        plan: lists every layer (`Plan.filled`). left_out: tensors of the source that were left out on purpose.
         ends: of every piece that was copied compare only so many bytes at its beginning and at its end.
         on_chunk: called with the numbers of bytes that were compared.
     """
     wanted = {_place(source.located.get(name), name): name for name in source.files.tensors if name not in left_out}
     for name, place in source.located.items():
-        if place.spec is None and place.expert in layer_plan(plan, source.all_counts, place.layer).dropped:
+        if place.spec is None and place.expert in plan.layers[place.layer].gone:
             wanted.pop(_place(place, name), None)
     with _Files(source.files.path) as old, _Files(written.files.path) as new:
         for name, tensor in written.files.tensors.items():
             here = written.located.get(name)
-            key = _old_place(here, name, source, plan)
+            key = _old_place(here, name, plan)
             from_name = wanted.pop(key, None) if key is not None else None
             if from_name is None:
                 yield Difference(name=name, what="is unexpected")
                 continue
             before = source.files.tensors[from_name]
             spec = None if here is None or router_is_untouched(here, plan) else here.spec
-            order = None if here is None or spec is None else layer_plan(plan, source.all_counts, here.layer).order
-            if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, order):
+            layer_plan = None if here is None or spec is None else plan.layers[here.layer]
+            if tensor.dtype != before.dtype or tensor.shape != _new_shape(before, spec, layer_plan):
                 yield Difference(name=name, what=f"is {tensor.dtype} {list(tensor.shape)}, unlike {from_name}")
                 continue
-            pieces = [(0, 0, tensor.length)] if spec is None or order is None else _rows(before, tensor, spec, order)
+            spans: Iterable[tuple[int, int, int]] = [(0, 0, tensor.length)]
+            if spec is not None and layer_plan is not None:
+                spans = _rows(before, tensor, spec, layer_plan)
             same = all(
                 _equal(old.read(before, a, length), new.read(tensor, b, length), length, on_chunk)
-                for start_a, start_b, size in pieces
+                for start_a, start_b, size in spans
                 for a, b, length in _parts(start_a, start_b, size, ends)
             )
             if not same:
@@ -93,30 +95,30 @@ def _place(place: ExpertPart | None, name: str) -> _Place:
     return name if place is None or place.spec is not None else (place.layer, place.key, place.expert, place.after)
 
 
-def _old_place(here: ExpertPart | None, name: str, source: ModelFolder, plan: Plan) -> _Place | None:
+def _old_place(here: ExpertPart | None, name: str, plan: Plan) -> _Place | None:
     if here is None or here.spec is not None:
         return name
-    if here.layer not in source.all_counts:
+    if here.layer not in plan.layers:
         return None
-    order = layer_plan(plan, source.all_counts, here.layer).order
+    order = plan.layers[here.layer].order
     return (here.layer, here.key, order[here.expert], here.after) if here.expert < len(order) else None
 
 
-def _new_shape(before: StoredTensor, spec: ExpertTensor | None, order: tuple[int, ...] | None) -> tuple[int, ...]:
-    if spec is None or order is None:
+def _new_shape(before: StoredTensor, spec: ExpertTensor | None, layer_plan: LayerPlan | None) -> tuple[int, ...]:
+    if spec is None or layer_plan is None:
         return before.shape
-    return spec.axis.resized(before.shape, len(order))
+    return spec.axis.resized(before.shape, layer_plan.experts_after)
 
 
 def _rows(
-    before: StoredTensor, after: StoredTensor, spec: ExpertTensor, order: tuple[int, ...]
+    before: StoredTensor, after: StoredTensor, spec: ExpertTensor, layer_plan: LayerPlan
 ) -> Iterator[tuple[int, int, int]]:
     """(offset in the source's tensor, offset in the written one, bytes) of every expert."""
     axis = spec.axis
     outer = math.prod(before.shape[: axis.dim])
     old_sizes, new_sizes = before.shape[axis.dim], after.shape[axis.dim]
     row = before.length // max(outer * old_sizes, 1)
-    pairs = [(old * axis.rows_per_expert, new * axis.rows_per_expert) for new, old in enumerate(order)]
+    pairs = [(old * axis.rows_per_expert, new * axis.rows_per_expert) for new, old in enumerate(layer_plan.order)]
     spans = [(old, new, axis.rows_per_expert) for old, new in pairs]
     if axis.num_trailing:
         spans.append((old_sizes - axis.num_trailing, new_sizes - axis.num_trailing, axis.num_trailing))

@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.tensor_files import QUANTISATION
 from secateur.model_folder.rewrite.zero_slots import kept_slots
-from secateur.plans import Plan, layer_plan
+from secateur.plans import Plan
 from secateur.surgery.config_json import is_pruned, with_counts, with_zero_slots
 
 # Where configs say how many layers predict further tokens.
@@ -21,7 +21,7 @@ DOT = r"\\*\."  # in JSON of names that are regular expressions a dot may come b
 
 
 def edited_config(folder: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
-    """config.json with the counts that the plan leaves; only what must change does.
+    """config.json with the counts that the plan, which lists every layer, leaves; only what must change does.
 
     Raises:
         SecateurError: the layers end up with different counts in a model that cannot have that, a quantised layer is
@@ -44,7 +44,7 @@ def edited_config(folder: ModelFolder, plan: Plan, mtp: str | None) -> dict[str,
 
 
 def _with_counts(config: dict[str, Any], folder: ModelFolder, plan: Plan, mtp: str | None) -> dict[str, Any]:
-    after = {layer: layer_plan(plan, folder.all_counts, layer).experts_after for layer in folder.all_counts}
+    after = {layer: plan.layers[layer].experts_after for layer in folder.all_counts}
     main = {layer: after[layer] for layer in folder.counts}
     _check_mtp(folder, after, max(main.values()), mtp)
     if len(set(main.values())) > 1:

@@ -13,7 +13,7 @@ from secateur.errors import SecateurError
 from secateur.files.safetensors_header import BITS
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
-from secateur.plans import Plan, layer_plan
+from secateur.plans import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +43,9 @@ class NewTensor:
 
 
 def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = frozenset()) -> list[NewTensor]:
-    """The tensors of the pruned model, in the order of the source; those of `without` are left out.
+    """The tensors of the pruned model, in the order of the source; those in `left_out` are left out.
 
-    Experts are numbered 0 to N - 1 in the order of the plan, in layers that it does not list in the order they have.
+    Experts are numbered 0 to N - 1 in the order of the plan, which lists every layer (`Plan.filled`).
     """
     made = []
     for name, tensor in folder.files.tensors.items():
@@ -55,9 +55,10 @@ def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = fro
         if place is None or router_is_untouched(place, plan):
             made.append(_unchanged(name, tensor))
             continue
-        order = layer_plan(plan, folder.all_counts, place.layer).order
+        layer_plan = plan.layers[place.layer]
+        order = layer_plan.order
         if place.spec is not None:
-            rows = place.spec.rows(order, folder.all_counts[place.layer])
+            rows = place.spec.rows(order, layer_plan.experts_before)
             made.append(_rows(name, tensor, place.spec.axis.dim, rows))
         elif place.expert in order:
             made.append(_unchanged(new_name(place, order.index(place.expert)), tensor))
@@ -65,7 +66,7 @@ def kept_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = fro
 
 
 def dropped_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = frozenset()) -> list[NewTensor]:
-    """What `kept_tensors` leaves: the dropped experts under their old names, in their old order."""
+    """What `kept_tensors` leaves: the experts whose slot goes, under their old names, in their old order."""
     made = []
     for name, tensor in folder.files.tensors.items():
         place = folder.located.get(name)
@@ -74,13 +75,14 @@ def dropped_tensors(folder: ModelFolder, plan: Plan, left_out: frozenset[str] = 
             continue
         if place is None or router_is_untouched(place, plan):
             continue
-        dropped = layer_plan(plan, folder.all_counts, place.layer).dropped
-        if not dropped:
+        layer_plan = plan.layers[place.layer]
+        gone = layer_plan.gone
+        if not gone:
             continue
         if place.spec is not None:
-            rows = place.spec.rows(dropped, folder.all_counts[place.layer])[: len(dropped)]  # trailing ones are kept
+            rows = place.spec.rows(gone, layer_plan.experts_before)[: len(gone)]  # trailing ones are kept
             made.append(_rows(name, tensor, place.spec.axis.dim, rows))
-        elif place.expert in dropped:
+        elif place.expert in gone:
             made.append(_unchanged(name, tensor))
     return made
 

@@ -17,7 +17,7 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.card import MTP, who_loads
 from secateur.model_folder.rewrite.pieces import NewTensor, router_is_untouched
 from secateur.model_folder.rewrite.recipe import recipe
-from secateur.plans import JSON, REROUTE, Plan, layer_plan
+from secateur.plans import JSON, REROUTE, Plan
 from secateur.reporting.html import document, section, table
 from secateur.surgery.fits import check_copies
 from secateur.surgery.report import FORMAT, VERSION
@@ -51,20 +51,29 @@ def read_applied(path: Path) -> tuple[Plan, str | None]:
 
 
 def describe(
-    folder: ModelFolder, plan: Plan, kept: Sequence[NewTensor], mtp: str | None, files_copied: Sequence[str]
+    folder: ModelFolder,
+    given: Plan,
+    plan: Plan,
+    kept: Sequence[NewTensor],
+    mtp: str | None,
+    files_copied: Sequence[str],
 ) -> dict[str, JSON]:
-    """The report: layers, tensors, bytes and files, before and after. `plan` is this step, without earlier ones."""
+    """The report: layers, tensors, bytes and files, before and after.
+
+    Args:
+        given: the plan of this step, without earlier ones; the report holds it. plan: the same, listing every layer.
+    """
     left_out = folder.mtp if mtp == "drop" else frozenset()
     layers: dict[str, JSON] = {}
     changed = 0
     for layer, before in folder.all_counts.items():
         if layer in folder.mtp_counts and left_out:
             continue
-        planned = layer_plan(plan, folder.all_counts, layer)
+        planned = plan.layers[layer]
         mine = [
             place for place in folder.located.values() if place.layer == layer and not router_is_untouched(place, plan)
         ]
-        tensors = len(mine) if planned.dropped else 0
+        tensors = len(mine) if planned.gone else 0
         changed += tensors
         layers[str(layer)] = {
             "experts_before": before,
@@ -90,7 +99,7 @@ def describe(
         "model_type": folder.config.model_type,
         "criterion": plan.criterion,
         "removed": plan.removed or REROUTE,
-        "plan": plan.to_json(),
+        "plan": given.to_json(),
         "layers": layers,
         "checkpoints": [checkpoint],
         "bytes_before": folder.files.num_bytes,

@@ -96,7 +96,7 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
         check_target(folder, out)
     record, plan = read_record(undo)
     source = understand(_source(record, undo))
-    parts = _parts(source, record, plan, read_tensor_files(pruned), undo)
+    parts = _parts(source, record, plan.filled(source.all_counts), read_tensor_files(pruned), undo)
     total = sum(part.now.length for of_file in parts.values() for part in of_file)
     on_chunk = counted(total, on_bytes)
     with written_beside(out) as beside:

@@ -43,11 +43,8 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optim
     """
     check_plan(moe, plan)
     ep_size = expert_parallel_size(moe.model)
-    changed = {
-        layer: layer_plan
-        for layer, layer_plan in plan.layers.items()
-        if layer_plan.order != tuple(range(layer_plan.experts_before))
-    }
+    plan = plan.filled(moe.counts)
+    changed = {layer: layer_plan for layer, layer_plan in plan.layers.items() if not layer_plan.is_identity}
     for layer, layer_plan in changed.items():
         if layer_plan.experts_after % ep_size:
             raise SecateurError(
@@ -64,7 +61,7 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optim
         replacements = [_replace_(moe.model, spec, layer_plan) for spec in moe.blocks[layer].tensors]
         if optimizer is not None:
             replace_parameters_(optimizer, [replacement for replacement in replacements if replacement is not None])
-    set_counts_(moe, moe.counts | {layer: layer_plan.experts_after for layer, layer_plan in changed.items()})
+    set_counts_(moe, {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()})
     if ep_size > 1:
         for layer in changed:
             _install_dispatch_(moe.model, moe.blocks[layer].experts)
@@ -143,8 +140,7 @@ def _replace_(model: nn.Module, spec: ExpertTensor, layer_plan: LayerPlan) -> Re
         old=old,
         new=new,
         spec=spec,
-        order=layer_plan.order,
-        num_experts=layer_plan.experts_before,
+        layer_plan=layer_plan,
         gather_state=lambda state, spec: _kept(state, spec, layer_plan),
     )
 
@@ -152,7 +148,7 @@ def _replace_(model: nn.Module, spec: ExpertTensor, layer_plan: LayerPlan) -> Re
 def _kept(old: Tensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
     """The kept experts of a tensor, sharded like it if it is sharded."""
     if not isinstance(old, DTensor):
-        return gather(old, spec, layer_plan.order, layer_plan.experts_before)
+        return gather(old, spec, layer_plan)
     shape = _shape(old, spec, layer_plan)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
@@ -163,10 +159,8 @@ def _kept(old: Tensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
 def _part(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> Tensor:
     """This rank's part of them."""
     if spec.axis.dim == 0:
-        return take_rows(old, spec.name, row_index(layer_plan.order, layer_plan.experts_before, spec))
-    return gather(
-        old.to_local(), spec, layer_plan.order, layer_plan.experts_before
-    )  # its rows hold all experts and stay
+        return take_rows(old, spec.name, row_index(layer_plan, spec))
+    return gather(old.to_local(), spec, layer_plan)  # its rows hold all experts and stay
 
 
 def _shape(old: DTensor, spec: ExpertTensor, layer_plan: LayerPlan) -> torch.Size:
