@@ -128,8 +128,8 @@ def test_a_rule_says_what_was_given_and_what_stands_for_the_rest() -> None:
     assert rule.values == {"alpha": 0.4, "beta": 1.0}
     assert Rule(beta=0.1, uniform=True).to_json() == {"alpha": math.inf, "beta": 0.1, "uniform": True}
     assert Rule(target_params=0.5).to_json() == {"target_params": 0.5, "uniform": False}
-    text = "Rule(alpha=0.4, beta=None, target_params=None, max_rerouted=None, uniform=False)"
-    assert repr(rule) == text, "the state of LAEP in a checkpoint is compared by this"
+    others = "".join(f", {name}=None" for name in OPTIONS if name != "alpha")
+    assert repr(rule) == f"Rule(alpha=0.4{others}, uniform=False)", "LAEP's state in a checkpoint is compared by this"
 
 
 def test_a_rule_is_a_value() -> None:
@@ -209,27 +209,28 @@ def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the
 def test_an_unknown_keyword_is_a_type_error_whatever_else_is_given() -> None:
     for given in ({}, {"prunings": []}, {"alpha": 0.4}):
         for value in (1, None):
-            with pytest.raises(TypeError, match="unexpected keyword argument 'drop_count'"):
-                LAEPCallback(**given, drop_count=value)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_count'"):
-        Rule(drop_count=1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_count'"):
-        PretrainOptions(drop_count=1)
+            with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_rule'"):
+                LAEPCallback(**given, no_such_rule=value)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_rule'"):
+        Rule(no_such_rule=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_rule'"):
+        PretrainOptions(no_such_rule=1)
 
 
 def test_words_of_a_schedule_are_named_where_one_is_unknown() -> None:
-    with pytest.raises(SecateurError, match=f"unknown word 'drop_count=2'; .*{', '.join(OPTIONS)}"):
-        parse_pruning("step=4 drop_count=2")
+    with pytest.raises(SecateurError, match=f"unknown word 'no_such_rule=2'; .*{', '.join(OPTIONS)}"):
+        parse_pruning("step=4 no_such_rule=2")
 
 
 def test_all_rules_in_words() -> None:
-    assert flags_in_words() == "thresholds (--alpha, --beta or both), --target-params or --max-rerouted"
+    *goals, last = [option.flag for option in OPTIONS.values() if option.kind != "thresholds"]
+    assert flags_in_words() == f"thresholds (--alpha, --beta or both), {', '.join(goals)} or {last}"
 
 
 def test_the_settings_of_a_run_hold_the_options_at_the_top_as_they_did() -> None:
     saved = PretrainOptions(alpha=math.inf, beta=0.05).to_json()
     found = {name: saved[name] for name in OPTIONS}
-    assert found == {"alpha": "inf", "beta": 0.05, "target_params": None, "max_rerouted": None}
+    assert found == dict.fromkeys(OPTIONS) | {"alpha": "inf", "beta": 0.05}
 
 
 # The two edits of a new rule: its function behind the others, its row below the others.
