@@ -29,7 +29,7 @@ from record import parser_for, store
 from secateur.data.packing import BlockDataset
 from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
 from secateur.families import MoEModel
-from secateur.observation.call import routed_index
+from secateur.observation.call import read_index
 from secateur.pretraining.models import make_model, model_config
 from secateur.pretraining.options import PretrainOptions
 from secateur.train.laep import LAEP
@@ -228,7 +228,7 @@ def routes(moe: MoEModel, found: dict[int, Tensor]) -> Iterator[None]:
     for layer, block in moe.blocks.items():
 
         def note(module: nn.Module, args: Any, kwargs: Any, layer: int = layer, block: Any = block) -> None:
-            index = routed_index(block, args, kwargs)
+            index = read_index(f"{block.name}.experts", args, kwargs)
             found[layer] = torch.cat([found[layer], index]) if layer in found else index
 
         handles.append(block.experts.register_forward_pre_hook(note, with_kwargs=True))

@@ -87,13 +87,13 @@ ROOMS: dict[str, Room] = {
     "model_folder.checks": Room(
         question="Is the result what the plan makes of the source?",
         may_import=_rooms(
-            "model_folder.rewrite model_folder.read surgery families modeling_secateur plans files errors"
+            "model_folder.rewrite model_folder.read surgery observation families modeling_secateur plans files errors"
         ),
     ),
     "model_folder.evaluation": Room(
         question="How good is a model folder, on text or on images?",
         may_import=_rooms(
-            "model_folder.measure model_folder.stream model_folder.read families models data files errors"
+            "model_folder.measure model_folder.stream model_folder.read observation families models data files errors"
         ),
     ),
     "model_folder.measure": Room(

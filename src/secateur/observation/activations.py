@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
-from secateur.observation.call import routed_gates, routed_index, slot_by_slot, tokens_and_mask
+from secateur.observation.call import ExpertsCall, read_call, tokens_and_mask
 from secateur.stats import LayerStats, RouterStats
 
 ADDED = ("weight_sum", "norm_sum", "norm_square_sum", "weighted_norm_sum")
@@ -151,19 +151,20 @@ class LayerObserver:
     def _observed(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._running:
             return self._forward(*args, **kwargs)
-        index, gates = routed_index(self._block, args, kwargs), routed_gates(self._block, args, kwargs)
+        call = read_call(f"{self._block.name}.experts", args, kwargs)
         rows = ROWS.get(_implementation(self._experts))
         shown: list[Tensor] = []  # (S, D) outputs before the gates
         with _outputs_shown(self._experts, shown) if rows is not None else nullcontext():
             result = self._forward(*args, **kwargs)
         with torch.no_grad():
             if rows is None or not shown:
-                rows, shown = _as_routed, [slot_by_slot(self._forward, args, kwargs, index, gates)]
-            self._record(shown[0], rows(index), index, gates, result)
+                rows, shown = _as_routed, [call.slot_by_slot(self._forward)]
+            self._record(shown[0], rows(call.index), call, result)
         return result
 
-    def _record(self, outputs: Tensor, order: Tensor, index: Tensor, gates: Tensor, result: Tensor) -> None:
-        gates, experts = gates.reshape(-1)[order], index.reshape(-1)[order].to(torch.int64)
+    def _record(self, outputs: Tensor, order: Tensor, call: ExpertsCall, result: Tensor) -> None:
+        index = call.index
+        gates, experts = call.gates.reshape(-1)[order], index.reshape(-1)[order].to(torch.int64)
         tokens = order // index.shape[1]
         if not self._checked:
             self._check(outputs, gates, tokens, result)

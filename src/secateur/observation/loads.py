@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
-from secateur.observation.call import routed_index, tokens_and_mask
+from secateur.observation.call import read_index, tokens_and_mask
 from secateur.stats import LayerStats, RouterStats
 
 
@@ -100,12 +100,12 @@ class LoadCounter:
         self._keep = None
 
     def _hook(self, block: MoEBlock) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        layer = block.layer
+        layer, name = block.layer, f"{block.name}.experts"
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._counting:
                 return
-            index = routed_index(block, args, kwargs)  # (T, K)
+            index = read_index(name, args, kwargs)  # (T, K)
             if layer not in self._counts:
                 self._counts[layer] = torch.zeros(self._sizes[layer], dtype=torch.int64, device=index.device)
             keep = torch.ones_like(index) if self._keep is None else self._keep[:, None].expand_as(index)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.expert_axis import ExpertTensor, row_index
 from secateur.families import MoEBlock, MoEModel, plain_class
 from secateur.modeling_secateur import layer_of
-from secateur.observation.call import INDEX_NAMES, routed_index
+from secateur.observation.call import read_call
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, router_tensors
 
@@ -90,11 +90,8 @@ def _gathered_in(modules: dict[str, nn.Module], block: MoEBlock, path: str) -> n
 
 def _old_ids(block: MoEBlock, order: tuple[int, ...]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        index = routed_index(block, args, kwargs)
-        old = torch.tensor(order, dtype=index.dtype, device=index.device)[index.to(torch.int64)]
-        if len(args) > 1:
-            return (args[0], old, *args[2:]), kwargs
-        name = next(name for name in INDEX_NAMES if name in kwargs)
-        return args, {**kwargs, name: old}
+        call = read_call(f"{block.name}.experts", args, kwargs)
+        old = torch.tensor(order, dtype=call.index.dtype, device=call.index.device)
+        return call.with_index(old[call.index.to(torch.int64)])
 
     return hook

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from secateur.errors import SecateurError
+from secateur.observation.call import read_call
 from secateur.train import balance_losses as losses
 from secateur.train.balance_losses import BALANCE, SELECTION_BIAS, Affinity, Loss, describe, is_matrix
 
@@ -79,7 +80,7 @@ class BalanceHandle:
         _attached.add(model)
         for block in self._blocks.values():
             self._hooks.append(block.router.register_forward_hook(self._router_hook(block)))
-            self._hooks.append(block.experts.register_forward_pre_hook(self._experts_hook(block)))
+            self._hooks.append(block.experts.register_forward_pre_hook(self._experts_hook(block), with_kwargs=True))
         self._hooks.append(model.register_forward_pre_hook(self._before_forward))
         self._hooks.append(model.register_forward_hook(self._after_forward, with_kwargs=True))
         # always_call: a forward that failed must not keep its activations alive
@@ -160,15 +161,18 @@ class BalanceHandle:
         return hook
 
     def _experts_hook(self, block: MoEBlock) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._capturing:
                 return
             logits = self._logits.get(block.layer)
-            is_routing = len(args) == 3 and is_matrix(args[1], floating=False) and is_matrix(args[2], floating=True)
-            if logits is None or not is_routing or args[1].shape != args[2].shape or len(args[1]) != len(logits):
+            try:
+                index = read_call(f"{block.name}.experts", args, kwargs).index
+            except SecateurError:
+                index = None
+            if logits is None or index is None or len(index) != len(logits):
                 expected = f"(hidden (T, H), index (T, K), weights (T, K)) after logits (T, E), here {describe(logits)}"
-                raise self._error(block, "experts arguments", describe(args), expected)
-            self._index[block.layer] = args[1]
+                raise self._error(block, "experts arguments", describe((*args, *kwargs.values())), expected)
+            self._index[block.layer] = index
 
         return hook
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from secateur.families import describe_moe
 from secateur.model_folder.read.load import text_model
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import layer_of
+from secateur.observation.call import read_call
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.oracle import barred_experts
 
@@ -42,7 +42,7 @@ def silenced(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterato
         for layer, experts in _experts(text_model(model, folder), folder).items():
             slots = folder.config.kept.get(layer, tuple(range(folder.slots[layer])))
             gone = [slots[old] for old in plan.layers[layer].gone]
-            vars(experts)["forward"] = _without(gone, experts.forward)
+            vars(experts)["forward"] = _without(f"layer {layer}: experts", gone, experts.forward)
             stack.callback(vars(experts).pop, "forward")
         yield
 
@@ -56,23 +56,14 @@ def _experts(text: PreTrainedModel, folder: ModelFolder) -> dict[int, nn.Module]
     }
 
 
-def _without(gone: list[int], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The forward of an `experts` module, for all slots but those that are `gone`."""
-    signature = inspect.signature(forward)
+def _without(name: str, gone: list[int], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward of the `experts` module `name`, for all slots but those that are `gone`."""
 
     def partial(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, index, gates = signature.bind(*args, **kwargs).arguments.values()
-        live = ~torch.isin(index, torch.tensor(gone, dtype=index.dtype, device=index.device))
-        token, turn = live.nonzero().unbind(dim=1)
-        tokens = hidden.reshape(len(index), -1)
-        wide = torch.promote_types(gates.dtype, hidden.dtype)
-        parts = tokens.new_zeros(*index.shape, tokens.shape[1], dtype=wide)
-        if len(token):
-            ones = gates.new_ones(len(token), 1, dtype=wide)
-            outputs = forward(tokens[token], index[live][:, None], ones).reshape(len(token), -1)
-            parts[token, turn] = outputs * gates[live][:, None]
-        total: Tensor = parts.sum(dim=1)
-        return total.to(hidden.dtype).reshape(hidden.shape)
+        call = read_call(name, args, kwargs)
+        dead = torch.isin(call.index, torch.tensor(gone, dtype=call.index.dtype, device=call.index.device))
+        live = (~dead).reshape(-1).nonzero().squeeze(1)
+        return call.summed(call.slot_by_slot(forward, live), live)
 
     return partial
 

@@ -23,6 +23,7 @@ from secateur.model_folder.read.modality import class_names
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.models.vmoe.flops import flops_per_image
 from secateur.models.vmoe.modeling import VMoEForImageClassification
+from secateur.observation.call import read_index
 
 
 def evaluate_images(
@@ -142,11 +143,11 @@ def _counted_pairs(moe: MoEModel) -> Iterator[Mapping[int, int | Tensor]]:
     """{MoE layer: pairs that its experts computed} while it lasts; zero slots compute nothing."""
     counts: dict[int, int | Tensor] = dict.fromkeys(moe.blocks, 0)
 
-    def counter(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        kept = moe.kept.get(layer)
+    def counter(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        kept, name = moe.kept.get(layer), f"{moe.blocks[layer].name}.experts"
 
-        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            slots = args[1]  # the device is not waited for
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            slots = read_index(name, args, kwargs)  # the device is not waited for
             computed = (
                 slots.numel() if kept is None else torch.isin(slots, torch.tensor(kept, device=slots.device)).sum()
             )
@@ -154,7 +155,9 @@ def _counted_pairs(moe: MoEModel) -> Iterator[Mapping[int, int | Tensor]]:
 
         return count
 
-    handles = [block.experts.register_forward_pre_hook(counter(layer)) for layer, block in moe.blocks.items()]
+    handles = [
+        block.experts.register_forward_pre_hook(counter(layer), with_kwargs=True) for layer, block in moe.blocks.items()
+    ]
     try:
         yield counts
     finally:
