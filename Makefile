@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test quick check format lint types venv clean
+.PHONY: demo test quick check format lint types docs-tables venv clean
 
 # Runs the main job on the embedded default: data from this Python's own standard library, pruning by the detector.
 demo: .venv/.installed
@@ -45,6 +45,10 @@ types: .venv/.installed-dev
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e ".[dev]"
 	touch $@ .venv/.installed
+
+# Tables of docs/ that are made from tables of the source.
+docs-tables: .venv/.installed-dev
+	PYTHONPATH=src:tests $(BIN)/python tests/support/docs_tables.py
 
 clean:
 	rm -rf .venv $(DEMO) build dist

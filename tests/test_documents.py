@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
 
-from secateur.criteria import CRITERIA
 from secateur.data.packing import BlockDataset, PackedTokens
 from secateur.pretraining.presets import PRESETS
+from support.docs_tables import DOCS, TABLES, with_table
 from support.small_runs import in_child
 from support.tiny_models import FAMILIES
 
@@ -29,15 +29,20 @@ EVIDENCE = ("laep_tables_small", "laep_why")  # their tables are docs/evidence/s
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 NUMBERS = {"fourteen": 14, "fifteen": 15, "sixteen": 16}  # those that are said in words
 RUNS = len(json.loads((ROOT / "benchmarks/results/laep_tables_small.json").read_text(encoding="utf-8"))["runs"])
-# Document, what stands before and behind the number in it -> the number. LAEP's rule is a line of the documents' table.
+# Document, what stands before and behind the number in it -> the number.
 COUNTED = {
-    ("README.md", r"(\w+) criteria, from token counts"): len(CRITERIA) + 1,
     ("README.md", r"\((\w+) variants of families are in the conformance tests\)"): len(FAMILIES),
     ("README.md", r"These are some of \[(\w+) runs\]"): RUNS,
     ("docs/benchmarks.md", r"bit for bit for (\w+) family variants"): len(FAMILIES),
     ("docs/benchmarks.md", r"The (\w+) runs that show what\sLAEP does"): RUNS,
     ("docs/evidence/README.md", r"(\w+) training\sruns of models"): RUNS,
 }
+
+
+@pytest.mark.parametrize(("document", "name"), TABLES)
+def test_tables_are_those_of_the_source(document: str, name: str) -> None:
+    text = (DOCS / document).read_text(encoding="utf-8")
+    assert with_table(text, name, TABLES[document, name]()) == text, "write it anew with `make docs-tables`"
 
 
 def blocks(text: str) -> list[str]:

@@ -24,22 +24,22 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
-from secateur.stats import SUMS, LayerStats, RouterStats
+from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats
+from support.made_up_sums import sums_like
 from support.model_folders import saved
 from support.odd_folders import qwen3_5
 from support.tiny_models import tiny_model
 from support.tuned_folders import finetuned
 
 Run = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parents[2]
 
 
 def layer(counts: list[int], **sums: list[float]) -> LayerStats:
     """Statistics of a layer; sums that are not given are those of experts that are all alike."""
     count = torch.tensor(counts)
-    alike = dict.fromkeys(SUMS, count.double()) | {"max_activation": (count > 0).double()}
-    tensors = {name: torch.tensor(sums[name]).double() if name in sums else alike[name] for name in SUMS}
-    return LayerStats(num_tokens=sum(counts) // 2, token_count=count, **tensors)
+    alike = sums_like(count) | {"max_activation": (count > 0).double()}
+    given = {name: torch.tensor(values).double() for name, values in sums.items()}
+    return LayerStats(num_tokens=sum(counts) // 2, token_count=count, **alike | given)
 
 
 def model(layers: dict[int, LayerStats], **changes: Any) -> ModelFacts:
@@ -211,21 +211,6 @@ def test_the_choices_of_the_command_line_are_those_of_the_tables(command: str) -
         assert f"{name}: {text}" in texts["allocation"]
 
 
-def test_the_document_lists_every_criterion_with_its_source_and_what_it_needs() -> None:
-    text = (ROOT / "docs" / "prune.md").read_text(encoding="utf-8")
-    rows = {
-        row[0].strip("` "): row for row in (line.strip("|").split("|") for line in text.splitlines()) if len(row) > 3
-    }
-    for name, criterion in CRITERIA.items():
-        assert name in rows, name
-        row = "|".join(rows[name])
-        assert criterion.help in row
-        assert criterion.source in row
-        needs = "data" if criterion.needs_data else "nothing" if criterion.needs == "nothing" else str(criterion.needs)
-        assert needs in row
-    assert "laep" in rows
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, one of other routers that it may have been made from, and made-up statistics, in one folder."""
@@ -351,7 +336,7 @@ def test_counts_that_the_ranks_cannot_share_are_refused_by_plan(run: Run, tiny: 
 
 
 def test_statistics_without_tokens_are_refused(run: Run, tmp_path: Path) -> None:
-    zero = {"token_count": [0] * 4, **{name: [0.0] * 4 for name in SUMS}}
+    zero = {"token_count": [0] * 4, **{name: [0.0] * 4 for name in DEFAULT_SUMS}}
     stats = RouterStats.from_json(
         {"format": "secateur-stats", "version": 2, "layers": {"0": {"num_tokens": 0, **zero}}}
     )

@@ -28,9 +28,10 @@ from secateur.model_folder.rewrite.undo import restore
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
-from secateur.stats import SUMS, LayerStats, RouterStats
+from secateur.stats import LayerStats, RouterStats
 from secateur.surgery.oracle import barred_experts
 from support.faults import Kill
+from support.made_up_sums import sums_like
 from support.model_folders import contents, loaded, saved
 from support.models_with_text import data_in, model_with_text
 from support.small_runs import in_child
@@ -57,7 +58,7 @@ def write_stats(folder: ModelFolder, stats: Path) -> None:
 def made_up(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """The same on every start, which a run of a model is not on every number of threads."""
     count = torch.arange(3, 11)
-    sums = {name: count.double() for name in SUMS}
+    sums = sums_like(count)
     layers = {layer: LayerStats(num_tokens=26, token_count=count.roll(layer), **sums) for layer in folder.counts}
     observation = Observation(stats=RouterStats(layers=layers), model=model_facts(folder), data=DATA)
     return DATA, lambda: observation.save(stats)

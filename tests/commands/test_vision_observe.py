@@ -13,7 +13,7 @@ from secateur.families import describe_moe, logits_of
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification
 from secateur.models.vmoe.flops import flops_per_image
 from secateur.observation.activations import ActivationObserver
-from secateur.stats import SUMS, LayerStats, RouterStats
+from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats
 from support.tiny_vision import every_kind, random_images, tiny_vmoe
 
 TOKENS = 17  # of an image: 16 patches and the class token
@@ -33,7 +33,7 @@ def close(found: RouterStats, expected: RouterStats) -> None:
         other = expected.layers[layer]
         assert one.num_tokens == other.num_tokens
         assert one.token_count.tolist() == other.token_count.tolist()
-        for name in SUMS:
+        for name in DEFAULT_SUMS:
             torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6)
 
 
@@ -53,7 +53,7 @@ def plain_loop(model: VMoEForImageClassification, images: Tensor) -> RouterStats
     for layer, ((inputs, experts, gates),) in calls.items():
         module: Any = model.vmoe.layers[layer].mlp.experts
         count = torch.zeros(module.num_experts, dtype=torch.int64)
-        sums = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name in SUMS}
+        sums = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name in DEFAULT_SUMS}
         for row, (expert,), (gate,) in zip(inputs, experts.tolist(), gates.tolist(), strict=True):
             inner = module.act_fn(module.up_proj[expert] @ row + module.up_proj_bias[expert])
             outer = (module.down_proj[expert] @ inner + module.down_proj_bias[expert]).detach()

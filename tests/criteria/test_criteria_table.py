@@ -15,6 +15,7 @@ from secateur.criteria.super_experts import super_experts
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
 from secateur.stats import SUMS, LayerStats, RouterStats
+from support.made_up_sums import sums_like
 
 ON_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
 ON_WEIGHTS = [name for name, criterion in CRITERIA.items() if str(criterion.needs).endswith("weights")]
@@ -23,7 +24,7 @@ ON_CHANGE = [name for name, criterion in CRITERIA.items() if criterion.needs == 
 
 def stats_of(counts: list[int], *, without: tuple[str, ...] = (), layers: tuple[int, ...] = (0,)) -> RouterStats:
     count = torch.tensor(counts)
-    sums = {name: count.double() for name in SUMS if name not in without}
+    sums = sums_like(count, [name for name in SUMS if name not in without])
     return RouterStats(layers={layer: LayerStats(num_tokens=9, token_count=count, **sums) for layer in layers})
 
 
@@ -59,6 +60,7 @@ def test_every_criterion_is_documented_with_its_source(name: str) -> None:
     criterion = CRITERIA[name]
     assert criterion.name == name == criterion.function.__name__
     assert inspect.getdoc(criterion.function)
+    assert (criterion.degrees is not None) == criterion.needs_data
     assert len(criterion.help) < 60
     assert "\n" not in criterion.help
     paper = re.match(r"\d{4}\.\d{5}", criterion.source)

@@ -20,6 +20,7 @@ from secateur.decide.model_facts import Sizes
 from secateur.errors import SecateurError
 from secateur.plans import Plan
 from secateur.stats import LayerStats, RouterStats
+from support.toy_layer import layer_with_loads
 
 GB = 10**9
 
@@ -399,8 +400,7 @@ def test_every_criterion_makes_a_plan_that_permuting_the_experts_permutes(name: 
     order = [4, 2, 0, 5, 1, 3]
     found = []
     for ids in (list(range(6)), order):
-        sums = dict.fromkeys(("weight_sum", "norm_sum", "norm_square_sum", "weighted_norm_sum"), numbers[ids])
-        stats = LayerStats(num_tokens=9, token_count=torch.tensor([3, 9, 4, 7, 1, 6])[ids], **sums)
+        stats = layer_with_loads([3, 9, 4, 7, 1, 6]).stats().reordered(ids)
         weights: WeightStats | RouterChange
         weights = WeightStats.of_experts("w", tensor[ids]) + WeightStats.of_router("r", tensor[ids])
         if CRITERIA[name].needs == "router change":

@@ -141,6 +141,12 @@ PLAN_ACCEPTS = {
 PLAN_INSIDE = {f"plan.{path}": accepted for path, accepted in PLAN_ACCEPTS.items()} | {"plan.details.": ANYTHING}
 
 COUNTS = {"format": "secateur-stats", "version": 1, "layers": {"0": {"num_tokens": 3, "token_count": [1, 2]}}}
+LAYER_HEADER = {
+    "__metadata__": {"format": "secateur-stats/3"},
+    "layers.0.token_count": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]},
+    "layers.0.num_tokens": {"dtype": "I64", "shape": [1], "data_offsets": [16, 24]},
+    "layers.0.output_sum": {"dtype": "F64", "shape": [2, 1], "data_offsets": [24, 40]},
+}
 SUMS = {
     "format": "secateur-stats",
     "version": 2,
@@ -220,11 +226,12 @@ def write_as_header(path: Path, header: bytes) -> None:
     write_over(path, struct.pack("<Q", len(header)) + header + bytes(8))
 
 
-def write_layer(path: Path, text: bytes) -> None:
+def write_layer(path: Path, header: bytes) -> None:
     """Where an unfinished pass over data keeps the statistics of layer 0."""
     layers = path.parent / ".out.work/layers"
     layers.mkdir(parents=True, exist_ok=True)
-    write_over(layers / "0.json", text)
+    data = struct.pack("<2qq2d", 1, 2, 3, 0.5, 0.25)
+    write_over(layers / "0.safetensors", struct.pack("<Q", len(header)) + header + data)
 
 
 def read_note(kind: Any) -> Callable[[Path], object]:
@@ -318,8 +325,8 @@ RECORDS = {
         file="stats.json",
         sample=SUMS,
         read=read_json_text(RouterStats.from_json),
-        accepts={f"layers.0.{name}": OPTIONAL for name in stats.SUMS}
-        | {f"layers.0.{name}[{expert}]": POSITIVE for name in stats.SUMS for expert in range(2)}
+        accepts={f"layers.0.{name}": OPTIONAL for name in stats.DEFAULT_SUMS}
+        | {f"layers.0.{name}[{expert}]": POSITIVE for name in stats.DEFAULT_SUMS for expert in range(2)}
         | {f"layers.0.{name}[{expert}]": NUMBERS for name in SIGNED for expert in range(2)},
     ),
     "origin of statistics": Record(
@@ -620,8 +627,8 @@ RECORDS = {
         is_required=False,
     ),
     "a layer of an observation": Record(
-        file="0.json",
-        sample=COUNTS,
+        file="0.safetensors",
+        sample=LAYER_HEADER,
         read=lambda path: WorkFolder(path.parent / "out").load_layer(0),
         write=write_layer,
     ),

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.observation import activations
 from secateur.observation.activations import ActivationObserver, LayerObserver
-from secateur.stats import SUMS, RouterStats
+from secateur.stats import DEFAULT_SUMS, SUMS, RouterStats
 from support.tiny_models import NUM_EXPERTS, TOP_K, every_family, random_tokens, tiny_model
 
 Calls = dict[
@@ -83,7 +83,7 @@ def brute_force(
     """Every field of the statistics, by running each expert on each of its tokens alone."""
     stats = {}
     for layer, recorded in calls.items():
-        found: dict[str, list[float]] = {name: [0.0] * moe.counts[layer] for name in ("token_count", *SUMS)}
+        found: dict[str, list[float]] = {name: [0.0] * moe.counts[layer] for name in ("token_count", *DEFAULT_SUMS)}
         for hidden, index, gates in recorded:
             for token in range(len(hidden)):
                 if keep is not None and not keep[token]:
@@ -105,7 +105,7 @@ def assert_stats(stats: RouterStats, expected: dict[int, dict[str, list[float]]]
     assert stats.layers.keys() == expected.keys()
     for layer, one in stats.layers.items():
         assert one.token_count.tolist() == expected[layer]["token_count"]
-        assert list(one.sums) == list(SUMS)
+        assert list(one.sums) == list(DEFAULT_SUMS)
         for name, values in one.sums.items():
             assert values.tolist() == pytest.approx(expected[layer][name], rel=rel, abs=1e-9), (layer, name)
 
@@ -219,7 +219,7 @@ def test_batches_add_up_to_one_pass_over_all_tokens() -> None:
 
 def test_one_pass_serves_every_criterion_on_data() -> None:
     moe = describe_moe(vivid("mixtral"))
-    observer = ActivationObserver(moe)
+    observer = ActivationObserver(moe, sums=SUMS)
     logits(moe.model, random_tokens(2, 12))
     stats = observer.read()
     for name, criterion in CRITERIA.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,22 +25,32 @@ class Pass:
 
 
 def prepare(
-    folder: ModelFolder, asked: DataOptions, out: Path, *, device: str, show: bool, restart: bool = False
+    folder: ModelFolder,
+    asked: DataOptions,
+    out: Path,
+    *,
+    device: str,
+    show: bool,
+    restart: bool = False,
+    sums: Sequence[str] = (),
 ) -> Pass:
     """The pass that writes the statistics file `out`.
 
     Args:
-        show: a bar. restart: throw away what an interrupted pass left, which else is gone on with.
+        show: a bar. restart: throw away what an interrupted pass left, which else is gone on with. sums: to
+            record beside those by default.
 
     Raises:
         SecateurError: the data or the model cannot be used, or not together.
     """
     from secateur.model_folder.read.modality import modality_of
 
-    return KINDS[modality_of(folder)](folder, asked, out, device, show, restart)
+    return KINDS[modality_of(folder)](folder, asked, out, device, show, restart, sums)
 
 
-def _over_text(folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_text(
+    folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool, sums: Sequence[str]
+) -> Pass:
     from secateur.model_folder.measure.on_text import TextObservation
 
     drawn = asked.text(folder.files.path)
@@ -51,6 +61,7 @@ def _over_text(folder: ModelFolder, asked: DataOptions, out: Path, device: str, 
         batch_size=asked.text_batch_size,
         activations="auto" if asked.activations is None else asked.activations.value,
         device=device,
+        sums=sums,
     )
 
     def take() -> Observation:
@@ -66,23 +77,27 @@ def _over_text(folder: ModelFolder, asked: DataOptions, out: Path, device: str, 
         "bytes_to_read": costs.read_bytes,
         "activation_bytes": costs.hidden_bytes,
         "activations": "memory" if costs.in_memory else "disk",
+        "sums_bytes": costs.sums_bytes,
         "peak_memory_bytes_estimated": costs.peak_bytes,
         "goes_on": run.goes_on and not restart,
     }
     return Pass(data=data | {"batch_size": asked.text_batch_size}, about=about, take=take)
 
 
-def _over_images(folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool) -> Pass:
+def _over_images(
+    folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool, sums: Sequence[str]
+) -> Pass:
     from secateur.model_folder.measure.image_batches import MOST
     from secateur.model_folder.measure.on_images import ImageObservation
 
-    run = ImageObservation(folder, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device)
+    run = ImageObservation(folder, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device, sums=sums)
 
     def take() -> Observation:
         with batches_bar("observing", show=show) as on_step:
             return run.observe(on_step=on_step)
 
     about = {"layers": folder.config.num_layers, "moe_layers": list(folder.counts), "data": run.data}
+    about["sums_bytes"] = run.sums_bytes
     return Pass(data=run.data, about=about, take=take)
 
 

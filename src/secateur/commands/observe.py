@@ -34,6 +34,10 @@ def observe(
     split: data_options.Split = None,
     activations: data_options.Activations = None,
     device: data_options.Device = "auto",
+    sums: Annotated[
+        list[str] | None,
+        typer.Option("--sums", help="Record a further sum, such as output_sum. Repeatable; see docs/observe.md."),
+    ] = None,
     sglang: Annotated[
         Path | None,
         typer.Option("--sglang", help="Run nothing; take the counts that SGLang recorded in this .pt file."),
@@ -58,13 +62,15 @@ def observe(
     check_new_file(out, force, *(source for source in (model, sglang) if source is not None))
     if sglang is not None and data:
         raise SecateurError("--sglang and --data: a recording needs no text")
+    if sglang is not None and sums:
+        raise SecateurError("--sglang and --sums: a recording holds counts only")
     folder = read_model_folder(model)
     if sglang is not None:
         result = _recorded(folder, sglang, out, dry_run)
     else:
         asked = taken_from(locals(), DataOptions)
         show = not (quiet or as_json or dry_run)
-        ready = prepare(folder, asked, out, device=device_named(device), show=show, restart=restart)
+        ready = prepare(folder, asked, out, device=device_named(device), show=show, restart=restart, sums=sums or ())
         result = ready.about | ({} if dry_run else _seen(ready.take()))
     result = {"format": "secateur-observe", "version": 1, "model": str(model), "out": str(out), **result}
     if as_json:
@@ -116,6 +122,8 @@ def _summary(result: dict[str, Any], dry_run: bool) -> str:
             f"{in_words(result['activation_bytes'])} of activations "
             f"{'in memory' if result['activations'] == 'memory' else 'on the disk, twice that for a while'}"
         )
+    if result.get("sums_bytes"):
+        lines.append(f"{in_words(result['sums_bytes'])} of sums on request, in memory and in the file")
     if result.get("goes_on"):
         lines.append(f"{'would go' if dry_run else 'went'} on with an interrupted run")
     if result.get("mtp_layers_not_run"):

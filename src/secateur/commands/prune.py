@@ -92,7 +92,7 @@ def prune(
     asked = taken_from(locals(), DataOptions)
 
     def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
-        ready = prepare(folder, asked, stats, device=device_named(device), show=show)
+        ready = prepare(folder, asked, stats, device=device_named(device), show=show, sums=choice.sums)
         return ready.data, ready.take
 
     with _bars(show=show) as on_progress:

@@ -11,7 +11,7 @@ from secateur.criteria import CRITERIA, Criterion
 from secateur.criteria.router_change import RouterChange
 from secateur.criteria.weights import WeightStats
 from secateur.errors import SecateurError
-from secateur.stats import RouterStats
+from secateur.stats import DEFAULT_SUMS, SUMS, RouterStats
 
 Weights = Mapping[int, WeightStats] | Mapping[int, RouterChange]
 KINDS = {"expert weights": WeightStats, "router weights": WeightStats, "router change": RouterChange}
@@ -108,7 +108,11 @@ def _checked_stats(
     present = ("token_count", *stats.sums)
     missing = [field for field in needs if field not in present]
     if missing:
-        raise SecateurError(f"{where} needs {', '.join(missing)}, but the statistics have only {', '.join(present)}")
+        asked = [f"--sums {field}" for field in missing if field in SUMS and field not in DEFAULT_SUMS]
+        raise SecateurError(
+            f"{where} needs {', '.join(missing)}, but the statistics have only {', '.join(present)}"
+            + (f"; observe the model with {' '.join(asked)}" if asked else "")
+        )
     for layer in num_experts:
         if not stats.layers[layer].token_count.any():
             raise SecateurError(f"{where}, layer {layer}: token_count is 0 for every expert, expected some tokens")

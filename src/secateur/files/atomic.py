@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def atomic_write(path: Path | str, content: str | bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk, then rename it into place.
+def atomic_write(path: Path | str, content: str | bytes | Iterable[bytes | memoryview]) -> None:
+    """Write `content`, or its pieces one after another, beside `path`, flush it to the disk, then rename it into place.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; an existing `path` is untouched.
     """
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    pieces = [content] if isinstance(content, bytes) else content
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     # Not tempfile, which would take the file from everybody but its owner.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -82,14 +82,28 @@ def header_end(data: bytes) -> int:
     return LENGTH.size + LENGTH.unpack(data[: LENGTH.size])[0] if len(data) >= LENGTH.size else LENGTH.size
 
 
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands in front of tensors that follow each other without gaps, {name: (dtype, shape)} in their order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return _packed(header)
+
+
 def with_sorted_metadata(data: bytes) -> bytes:
     """A safetensors file with the texts of its header in order of their names; the library's order varies."""
     (length,) = LENGTH.unpack(data[: LENGTH.size])
     header = json.loads(data[LENGTH.size : LENGTH.size + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    return _packed(header) + data[LENGTH.size + length :]
+
+
+def _packed(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % LENGTH.size)
-    return LENGTH.pack(len(text)) + text + data[LENGTH.size + length :]
+    text += b" " * (-len(text) % LENGTH.size)  # tensors begin at a multiple of eight bytes
+    return LENGTH.pack(len(text)) + text
 
 
 def _checked(header: Any, data_start: int, size: int) -> Header:

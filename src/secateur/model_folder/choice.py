@@ -79,6 +79,12 @@ class Choice:
         by_criterion = self.criterion == LAEP or find_criterion(self.criterion).needs_data
         return by_criterion or self.allocation == LAEP or bool(self.protect)
 
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The sums that the criterion reads."""
+        needs = () if self.criterion == LAEP else find_criterion(self.criterion).needs
+        return tuple(name for name in needs if name != "token_count") if isinstance(needs, tuple) else ()
+
 
 def decide_plan(source: Source, choice: Choice, *, on_bytes: OnProgress = silent) -> Plan:
     """The plan that `choice` makes of `source`.

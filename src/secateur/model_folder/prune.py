@@ -62,7 +62,8 @@ def prune(
     """Prune a model folder into the new folder `out`.
 
     What is finished lies in a hidden folder beside `out` until all is; a start with the same data goes on from there,
-    also with another criterion or another number of experts, since the statistics serve them all.
+    also with another criterion or another number of experts, since the statistics serve them all. Where they lack a
+    sum that the criterion reads, the model is observed again.
 
     Args:
         pretrained: the folder of the model that this one was fine-tuned from, where `choice` compares the two.
@@ -121,7 +122,7 @@ def prune(
         kept = work.before and work.before.data  # of statistics that this start may not need, and the next one may
         work.note(msgspec.structs.asdict(asked) | {"data": asked.data or kept})
         if take is not None:
-            if not stats.is_file():
+            if not stats.is_file() or set(choice.sums) - set(Observation.load(stats).stats.sums):
                 take()
             source = of_observation(Observation.load(stats), found, str(stats))
         try:

@@ -14,10 +14,9 @@ Legend: T tokens of a call, K top-k, S = T * K token-slots, E experts, D model w
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,9 +26,18 @@ from torch.utils.hooks import RemovableHandle
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
 from secateur.observation.call import ExpertsCall, read_call, tokens_and_mask
-from secateur.stats import LayerStats, RouterStats
+from secateur.observation.running_sums import RunningSums
+from secateur.observation.shown import (
+    ROWS,
+    as_routed,
+    implementation_of,
+    needs_neurons,
+    neurons_shown,
+    outputs_shown,
+)
+from secateur.stats import SUMS, LayerStats, RouterStats, Seen, recorded
+from secateur.stats.sums import NO_NEURONS, ByRouter
 
-ADDED = ("weight_sum", "norm_sum", "norm_square_sum", "weighted_norm_sum")
 TOLERANCE = 0.02  # above what sums in bfloat16 lose, far below what gates on wrong outputs change
 
 
@@ -40,18 +48,23 @@ class ActivationObserver:
     `pixel_values`.
     """
 
-    def __init__(self, moe: MoEModel) -> None:
+    def __init__(self, moe: MoEModel, *, sums: Iterable[str] = ()) -> None:
         """
+        Args:
+            sums: names in `stats.SUMS` to record beside those by default.
+
         Raises:
-            SecateurError: the model is split over ranks, none of which sees whole outputs of experts.
+            SecateurError: the model is split over ranks, none of which sees whole outputs of experts; no such sum, or
+                one that cannot be observed in these experts.
         """
+        sums = tuple(sums)
         split = getattr(moe.model.config, "distributed_config", None)
         if split is not None and max(split.tp_size, split.ep_size, split.pp_size) > 1:
             raise SecateurError(f"activations are observed on whole experts, found a model that is split: {split}")
         for block in moe.blocks.values():
-            check_observable(block)
+            check_observable(block, sums)
         self._signature = inspect.signature(moe.model.forward)
-        self.layers = {layer: LayerObserver(block) for layer, block in moe.blocks.items()}
+        self.layers = {layer: LayerObserver(block, sums=sums) for layer, block in moe.blocks.items()}
         if moe.model.main_input_name == "pixel_values":
             self._handles = [
                 handle
@@ -65,7 +78,7 @@ class ActivationObserver:
             ]
 
     def read(self) -> RouterStats:
-        """The statistics so far, with every field, on the host.
+        """The statistics so far, on the host.
 
         Raises:
             SecateurError: a layer recorded nothing, or an output or gate was not finite.
@@ -98,12 +111,17 @@ class LayerObserver:
     add up to the layer's.
     """
 
-    def __init__(self, block: MoEBlock) -> None:
+    def __init__(self, block: MoEBlock, *, sums: Iterable[str] = ()) -> None:
         """
+        Args:
+            sums: names in `stats.SUMS` to record beside those by default.
+
         Raises:
-            SecateurError: the experts are split over ranks, or observed already.
+            SecateurError: the experts are split over ranks, or observed already; no such sum, or one that cannot be
+                observed in these experts.
         """
-        check_observable(block)
+        names = recorded(sums)
+        check_observable(block, names)
         self._block = block
         self._experts: Any = block.experts
         self._forward: Callable[..., Tensor] = block.experts.forward
@@ -112,7 +130,11 @@ class LayerObserver:
         self._running = self._checked = False
         self._keep: Tensor | None = None
         self._routed: int | None = None
-        self._sums: _Sums | None = None
+        self._sums = RunningSums(names, block.num_experts)
+        self._shows_neurons = needs_neurons(names)
+        self._handles: list[RemovableHandle] = []
+        if any(isinstance(SUMS[name].measure, ByRouter) for name in names):
+            self._handles.append(block.router.register_forward_pre_hook(self._router_called, with_kwargs=True))
 
     def start(self, keep: Tensor | None = None, *, routed: int | None = None) -> None:
         """Record the calls from now on.
@@ -129,21 +151,22 @@ class LayerObserver:
         self._running, self._keep = False, None
 
     def read(self) -> LayerStats:
-        """The sums so far, with every field of LayerStats.
+        """The sums so far.
 
         Raises:
             SecateurError: nothing was recorded, or an output or gate was not finite.
         """
-        if self._sums is None:
+        if self._sums.is_empty:
             raise SecateurError(f"{self._block.name}.experts never ran while they were observed in evaluation mode")
         try:
-            found = self._sums.read()
-            return found if self._routed is None else dataclasses.replace(found, num_tokens=self._routed)
+            return self._sums.read(self._routed)
         except SecateurError as error:
             raise SecateurError(f"{self._block.name}.experts: {error}") from None
 
     def detach(self) -> None:
         """Leave the module as it was found."""
+        for handle in self._handles:
+            handle.remove()
         del vars(self._experts)["forward"]
         if self._own_forward is not None:
             vars(self._experts)["forward"] = self._own_forward
@@ -152,29 +175,63 @@ class LayerObserver:
         if not self._running:
             return self._forward(*args, **kwargs)
         call = read_call(f"{self._block.name}.experts", args, kwargs)
-        rows = ROWS.get(_implementation(self._experts))
+        rows = ROWS.get(implementation_of(self._experts))
         shown: list[Tensor] = []  # (S, D) outputs before the gates
-        with _outputs_shown(self._experts, shown) if rows is not None else nullcontext():
+        neurons: list[Tensor] = []  # (S, F) what the down projection is given
+        with ExitStack() as stack:
+            if rows is not None:
+                stack.enter_context(outputs_shown(self._experts, shown))
+                if self._shows_neurons:
+                    stack.enter_context(neurons_shown(self._experts, neurons))
             result = self._forward(*args, **kwargs)
         with torch.no_grad():
             if rows is None or not shown:
-                rows, shown = _as_routed, [call.slot_by_slot(self._forward)]
-            self._record(shown[0], rows(call.index), call, result)
+                rows, shown, neurons = as_routed, [call.slot_by_slot(self._forward)], []
+            self._record(shown[0], neurons[0] if neurons else None, rows(call.index), call, result)
         return result
 
-    def _record(self, outputs: Tensor, order: Tensor, call: ExpertsCall, result: Tensor) -> None:
+    def _record(
+        self, outputs: Tensor, neurons: Tensor | None, order: Tensor, call: ExpertsCall, result: Tensor
+    ) -> None:
         index = call.index
         gates, experts = call.gates.reshape(-1)[order], index.reshape(-1)[order].to(torch.int64)
         tokens = order // index.shape[1]
         if not self._checked:
             self._check(outputs, gates, tokens, result)
             self._checked = True
-        if self._sums is None:
-            self._sums = _Sums(self._block.num_experts, outputs.device)
-        keep = None if self._keep is None else self._keep.to(outputs.device)
-        if keep is not None and len(keep) != len(index):
-            raise SecateurError(f"{self._block.name}.experts: ran on {len(index)} tokens, but the mask has {len(keep)}")
-        self._sums.add(outputs, gates, experts, len(index), keep, tokens)
+        keep = self._kept(len(index), "experts", outputs.device)
+        if keep is not None:
+            experts = experts.masked_fill(~keep[tokens], self._block.num_experts)
+        seen = Seen(
+            name=f"{self._block.name}.experts",
+            num_experts=self._block.num_experts,
+            outputs=outputs,
+            gates=gates.double(),
+            experts=experts,
+            tokens=tokens,
+            inputs=call.tokens,
+            activations=neurons,
+            by_pairs=self._routed is not None,
+        )
+        self._sums.add_call(seen, keep)
+
+    def _router_called(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._running:
+            return
+        given = next(iter((*args, *kwargs.values())), None)
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            raise SecateurError(f"{self._block.name}: expected its router to be called with tokens first")
+        with torch.no_grad():
+            tokens = given.reshape(-1, given.shape[-1])
+            self._sums.add_router_call(tokens, self._kept(len(tokens), "router", tokens.device))
+
+    def _kept(self, num_tokens: int, what: str, device: torch.device) -> Tensor | None:
+        """(T,) the mask of a call with so many tokens."""
+        if self._keep is not None and len(self._keep) != num_tokens:
+            raise SecateurError(
+                f"{self._block.name}.{what}: ran on {num_tokens} tokens, but the mask has {len(self._keep)}"
+            )
+        return None if self._keep is None else self._keep.to(device)
 
     def _check(self, outputs: Tensor, gates: Tensor, tokens: Tensor, result: Tensor) -> None:
         result = result.reshape(-1, outputs.shape[1]).float()
@@ -185,7 +242,8 @@ class LayerObserver:
             raise SecateurError(
                 f"{self._block.name}.experts: the observed outputs do not add up to the layer's output (a difference "
                 f"of {difference:.3g} in {size:.3g}), so this experts implementation "
-                f"({_implementation(self._experts)}) cannot be observed; try model.set_experts_implementation('eager')"
+                f"({implementation_of(self._experts)}) cannot be observed; try "
+                "model.set_experts_implementation('eager')"
             )
 
 
@@ -202,83 +260,11 @@ def _around(layer: nn.Module, observer: LayerObserver) -> list[RemovableHandle]:
     return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
 
 
-def check_observable(block: MoEBlock) -> None:
-    """Raises SecateurError when the experts are split over ranks (none sees whole outputs), or observed already."""
+def check_observable(block: MoEBlock, sums: Iterable[str] = ()) -> None:
+    """Raises SecateurError when experts are split over ranks (none sees all), observed already, or hide a sum."""
     if getattr(block.experts, "_is_expert_parallel", False):
         raise SecateurError(f"{block.name}.experts are split over ranks; activations are observed on whole experts")
     if isinstance(getattr(block.experts.forward, "__self__", None), LayerObserver):
         raise SecateurError(f"{block.name}.experts are observed already; detach the first observer")
-
-
-class _Sums:
-    """The accumulators of one layer, on the device; the last row of each takes padding."""
-
-    def __init__(self, num_experts: int, device: torch.device) -> None:
-        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._count = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
-        self._added = torch.zeros(num_experts + 1, len(ADDED), dtype=torch.float64, device=device)
-        self._max = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
-
-    def add(
-        self, outputs: Tensor, gates: Tensor, experts: Tensor, num_tokens: int, keep: Tensor | None, tokens: Tensor
-    ) -> None:
-        """outputs (S, D), gates, experts and tokens (S,) of the slots in one order; keep (T,) bool."""
-        if keep is not None:
-            experts = experts.masked_fill(~keep[tokens], len(self._count) - 1)
-        self._num_tokens += num_tokens if keep is None else keep.sum()
-        wide = torch.promote_types(outputs.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=wide).double()
-        largest = torch.maximum(outputs.amax(-1), outputs.amin(-1).neg()).double()
-        gates = gates.double()
-        self._count.scatter_add_(0, experts, torch.ones_like(experts))
-        self._added.index_add_(0, experts, torch.stack((gates, norms, norms.square(), gates * norms), dim=-1))
-        self._max.scatter_reduce_(0, experts, largest, "amax")
-
-    def read(self) -> LayerStats:
-        return LayerStats(
-            num_tokens=int(self._num_tokens),
-            token_count=self._count[:-1],
-            max_activation=self._max[:-1],
-            **dict(zip(ADDED, self._added[:-1].unbind(dim=1), strict=True)),
-        )
-
-
-def _sorted_by_expert(index: Tensor) -> Tensor:
-    """The very sort of the grouped experts function, in which slots of one expert may come in any order."""
-    return torch.sort(index.reshape(-1)).indices
-
-
-def _as_routed(index: Tensor) -> Tensor:
-    return torch.arange(index.numel(), device=index.device)
-
-
-# experts implementation of transformers -> the slot (token * K + k) of each row that `post_expert_norm` sees
-ROWS: dict[str | None, Callable[[Tensor], Tensor]] = {"grouped_mm": _sorted_by_expert, "batched_mm": _as_routed}
-
-
-def _implementation(experts: Any) -> str | None:
-    """The experts function that transformers runs in place of the module's forward, None for a family without."""
-    if not hasattr(experts, "has_post_expert_norm"):
-        return None
-    name: str | None = experts.config._experts_implementation
-    return name
-
-
-@contextmanager
-def _outputs_shown(experts: Any, shown: list[Tensor]) -> Iterator[None]:
-    """While it lasts, the experts function of transformers appends its (S, D) outputs before the gates to `shown`."""
-    had_norm = experts.has_post_expert_norm
-    norm = experts.post_expert_norm if had_norm else None
-
-    def show(outputs: Tensor) -> Tensor:
-        outputs = outputs if norm is None else norm(outputs)
-        shown.append(outputs)
-        return outputs
-
-    # The instance's own dictionary hides a submodule of that name without touching it.
-    vars(experts).update(has_post_expert_norm=True, post_expert_norm=show)
-    try:
-        yield
-    finally:
-        del vars(experts)["post_expert_norm"]
-        vars(experts)["has_post_expert_norm"] = had_norm
+    if needs_neurons(sums) and implementation_of(block.experts) not in ROWS:
+        raise SecateurError(f"{block.name}.experts: {NO_NEURONS}")

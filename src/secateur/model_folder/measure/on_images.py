@@ -6,6 +6,7 @@ model of images that does not fit is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from secateur.model_folder.read.load import load_whole, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
+from secateur.observation.shown import needs_neurons
+from secateur.stats import DEFAULT_SUMS, recorded
+from secateur.stats.sums import NO_NEURONS, bytes_of
 
 
 class ImageObservation:
-    """One observation of a model folder: `data` says on what, `observe` does it. Nothing is kept for a restart."""
+    """One observation of a model folder: `data` says on what, `sums_bytes` what further sums take, `observe` does it.
+
+    Nothing is kept for a restart.
+    """
 
     def __init__(
         self,
@@ -35,16 +42,23 @@ class ImageObservation:
         *,
         batch_size: int | None = None,
         device: str = "cpu",
+        sums: Sequence[str] = (),
     ) -> None:
         """
         Args:
-            out: the file that `observe` writes. batch_size: images that go through the model together.
+            out: the file that `observe` writes. batch_size: images that go through the model together. sums: names in
+                `stats.SUMS` to record beside those by default.
 
         Raises:
-            SecateurError: see `batches_for` and `check_fits_in_memory`.
+            SecateurError: see `batches_for` and `check_fits_in_memory`; no such sum, or one inside the experts.
         """
         check_fits_in_memory(folder)
         self._found, self._out, self._device = folder, out, device
+        self._sums = [name for name in recorded(sums) if name not in DEFAULT_SUMS]
+        if needs_neurons(self._sums):
+            raise SecateurError(f"{folder.files.path}: {NO_NEURONS}")
+        width = int(folder.config.text.hidden_size)
+        self.sums_bytes = sum(bytes_of(self._sums, {"E": count, "D": width}) for count in folder.counts.values())
         self.batches: ImageBatches = batches_for(folder, drawn.images, batch_size)
         self.data: dict[str, Any] = drawn.about | {"batch_size": self.batches.size}
 
@@ -56,7 +70,7 @@ class ImageObservation:
             OSError: the disk refused; nothing half-written has the name of the result.
         """
         model = loaded(self._found, self._device)
-        observer = ActivationObserver(describe_moe(model))
+        observer = ActivationObserver(describe_moe(model), sums=self._sums)
         with torch.no_grad():
             for step, (pixel_values, _) in enumerate(self.batches, start=1):
                 model(pixel_values=pixel_values.to(self._device))

@@ -23,9 +23,11 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.resume import WorkFolder
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import DiskStates, MemoryStates
-from secateur.observation.activations import LayerObserver
+from secateur.observation.activations import LayerObserver, check_observable
 from secateur.observation.observation import Observation
-from secateur.stats import LayerStats, RouterStats
+from secateur.observation.shown import axis_sizes
+from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats, recorded
+from secateur.stats.sums import bytes_of
 
 Activations = Literal["auto", "memory", "disk"]
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")
@@ -39,7 +41,8 @@ class Costs:
 
     read_bytes: from the files. hidden_bytes: of the hidden states between two layers. peak_bytes: of memory, about,
     without what the forward of one batch needs: tensors outside the layers, the largest layer while it is stacked, and
-    the hidden states if they stay in memory. in_memory: whether they do.
+    the hidden states if they stay in memory, and with those sums. in_memory: whether hidden states do.
+    sums_bytes: of the sums that are recorded on request, of all layers.
     """
 
     num_layers: int
@@ -49,6 +52,7 @@ class Costs:
     hidden_bytes: int
     peak_bytes: int
     in_memory: bool
+    sums_bytes: int
 
 
 class TextObservation:
@@ -63,16 +67,18 @@ class TextObservation:
         batch_size: int = 8,
         activations: Activations = "auto",
         device: str = "cpu",
+        sums: Sequence[str] = (),
     ) -> None:
         """
         Args:
             out: the file that `observe` writes. activations: where hidden states wait between layers. In memory they
                 are lost with the process; auto takes that for a model that would fit in memory as a whole, where a run
-                is soon done again, and the disk for others.
+                is soon done again, and the disk for others. sums: names in `stats.SUMS` to record beside those by
+                default.
 
         Raises:
             SecateurError: a family that cannot be observed, a quantised or damaged model, sequences longer than the
-                model takes, or tokens that it does not know.
+                model takes, or tokens that it does not know; no such sum, or one that these experts do not show.
         """
         if batch_size < 1:
             raise SecateurError(f"--batch-size {batch_size}, expected at least 1")
@@ -81,6 +87,9 @@ class TextObservation:
         self._found, self._data, self._batch_size, self._device = folder, data, batch_size, device
         self._streamed = StreamedModel(folder, device=device)
         self._blocks = dict(describe_moe(self._streamed.text).blocks)
+        self._sums = [name for name in recorded(sums) if name not in DEFAULT_SUMS]
+        for block in self._blocks.values():
+            check_observable(block, self._sums)
         self._work = WorkFolder(out)
         self._out = out
         self.costs = self._costs(activations)
@@ -118,7 +127,7 @@ class TextObservation:
     def _visit(self, save: Callable[[int, LayerStats], None]) -> Any:
         @contextmanager
         def visit(layer: int, module: nn.Module) -> Iterator[Callable[[Batch], None]]:
-            observer = LayerObserver(self._blocks[layer])
+            observer = LayerObserver(self._blocks[layer], sums=self._sums)
             try:
                 yield lambda batch: observer.start(batch.attention_mask)
                 save(layer, observer.read())
@@ -147,6 +156,7 @@ class TextObservation:
             "data": self._data.to_json(),
             "batch size": self._batch_size,
             "device": self._device,
+            "sums": self._sums,
             "versions": versions(),
         }
 
@@ -159,14 +169,16 @@ class TextObservation:
         loaded = outside + round(STACKING * max(sizes.values()))
         is_small = hidden <= SMALL and why_not_loaded(self._found) is None
         in_memory = activations == "memory" or (activations == "auto" and is_small)
+        sums = sum(bytes_of(self._sums, axis_sizes(block, width)) for block in self._blocks.values())
         return Costs(
             num_layers=self._streamed.num_layers,
             moe_layers=sorted(self._blocks),
             num_tokens=self._data.num_tokens,
             read_bytes=outside + sum(sizes.values()),
             hidden_bytes=hidden,
-            peak_bytes=loaded + (hidden if in_memory else 0),
+            peak_bytes=loaded + sums + (hidden if in_memory else 0),
             in_memory=in_memory,
+            sums_bytes=sums,
         )
 
 

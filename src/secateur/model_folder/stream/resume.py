@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
-from secateur.files.json import read_object
 from secateur.files.work_folder import Work, as_noted, differing, work_folder
 from secateur.stats import LayerStats, RouterStats
 
@@ -65,7 +62,7 @@ class WorkFolder:
 
     def save_layer(self, layer: int, stats: LayerStats) -> None:
         """Keep the statistics of a layer."""
-        atomic_write(self._layers / f"{layer}.json", json.dumps(RouterStats(layers={layer: stats}).to_json()))
+        RouterStats(layers={layer: stats}).save(self._layers / f"{layer}.safetensors")
 
     def load_layer(self, layer: int) -> LayerStats:
         """What `save_layer` kept.
@@ -73,9 +70,9 @@ class WorkFolder:
         Raises:
             SecateurError: it is not there, or damaged.
         """
-        path = self._layers / f"{layer}.json"
+        path = self._layers / f"{layer}.safetensors"
         try:
-            return RouterStats.from_json(read_object(path)).layers[layer]
+            return RouterStats.load(path).layers[layer]
         except (SecateurError, KeyError) as error:
             raise SecateurError(f"{path}: not what an unfinished run writes ({error}); use --restart") from error
 
