@@ -34,6 +34,7 @@ from support.tiny_models import tiny_model
 VOCABULARY = 257
 SMALL = ("--samples", "6", "--sequence-length", "16", "--batch-size", "4", "--device", "cpu")
 DISK = ("--activations", "disk")
+EVERY_SUM = tuple(word for name in SUMS for word in ("--sums", name))
 Result = tuple[int, str, str]
 Run = Callable[..., Result]
 
@@ -114,6 +115,40 @@ def test_its_statistics_serve_every_criterion_whose_sums_are_asked_for(folder: P
     assert needed <= {"token_count", *Observation.load(folder / "stats.safetensors").stats.sums}
 
 
+def test_sums_on_request_are_those_of_the_whole_model_on_the_disk_and_in_memory(folder: Path, run: Run) -> None:
+    assert run("--activations", "memory", *EVERY_SUM, "--out", folder / "one")[0] == 0
+    assert run(*DISK, *EVERY_SUM, "--out", folder / "two")[0] == 0
+    assert (folder / "one").read_bytes() == (folder / "two").read_bytes()
+    found = Observation.load(folder / "one")
+    texts = [str(folder / "corpus/prose"), str(folder / "corpus/code")]
+    data = calibrate(load_tokenizer(folder / "model"), texts, samples=6, sequence_length=16)
+    expected, _ = whole_run(loaded(folder / "model"), data.batches(4), sums=tuple(SUMS))
+    assert found.stats.sums == tuple(SUMS)
+    assert found.stats.digest() == expected.digest()
+
+
+def test_a_dry_run_says_what_sums_on_request_take(folder: Path, run: Run) -> None:
+    plain = json.loads(run("--dry-run", "--json")[1])
+    status, out, _ = run("--dry-run", "--json", "--sums", "co_selection", "--sums", "neuron_gram", "--sums", "norm_sum")
+    said = json.loads(out)
+    expected = 3 * 8 * (8 * 8 + 8 * 24 * 24)  # layers, bytes of a number, experts and widths of experts
+    assert (status, plain["sums_bytes"], said["sums_bytes"]) == (0, 0, expected)
+    assert said["peak_memory_bytes_estimated"] - plain["peak_memory_bytes_estimated"] == expected
+    assert "112 kB of sums on request" in run("--dry-run", "--sums", "co_selection", "--sums", "neuron_gram")[1]
+
+
+def test_a_sum_that_there_is_not_is_refused_with_those_there_are(folder: Path, run: Run) -> None:
+    status, _, error = run("--sums", "gram", "--dry-run")
+    said = " ".join(error.split())
+    assert (status, "sum 'gram': expected one of weight_sum, norm_sum" in said, "neuron_gram" in said) == (
+        2,
+        True,
+        True,
+    )
+    status, _, error = run("--sglang", "x.pt", "--sums", "input_gram", data=False, small=False)
+    assert (status, "a recording holds counts only" in error) == (2, True)
+
+
 def test_disk_and_memory_give_the_same_bytes(folder: Path, run: Run) -> None:
     assert run("--activations", "memory", "--out", folder / "one")[0] == 0
     assert run(*DISK, "--out", folder / "two")[0] == 0
@@ -150,6 +185,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, run: Ru
     assert ("went on with an interrupted run" in out) == (name != "while clearing up")
     assert (folder / "stats.safetensors").read_bytes() == (folder / "whole").read_bytes()
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.process
+def test_a_killed_run_with_every_sum_goes_on_and_ends_with_the_same_bytes(folder: Path, run: Run) -> None:
+    assert run(*DISK, *EVERY_SUM, "--out", folder / "whole")[0] == 0
+    assert in_child(in_a_child, words_of(folder, *DISK, *EVERY_SUM), KILLS["in the last layer"]) == -9
+    assert "sums was" in run(*DISK)[2]
+    status, out, error = run(*DISK, *EVERY_SUM)
+    assert (status, error.strip(), "went on with an interrupted run" in out) == (0, "", True)
+    assert (folder / "stats.safetensors").read_bytes() == (folder / "whole").read_bytes()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from secateur import cli
+from secateur.criteria import CRITERIA, Criterion, activation
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
@@ -28,7 +29,7 @@ from secateur.model_folder.rewrite.undo import restore
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
-from secateur.stats import LayerStats, RouterStats
+from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats
 from secateur.surgery.oracle import barred_experts
 from support.faults import Kill
 from support.made_up_sums import sums_like
@@ -176,6 +177,33 @@ def test_statistics_that_are_there_serve_another_plan(folder: Path, monkeypatch:
     choice = Choice(criterion="ean", keep=Keep(count=6))
     result = start(folder, observe=not_again, choice=choice)
     assert (result["report"]["criterion"], result["outcome"]["experts_after"]) == ("ean", 18)
+
+
+@pytest.fixture
+def by_outputs(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A criterion that reads a sum on request."""
+    criterion = Criterion(
+        name="by_outputs", home="activation", needs=("output_sum", "token_count"), source="control", help="a test"
+    )
+    monkeypatch.setattr(activation, "by_outputs", lambda layer: layer.output_sum.norm(dim=1), raising=False)
+    monkeypatch.setitem(CRITERIA, "by_outputs", criterion)
+    return "by_outputs"
+
+
+def test_where_kept_statistics_lack_a_sum_the_model_is_observed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, by_outputs: str
+) -> None:
+    def plain(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+        count = torch.arange(3, 11)
+        layers = {layer: LayerStats(num_tokens=26, token_count=count) for layer in folder.counts}
+        return DATA, lambda: Observation(stats=RouterStats(layers=layers), model=model_facts(folder)).save(stats)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "apply_to_model", refusing_to_write)
+        with pytest.raises(SecateurError, match="no more today"):
+            start(folder, observe=plain, choice=Choice(criterion="frequency", keep=Keep(count=6)))
+    result = start(folder, choice=Choice(criterion=by_outputs, keep=Keep(count=6)))
+    assert result["report"]["criterion"] == by_outputs
 
 
 def test_an_unfinished_pruning_on_other_data_or_of_a_changed_model_is_not_taken_up(
@@ -462,3 +490,10 @@ def test_targets_that_are_not_free_are_refused_and_left_alone(folder: Path, run:
         start(folder)
     assert (folder / "undo/mine").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["source", "undo"]
+
+
+def test_the_command_records_the_sums_that_its_criterion_reads(spoken: Path, run: Run, by_outputs: str) -> None:
+    words = ["--criterion", by_outputs, "--keep", "6", *data_in(spoken), *SHORT, "--verify-tokens", "0"]
+    status, _, err = run(spoken, *words)
+    assert status == 0, err
+    assert Observation.load(spoken / "out/observed/stats.safetensors").stats.sums == (*DEFAULT_SUMS, "output_sum")

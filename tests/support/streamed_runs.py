@@ -52,10 +52,10 @@ def random_data(lengths: Sequence[int] = LENGTHS, *, seed: int = 0) -> Calibrati
 
 @torch.no_grad()
 def whole_run(
-    model: PreTrainedModel, batches: Sequence[Batch], text: PreTrainedModel | None = None
+    model: PreTrainedModel, batches: Sequence[Batch], text: PreTrainedModel | None = None, sums: Sequence[str] = ()
 ) -> tuple[RouterStats, list[Tensor]]:
     """(what ActivationObserver sees, the logits) of a loaded model; `text` is the one in it that holds the experts."""
-    observer = ActivationObserver(describe_moe(text or model))
+    observer = ActivationObserver(describe_moe(text or model), sums=sums)
     try:
         logits = [
             model(input_ids=one.input_ids, attention_mask=one.attention_mask, use_cache=False).logits for one in batches
