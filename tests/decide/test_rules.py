@@ -1,16 +1,12 @@
-"""The table of pruning rules: every option is reachable from everywhere, and a new rule costs two edits."""
+"""The table of pruning rules: every option is reachable from everywhere, with its type, range and help."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
-import json
 import math
 import pickle
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,6 @@ from secateur.pretraining.options import PretrainOptions, parse_pruning
 from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import as_prunings
 from support.rule_ways import WAYS, begun
-from support.small_runs import in_child
 from support.tiny_models import tiny_model
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
@@ -231,54 +226,6 @@ def test_the_settings_of_a_run_hold_the_options_at_the_top_as_they_did() -> None
     saved = PretrainOptions(alpha=math.inf, beta=0.05).to_json()
     found = {name: saved[name] for name in OPTIONS}
     assert found == dict.fromkeys(OPTIONS) | {"alpha": "inf", "beta": 0.05}
-
-
-# The two edits of a new rule: its function behind the others, its row below the others.
-FUNCTION = '''
-
-def drop_count(problem: Problem, *, drop_count: int) -> Allocation:
-    """Drop this many of the least used experts of each layer."""
-    return problem.keep({layer: limits.num_experts - drop_count for layer, limits in problem.limits.items()})
-'''
-ROW = """    drop_count: Annotated[
-        int | None,
-        Row(
-            decides="drop_count",
-            range=Range(accepts=lambda value: value >= 1, expected="a whole number of at least 1"),
-            help="this many of the least used experts of each layer go",
-        ),
-    ]
-"""
-
-
-def ask_in_every_way(source: Path, folder: Path) -> None:
-    """Import Secateur from `source` instead of what was imported, and ask for two experts by the new rule."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("secateur", "support")]:
-        del sys.modules[name]
-    sys.path.insert(0, str(source))
-    ways = importlib.import_module("support.rule_ways")
-    assert ways.OPTIONS is importlib.import_module("secateur.decide.rules").OPTIONS
-    found = {way: ask(folder, "drop_count", 2) for way, ask in ways.WAYS.items()}
-    (folder / "found.json").write_text(json.dumps({"ways": found, "plan": ways.plan(folder, "drop_count", 2)}))
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_a_new_rule_is_a_function_and_a_row_and_then_reachable_from_everywhere(tmp_path: Path) -> None:
-    source = tmp_path / "src" / "secateur"
-    shutil.copytree(Path(secateur.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
-    with (source / "decide" / "by_load.py").open("a") as file:
-        file.write(FUNCTION)
-    table = source / "decide" / "rules.py"
-    before, mark, after = table.read_text().partition("\n\n# The rule of a training that names none.")
-    assert mark
-    table.write_text(f"{before.rstrip()}\n{ROW}{mark}{after}")
-
-    assert in_child(ask_in_every_way, source.parent, tmp_path) == 0
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["ways"] == {way: {"drop_count": 2, "uniform": way == "secateur plan"} for way in WAYS}
-    assert {type(rule["drop_count"]) for rule in found["ways"].values()} == {int}
-    assert {layer: one["order"] for layer, one in found["plan"]["layers"].items()} == {"0": [2, 3], "3": [0, 1]}
 
 
 def test_the_table_is_the_type_of_the_keywords() -> None:
