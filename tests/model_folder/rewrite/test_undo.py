@@ -17,6 +17,7 @@ from secateur.model_folder.rewrite import undo as undo_module
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, kept_tensors
 from secateur.model_folder.rewrite.undo import holds_undo, restore
+from secateur.plans import Plan
 from support.model_folders import INDEX, contents, plan_of, saved, tensors_of
 
 PLAN = plan_of((0, [6, 1, 3]), (2, [2, 5, 7]))
@@ -57,6 +58,12 @@ def test_the_source_comes_back_byte_for_byte(folders: Path) -> None:
     assert sorted(report["files"]) == sorted(source)
     weights = sum(tensor.nbytes for tensor in tensors_of(folders / "source").values())
     assert (report["bytes"], seen[-1]) == (weights, (weights, weights))
+
+
+def test_what_is_saved_is_the_plan_that_was_given_without_the_layers_it_leaves_out(folders: Path) -> None:
+    for path in (folders / "out/report.json", folders / "undo/undo.json"):
+        assert json.loads(path.read_text())["plan"] == PLAN.to_json()
+    assert Plan.load(folders / "out/plan.json").layers.keys() == PLAN.layers.keys() == {0, 2}
 
 
 def test_the_undo_folder_holds_the_dropped_experts_under_their_old_names_and_no_other(folders: Path) -> None:
