@@ -29,6 +29,7 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.model_folder.evaluation.accuracy import difference, scores, summary
 from secateur.model_folder.evaluation.on_images import evaluate_images
+from secateur.model_folder.measure import on_images
 from secateur.model_folder.measure.image_batches import draw
 from secateur.model_folder.measure.on_images import ImageObservation, loaded
 from secateur.model_folder.read import load as load_module
@@ -40,6 +41,7 @@ from secateur.models.vmoe.pixels import FILE, default_pixels, read_pixels
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
+from secateur.stats import DEFAULT_SUMS
 from support.faults import Kill
 from support.flax_files import params, random_arrays, write
 from support.model_folders import contents, saved
@@ -101,6 +103,22 @@ def test_what_a_model_reads_is_told_by_its_type_also_when_it_was_pruned(made: Pa
     observed = ("observe", tmp_path / "out", "--data", made / "images.npz", "--out", tmp_path / "s", "--quiet")
     assert run(*observed)[0] == 0
     assert [len(loads) for loads in Observation.load(tmp_path / "s").stats.loads().values()] == [4, 6]
+
+
+def test_sums_on_request_of_images_are_recorded_or_refused_before_the_model_is_loaded(
+    made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("observe", made / "source", "--data", made / "images.npz", "--out", tmp_path / "s", "--json")
+    status, out, err = run(*words, "--sums", "input_gram", "--sums", "output_sum")
+    assert status == 0, err
+    found = Observation.load(tmp_path / "s").stats
+    assert found.sums == (*DEFAULT_SUMS, "output_sum", "input_gram")
+    assert json.loads(out)["sums_bytes"] == sum(
+        8 * one.sums[name].numel() for one in found.layers.values() for name in ("output_sum", "input_gram")
+    )
+    monkeypatch.setattr(on_images, "loaded", lambda *_: pytest.fail("loaded"))
+    status, _, err = run(*words, "--force", "--sums", "neuron_gram")
+    assert (status, "the activations in front of the down projection are seen in" in err) == (2, True)
 
 
 def test_observe_records_the_model_and_its_images(made: Path, tmp_path: Path, run: Run) -> None:
