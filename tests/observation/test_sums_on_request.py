@@ -117,6 +117,24 @@ def test_every_sum_equals_its_definition_and_no_output_bit_changes(name: str) ->
         assert torch.equal(one.sums["co_selection"].diagonal(), one.token_count.double())
 
 
+def test_the_same_batches_seen_by_one_observer_and_by_three_add_up_to_the_same() -> None:
+    """To 1e-12: the sums of float64 are grouped in another way, the batches compute the same bits."""
+    moe = describe_moe(tiny_model("mixtral").eval())
+    observers = []
+    for batches in (range(3), [0], [1], [2]):
+        observers.append(ActivationObserver(moe, sums=SUMS))
+        for seed in batches:
+            with torch.no_grad():
+                moe.model(input_ids=random_tokens(2, 9, seed=seed), use_cache=False)
+        observers[-1].detach()
+    whole, *parts = (observer.read() for observer in observers)
+    total = parts[2] + parts[0] + parts[1]
+    for layer, one in whole.layers.items():
+        assert torch.equal(total.layers[layer].token_count, one.token_count)
+        for name, value in one.sums.items():
+            torch.testing.assert_close(total.layers[layer].sums[name], value, rtol=1e-12, atol=1e-12)
+
+
 def swiglu(experts: Any, token: Tensor, expert: int) -> Tensor:
     gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
     return functional.silu(gate) * up

@@ -122,9 +122,13 @@ def prune(
         kept = work.before and work.before.data  # of statistics that this start may not need, and the next one may
         work.note(msgspec.structs.asdict(asked) | {"data": asked.data or kept})
         if take is not None:
-            if not stats.is_file() or set(choice.sums) - set(Observation.load(stats).stats.sums):
+            if not stats.is_file():
                 take()
-            source = of_observation(Observation.load(stats), found, str(stats))
+            observed = Observation.load(stats)
+            if set(choice.sums) - set(observed.stats.sums):  # kept by a start with another criterion
+                take()
+                observed = Observation.load(stats)
+            source = of_observation(observed, found, str(stats))
         try:
             plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
         except SecateurError:

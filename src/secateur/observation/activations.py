@@ -1,8 +1,8 @@
-"""Record what the experts of a live model do, in its own forward pass: their gates and the norms of their outputs.
+"""Record what the experts of a live model do, in its own forward pass: the sums of `stats.SUMS`.
 
 transformers' grouped and batched experts functions put the outputs of all token-slots through an optional
 `post_expert_norm` just before they multiply by the gates. While it is observed, an `experts` module has one that
-takes the norms and hands on what it was given: the model computes the same bits, and no expert runs on a token that
+takes note and hands on what it was given: the model computes the same bits, and no expert runs on a token that
 was not routed to it. Experts with another forward (eager, a family of its own kind) run a second time, each
 token-slot as a token of its own with gate 1, because their forward shows nothing but the sum.
 
