@@ -233,28 +233,8 @@ def test_what_headers_alone_refuse_is_refused_without_model_classes(module: str,
     assert run(code) == "[]"
 
 
-# What the documents of 0.1.0 imported by path -> where it is now.
-OLD_PATHS = {
-    "secateur.finetune.options:FinetuneOptions": "secateur.finetuning.options",
-    "secateur.finetune.run:finetune": "secateur.finetuning.run",
-    "secateur.vision:VMoEConfig": "secateur.models.vmoe",
-    "secateur.vision:VMoEForImageClassification": "secateur.models.vmoe",
-    "secateur.vision:VMoEModel": "secateur.models.vmoe",
-    "secateur.vision.flops:flops_per_image": "secateur.models.vmoe.flops",
-    "secateur.vision.pixels:default_pixels": "secateur.models.vmoe.pixels",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("old", OLD_PATHS)
-def test_an_old_import_path_gives_what_the_new_one_gives(old: str) -> None:
-    module, _, name = old.partition(":")
-    assert getattr(importlib.import_module(module), name) is getattr(importlib.import_module(OLD_PATHS[old]), name)
-
-
 def import_all_and_name_the_public(modules: list[str]) -> dict[str, list[str]]:
     """{public name: [its kind, the module that defines it, whether it is that module's]} once all are imported."""
-    import importlib
     import types
 
     for module in modules:
@@ -277,7 +257,7 @@ def import_all_and_name_the_public(modules: list[str]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("reverse", [False, True], ids=["alphabetical", "reversed"])
 def test_public_names_stay_themselves_whatever_modules_are_imported_in_whatever_order(reverse: bool) -> None:
     modules = sorted((f"secateur.{module}" for module in PATHS if module != "__init__"), reverse=reverse)
-    assert {"secateur.finetune.run", "secateur.vision.pixels", "secateur.__main__"} <= set(modules)
+    assert {"secateur.commands.inspect", "secateur.model_folder.prune", "secateur.__main__"} <= set(modules)
     code = (
         "from __future__ import annotations\nimport json, sys\n"
         + inspect.getsource(import_all_and_name_the_public)

@@ -15,7 +15,15 @@ from secateur.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from secateur.decide.rule import Rule
+    from secateur.folder_kinds.apply import apply
+    from secateur.model_folder.checks.claims import verify
+    from secateur.model_folder.evaluation.evaluate import evaluate
+    from secateur.model_folder.measure.observe import observe
+    from secateur.model_folder.read.inspect import inspect
+    from secateur.models.vmoe.convert import convert_vmoe
+    from secateur.placement.every_layer import place
     from secateur.plans import Plan
+    from secateur.reporting.write import report
     from secateur.stats import RouterStats
     from secateur.surgery.events import PruneEvent
     from secateur.surgery.zero_slots import remove_into_zero_slots_
@@ -34,7 +42,15 @@ __all__ = [
     "RouterStats",
     "Rule",
     "SecateurError",
+    "apply",
+    "convert_vmoe",
+    "evaluate",
+    "inspect",
+    "observe",
+    "place",
     "remove_into_zero_slots_",
+    "report",
+    "verify",
 ]
 
 # public name -> module that defines it, imported at first use
@@ -47,7 +63,15 @@ _HOMES = {
     "Pruning": "secateur.train.schedule",
     "RouterStats": "secateur.stats",
     "Rule": "secateur.decide.rule",
+    "apply": "secateur.folder_kinds.apply",
+    "convert_vmoe": "secateur.models.vmoe.convert",
+    "evaluate": "secateur.model_folder.evaluation.evaluate",
+    "inspect": "secateur.model_folder.read.inspect",
+    "observe": "secateur.model_folder.measure.observe",
+    "place": "secateur.placement.every_layer",
     "remove_into_zero_slots_": "secateur.surgery.zero_slots",
+    "report": "secateur.reporting.write",
+    "verify": "secateur.model_folder.checks.claims",
 }
 
 auto_classes.when_auto_classes_load()

@@ -20,7 +20,7 @@ from secateur.data.batch import Batch
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import SecateurError
 from secateur.model_folder.evaluation import on_text as evaluate_module
-from secateur.model_folder.evaluation.on_text import evaluate
+from secateur.model_folder.evaluation.on_text import evaluate_text
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.read import load as load_module
 from secateur.model_folder.rewrite.apply import apply_to_model
@@ -90,10 +90,10 @@ def test_padding_is_not_counted_whatever_its_logits() -> None:
 def test_the_last_token_of_a_vocabulary_is_measured_and_the_one_after_it_is_refused(tmp_path: Path) -> None:
     saved("mixtral", tmp_path / "model")
     ids = torch.tensor([[1, VOCABULARY - 1]])
-    (found,) = evaluate([tmp_path / "model"], [Batch(input_ids=ids)], ["one"])
+    (found,) = evaluate_text([tmp_path / "model"], [Batch(input_ids=ids)], ["one"])
     assert found["tokens"] == 1
     with pytest.raises(SecateurError, match=f"a token of id {VOCABULARY}, but its vocabulary is {VOCABULARY}"):
-        evaluate([tmp_path / "model"], [Batch(input_ids=ids + 1)], ["one"])
+        evaluate_text([tmp_path / "model"], [Batch(input_ids=ids + 1)], ["one"])
 
 
 def test_a_loss_that_is_no_number_and_blocks_without_tokens_are_refused() -> None:
@@ -122,7 +122,7 @@ def batches(vocabulary: int = VOCABULARY) -> list[Batch]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
 def test_the_losses_are_those_of_the_model_itself(stream: bool, made: Path) -> None:
-    (found,) = evaluate([made / "source"], batches(), ["code", "prose"] * 3, stream=stream)
+    (found,) = evaluate_text([made / "source"], batches(), ["code", "prose"] * 3, stream=stream)
     model = loaded(made / "source").eval()
     total = 0.0
     with torch.no_grad():
@@ -138,27 +138,27 @@ def test_the_losses_are_those_of_the_model_itself(stream: bool, made: Path) -> N
 )
 def test_loaded_and_streamed_are_equal_bit_for_bit(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path / "model")
-    ways = [evaluate([tmp_path / "model"], batches(), ["a"] * 6, stream=stream)[0] for stream in (False, True)]
+    ways = [evaluate_text([tmp_path / "model"], batches(), ["a"] * 6, stream=stream)[0] for stream in (False, True)]
     assert ways[0] | {"streamed": True} == ways[1]
 
 
 def test_layers_with_different_counts_are_measured_too(made: Path, tmp_path: Path) -> None:
     apply_to_model(made / "source", plan_of((0, [0, 1, 2]), (2, [3, 4, 5, 6])), tmp_path / "out")
-    ways = [evaluate([tmp_path / "out"], batches(), ["a"] * 6, stream=stream)[0] for stream in (False, True)]
+    ways = [evaluate_text([tmp_path / "out"], batches(), ["a"] * 6, stream=stream)[0] for stream in (False, True)]
     assert ways[0] | {"streamed": True} == ways[1]
 
 
 def test_a_model_is_streamed_where_it_does_not_fit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluate([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is False
+    assert evaluate_text([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is False
     monkeypatch.setattr(load_module, "_free_memory", lambda: 1)
     monkeypatch.setattr(evaluate_module, "loaded_losses", lambda *_: pytest.fail("loaded"))
-    assert evaluate([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is True
+    assert evaluate_text([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is True
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(made: Path) -> None:
     wrong = [Batch(input_ids=torch.tensor([[1, 9999]]))]
     with pytest.raises(SecateurError, match="a token of id 9999, but its vocabulary is"):
-        evaluate([made / "source"], wrong, ["a"])
+        evaluate_text([made / "source"], wrong, ["a"])
 
 
 # --- as it is typed -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from secateur import cli
-from secateur.model_folder.read.inspect import inspect_model
+from secateur.model_folder.read.inspect import inspect
 from support.model_folders import config_of, contents, plan_of, saved, tensors_of, write
 from support.tiny_models import NUM_EXPERTS
 
@@ -34,7 +34,7 @@ def run(
 
 
 def test_it_says_what_the_tensors_say(source: Path) -> None:
-    found = inspect_model(source)
+    found = inspect(source).to_json()
     tensors = tensors_of(source)
     experts = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
     routers = sum(tensor.nbytes for name, tensor in tensors.items() if ".mlp.gate." in name)
@@ -53,7 +53,7 @@ def test_it_says_what_the_tensors_say(source: Path) -> None:
 
 def test_a_stacked_tensor_is_shared_out_among_its_experts(tmp_path: Path) -> None:
     saved("gpt_oss", tmp_path / "source")
-    found = inspect_model(tmp_path / "source")
+    found = inspect(tmp_path / "source").to_json()
     assert set(found["bytes_per_expert"].values()) == {
         (found["bytes"]["experts"] + found["bytes"]["routers"]) // (3 * NUM_EXPERTS)
     }
@@ -68,7 +68,7 @@ def test_it_prints_words_or_json(
     assert "2 of 3 layers have experts, 8 each, top-k 2, 2 router groups, 1 shared" in out
     assert "each of the 2 router groups keeps the same number" in out
     status, out, _ = run(capsys, monkeypatch, "inspect", source, "--json")
-    assert (status, json.loads(out)) == (0, inspect_model(source))
+    assert (status, json.loads(out)) == (0, inspect(source).to_json())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from secateur import cli
 from secateur.commands.place import place as command
-from secateur.placement import METHODS, place, rank_loads
+from secateur.placement import METHODS, milp, place, rank_loads
 from secateur.plans import Plan
 
 WORKED = [100, 90, 60, 50, 40, 30, 20, 10]
@@ -157,16 +158,17 @@ def test_the_help_names_every_method_and_shows_an_example() -> None:
 def test_what_a_solver_prints_does_not_reach_standard_output(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import os
-
-    import secateur.placement
+    solve = milp.milp
 
     def chatty(*arguments: Any, **options: Any) -> Any:
         os.write(1, b"from below")
-        return place(*arguments, **options)
+        return solve(*arguments, **options)
 
-    monkeypatch.setattr(secateur.placement, "place", chatty)
-    assert status(monkeypatch, written(tmp_path), "--ranks", "2", "--json") == 0
+    monkeypatch.setattr(milp, "milp", chatty)
+    loads = written(tmp_path, {0: [9, 9, 8, 7, 6, 5, 5, 4, 4, 3, 2, 2]})
+    assert status(monkeypatch, loads, "--ranks", "3", "--method", "exact", "--json") == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["layers"]
     assert "from below" in captured.err
+    os.write(1, b"later")
+    assert capfd.readouterr() == ("later", "")

@@ -31,7 +31,7 @@ from secateur.finetuning.model import kept_files, load
 from secateur.finetuning.options import FinetuneOptions, in_parts
 from secateur.finetuning.run import WHAT
 from secateur.finetuning.text import pack_domains, text_task
-from secateur.model_folder.evaluation.on_text import evaluate
+from secateur.model_folder.evaluation.on_text import evaluate_text
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.plans import LayerPlan, Plan
@@ -92,7 +92,7 @@ def test_the_loss_before_the_first_step_is_the_one_that_eval_measures(root: Path
     blocks = blocks_of(root)
     batches = [Batch(input_ids=one.long()) for one in blocks.values()]
     domains = [domain for domain, one in blocks.items() for _ in one]
-    (found,) = evaluate([root / "source"], batches, domains)
+    (found,) = evaluate_text([root / "source"], batches, domains)
     measured = record_of(tuned)["evaluations"][0]
     assert measured["loss"] == pytest.approx(found["loss"], abs=1e-5)
     for domain in blocks:
@@ -104,7 +104,7 @@ def test_the_loss_before_the_first_step_is_the_one_that_eval_measures(root: Path
 def test_the_loss_after_the_last_step_is_that_of_the_folder(root: Path, tuned: Path) -> None:
     blocks = blocks_of(root)
     batches = [Batch(input_ids=one.long()) for one in blocks.values()]
-    (found,) = evaluate([tuned], batches, [domain for domain, one in blocks.items() for _ in one])
+    (found,) = evaluate_text([tuned], batches, [domain for domain, one in blocks.items() for _ in one])
     assert record_of(tuned)["evaluations"][-1]["loss"] == pytest.approx(found["loss"], abs=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_the_measured_loss_is_that_of_the_labels_alone(root: Path, tmp_path: Pat
     (before, _) = run(tmp_path, tmp_path / "out", options)["evaluations"]
     blocks = blocks_of(root)
     batches = [Batch(input_ids=one.long()) for one in blocks.values()]
-    (found,) = evaluate([root / "source"], batches, [domain for domain, one in blocks.items() for _ in one])
+    (found,) = evaluate_text([root / "source"], batches, [domain for domain, one in blocks.items() for _ in one])
     assert before["loss"] == pytest.approx(found["loss"], abs=1e-5)  # with the routers' losses it is 1 more
 
 

@@ -10,7 +10,7 @@ import torch
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.model_folder.checks.claims import verify_model
-from secateur.model_folder.read.inspect import inspect_model
+from secateur.model_folder.read.inspect import inspect
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
@@ -45,7 +45,7 @@ def test_the_experts_of_a_folder_are_those_of_the_live_model(kind: str, tmp_path
     block = moe.blocks[0].block
     assert located["expert"] == 2 * sum(one.nbytes for one in block.experts.parameters())
     assert located["router"] == 2 * block.router.weight.nbytes
-    described = inspect_model(tmp_path / "source")
+    described = inspect(tmp_path / "source").to_json()
     assert (described["model_type"], described["class"]) == ("vmoe", "VMoEForImageClassification")
 
 

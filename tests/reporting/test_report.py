@@ -19,7 +19,7 @@ from secateur.reporting.numbers import chosen_layers
 from secateur.reporting.run_data import read_run
 from secateur.reporting.theme import LIGHT
 from secateur.reporting.words import change, count, memory
-from secateur.reporting.write import write_report
+from secateur.reporting.write import report as write_report
 from support.run_folders import STEP_TOKENS, lines_of, make_run, run_json, tiny_run, two_events, write_json
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -63,7 +63,7 @@ class _Page(HTMLParser):
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "pruned", num_layers=2)
-    assert write_report(folder) == folder / "report.html"
+    assert write_report(folder).page == folder / "report.html"
     return folder
 
 

@@ -17,7 +17,7 @@ MAX_TOP_LEVEL_FILES = 12  # Python files beside the folders of src/secateur
 
 # Numbers in, a value out: these use no model and no process group, and import only each other and the ground.
 PURE = ("stats", "criteria", "decide", "plans", "placement", "train.phases")
-GROUND = ("errors", "files", "version")
+GROUND = ("errors", "files", "results", "version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +45,20 @@ ROOMS: dict[str, Room] = {
     "commands": Room(
         question="What does each command of `secateur` take, call and show? One command a file.",
         may_import=_rooms(
-            "finetuning pretraining model_folder model_folder.checks model_folder.evaluation "
-            "model_folder.measure model_folder.rewrite model_folder.read train training_checkpoint reporting "
-            "observation models data placement decide criteria plans files errors"
+            "finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
+            "model_folder.measure model_folder.rewrite model_folder.read train reporting models placement decide "
+            "criteria plans results files errors"
         ),
-    ),
-    "finetune": Room(
-        question="The old import path of `secateur.finetuning`, kept for one release.",
-        may_import=_rooms("finetuning"),
-    ),
-    "vision": Room(
-        question="The old import path of `secateur.models.vmoe`, kept for one release.",
-        may_import=_rooms("models"),
     ),
     "__init__": Room(
         question=(
             "Secateur prunes the experts of Mixture-of-Experts models: while they pre-train, after fine-tuning, as "
             "checkpoints."
         ),
-        may_import=_rooms("train surgery auto_classes decide plans stats version errors"),
+        may_import=_rooms(
+            "folder_kinds model_folder.checks model_folder.evaluation model_folder.measure model_folder.read train "
+            "reporting surgery auto_classes models placement decide plans stats version errors"
+        ),
     ),
     "finetuning": Room(
         question="How does `secateur finetune` train a model folder, of text or of images, pruned or not?",
@@ -77,6 +72,10 @@ ROOMS: dict[str, Room] = {
             "train reporting surgery families modeling_secateur data environment decide plans files errors"
         ),
     ),
+    "folder_kinds": Room(
+        question="Which kind of folder is this, and what applies a plan to it?",
+        may_import=_rooms("model_folder.rewrite model_folder.read training_checkpoint plans results files errors"),
+    ),
     "model_folder": Room(
         question="How does a model folder become a pruned one: from a source to a plan, and all stages in one?",
         may_import=_rooms(
@@ -87,20 +86,22 @@ ROOMS: dict[str, Room] = {
     "model_folder.checks": Room(
         question="Is the result what the plan makes of the source?",
         may_import=_rooms(
-            "model_folder.rewrite model_folder.read surgery observation families modeling_secateur plans files errors"
+            "model_folder.rewrite model_folder.read surgery observation families modeling_secateur plans results "
+            "files errors"
         ),
     ),
     "model_folder.evaluation": Room(
         question="How good is a model folder, on text or on images?",
         may_import=_rooms(
-            "model_folder.measure model_folder.stream model_folder.read observation families models data files errors"
+            "model_folder.measure model_folder.stream model_folder.read observation families models data results "
+            "files errors"
         ),
     ),
     "model_folder.measure": Room(
         question="What do the experts of a model folder do on data, and what do its weights say of them?",
         may_import=_rooms(
-            "model_folder.rewrite model_folder.stream model_folder.read observation families models data "
-            "environment criteria stats files errors"
+            "model_folder.rewrite model_folder.stream model_folder.read observation families models data environment "
+            "criteria stats results files errors"
         ),
     ),
     "model_folder.rewrite": Room(
@@ -115,7 +116,7 @@ ROOMS: dict[str, Room] = {
     ),
     "model_folder.read": Room(
         question="What is in a model folder, and which tensor is whose? Nothing in it is trusted.",
-        may_import=_rooms("surgery families modeling_secateur expert_axis decide files errors"),
+        may_import=_rooms("surgery families modeling_secateur expert_axis decide results files errors"),
     ),
     "train": Room(
         question="When does a training loop prune, what, and on which ranks?",
@@ -130,7 +131,7 @@ ROOMS: dict[str, Room] = {
     ),
     "reporting": Room(
         question="What did a pre-training run do? Figures, numbers and one HTML page, made from its folder.",
-        may_import=_rooms("surgery placement plans files errors"),
+        may_import=_rooms("surgery placement plans results files errors"),
     ),
     "surgery": Room(
         question="How is a plan applied to a live model and its optimizer, and is the result right?",
@@ -156,7 +157,7 @@ ROOMS: dict[str, Room] = {
     ),
     "models": Room(
         question="Which transformers models are Secateur's own? One folder each, with the same file names.",
-        may_import=_rooms("data errors"),
+        may_import=_rooms("data results files errors"),
     ),
     "modeling_secateur": Room(
         question=(
@@ -179,7 +180,7 @@ ROOMS: dict[str, Room] = {
     ),
     "placement": Room(
         question="Which expert-parallel rank holds which expert, and how even is that?",
-        may_import=_rooms("stats files errors"),
+        may_import=_rooms("plans stats results files errors"),
     ),
     "decide": Room(
         question="Which experts stay? From statistics and a goal to a plan.",
@@ -203,6 +204,12 @@ ROOMS: dict[str, Room] = {
     "version": Room(
         question=(
             "The version of Secateur, in the one place from which the package, its metadata and every record take it."
+        ),
+        may_import=(),
+    ),
+    "results": Room(
+        question=(
+            "What a public function gives back: a value with typed fields, its command's JSON, a table in a notebook."
         ),
         may_import=(),
     ),

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from secateur.commands.bars import bytes_bar
+from secateur.commands.bars import stage_bars
 from secateur.commands.plan_options import Removed
-from secateur.errors import SecateurError
+from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
-
-if TYPE_CHECKING:
-    from secateur.plans import Plan
-    from secateur.training_checkpoint.names import Naming
 
 
 def apply(
@@ -32,7 +25,7 @@ def apply(
             help="What the tensors are called: auto, transformers, torchtitan, or a JSON file (docs/engines.md).",
         ),
     ] = "auto",
-    expert_parallel: Annotated[
+    ep: Annotated[
         int,
         typer.Option(
             "--ep", min=1, help="Expert-parallel ranks of the restart: every layer's new count must be a multiple."
@@ -67,105 +60,28 @@ def apply(
 
     Example: `secateur apply models/Qwen3-30B-A3B plan.json --out pruned --undo dropped`
     """
-    from secateur.files.new_folder import check_target
-    from secateur.model_folder.rewrite.undo import holds_undo
-    from secateur.plans import Plan
+    from secateur.folder_kinds.apply import apply as function
 
-    check_target(source, out)
-    show = not (quiet or as_json or dry_run)
-    if holds_undo(plan):
-        if dry_run or undo or mtp or removed or names != "auto" or expert_parallel != 1:
-            raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
-        _restore(source, plan, out, show=show, as_json=as_json, quiet=quiet)
-        return
-    write = _writer(source)
-    decided = _meaning(Plan.load(plan), removed)
-    with bytes_bar("writing", show=show) as on_bytes:
-        report = write(
+    with stage_bars(show=not (quiet or as_json or dry_run)) as on_progress:
+        result = function(
             source,
-            decided,
+            plan,
             out,
+            removed=removed,  # type: ignore[arg-type]  # another meaning is refused by name, as is another mtp
             names=names,
+            ep=ep,
             undo=undo,
-            mtp=mtp,
-            expert_parallel=expert_parallel,
+            mtp=mtp,  # type: ignore[arg-type]
             dry_run=dry_run,
-            on_bytes=on_bytes,
+            on_progress=on_progress,
         )
-    if as_json:
-        print(json.dumps(report, indent=2))
-    elif not quiet:
-        print(_summary(report, out, dry_run))
+    report = result.to_json()
+    words = _restored(report, out) if result.plan is None else _summary(report, out, dry_run)
+    show(result, words, as_json=as_json, quiet=quiet)
 
 
-def _meaning(plan: Plan, removed: str | None) -> Plan:
-    """The plan with what was asked for, where it leaves that open."""
-    if removed is None:
-        return plan
-    if plan.removed not in (None, removed):
-        raise SecateurError(f"--removed {removed}: the plan was made for --removed {plan.removed}")
-    return dataclasses.replace(plan, removed=removed)
-
-
-def _writer(source: Path) -> Callable[..., dict[str, Any]]:
-    """What applies a plan to this kind of folder; another kind of folder is another row."""
-    from secateur.model_folder.read.collector import collector_at_rest
-    from secateur.model_folder.read.tensor_files import holds_model
-
-    with collector_at_rest():
-        from secateur.training_checkpoint.apply import holds_training_checkpoint
-
-    writers = ((holds_training_checkpoint, _apply_to_checkpoint), (holds_model, _apply_to_model))
-    for holds, write in writers:
-        if holds(source):
-            return write
-    raise SecateurError(
-        f"{source}: no training checkpoint in it; expected a .metadata file of torch.distributed.checkpoint, or "
-        "shard-*.safetensors files of transformers' distributed save; and no model, expected config.json and "
-        "safetensors files"
-    )
-
-
-def _apply_to_checkpoint(
-    source: Path, plan: Plan, out: Path, *, names: str, undo: Path | None, mtp: str | None, **options: Any
-) -> dict[str, Any]:
-    from secateur.training_checkpoint.apply import apply_to_checkpoint
-
-    if undo is not None or mtp is not None:
-        raise SecateurError(f"--undo and --mtp: for a model, but {source} is a training checkpoint")
-    return apply_to_checkpoint(source, plan, out, naming=_naming(names), **options)
-
-
-def _apply_to_model(source: Path, plan: Plan, out: Path, *, names: str, **options: Any) -> dict[str, Any]:
-    from secateur.model_folder.rewrite.apply import apply_to_model
-
-    if names != "auto":
-        raise SecateurError(f"--names {names}: for a training checkpoint, but {source} is a model")
-    return apply_to_model(source, plan, out, **options)
-
-
-def _restore(pruned: Path, undo: Path, out: Path, *, show: bool, as_json: bool, quiet: bool) -> None:
-    from secateur.model_folder.rewrite.undo import restore
-
-    with bytes_bar("writing", show=show) as on_bytes:
-        restored = restore(pruned, undo, out, on_bytes=on_bytes)
-    if as_json:
-        print(json.dumps(restored, indent=2))
-    elif not quiet:
-        print(f"restored {out}: {len(restored['files'])} files, {in_words(restored['bytes'])} of weights")
-
-
-def _naming(names: str) -> Naming | None:
-    from secateur.training_checkpoint.names import NAMINGS
-    from secateur.training_checkpoint.names_file import read_naming
-
-    if names == "auto":
-        return None
-    if names in NAMINGS:
-        return NAMINGS[names]
-    if not names.endswith(".json"):
-        raise SecateurError(f"--names {names}: expected auto, {', '.join(NAMINGS)}, or a .json file")
-    return read_naming(Path(names))
+def _restored(restored: dict[str, Any], out: Path) -> str:
+    return f"restored {out}: {len(restored['files'])} files, {in_words(restored['bytes'])} of weights"
 
 
 def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:

@@ -6,10 +6,46 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from secateur.files.progress import OnProgress
+from secateur.files.progress import OnProgress, OnStage
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+
+
+IN_BYTES = ("writing", "comparing", "reading weights")  # stages whose progress is in bytes
+
+
+@contextlib.contextmanager
+def stage_bars(*, show: bool) -> Iterator[OnStage | None]:
+    """One bar a stage: gives what to call with (what is being done, done, in all).
+
+    Of "observing, layer 2 of 3" the stage is what stands before the comma; the rest may change while it lasts.
+    """
+    if not show:
+        yield None
+        return
+    with contextlib.ExitStack() as now:
+        name, before, bar = "", 0, None
+
+        def on_stage(what: str, done: int, total: int) -> None:
+            nonlocal name, before, bar
+            if bar is None or what.partition(",")[0] != name or done < before:
+                now.close()
+                name = what.partition(",")[0]
+                bar = now.enter_context(_bar(*_columns(name), show=True))
+                bar.add_task(what, total=None)
+            before = done
+            bar.update(bar.task_ids[0], description=what, completed=done, total=total)
+
+        yield on_stage
+
+
+def _columns(stage: str) -> tuple[ProgressColumn, ...]:
+    from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    if stage in IN_BYTES:
+        return DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    return MofNCompleteColumn(), TimeRemainingColumn()
 
 
 @contextlib.contextmanager

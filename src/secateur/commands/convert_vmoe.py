@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from secateur.commands.shown import show
 
 
 def convert_vmoe(
@@ -25,6 +26,7 @@ def convert_vmoe(
         float, typer.Option("--capacity-factor", help="Places of an expert, relative to an even load.")
     ] = 1.05,
     group_images: Annotated[int, typer.Option("--group-images", help="Images that are routed together.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Make a model folder of a V-MoE or E3 checkpoint that its authors published (flax, msgpack).
@@ -34,30 +36,14 @@ def convert_vmoe(
 
     Example: `secateur convert-vmoe vmoe_b16_imagenet21k_randaug_strong --top-k 2 --out vmoe-b16`
     """
-    from secateur.errors import SecateurError
-    from secateur.files.atomic import atomic_write, refused_by_the_disk
-    from secateur.files.new_folder import written_beside
-    from secateur.models.vmoe.flax_checkpoint import read_vmoe
-    from secateur.models.vmoe.pixels import FILE, default_pixels
+    from secateur.models.vmoe.convert import convert_vmoe as function
 
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise SecateurError(f"--out {out}: it is there already and not an empty folder")
-    model: Any = read_vmoe(
-        prefix.with_name(prefix.name.removesuffix(".index")),
-        num_experts_per_tok=top_k,
-        members=members,
-        capacity_factor=capacity_factor,
-        eval_capacity_factor=capacity_factor,
-        group_images=group_images,
+    result = function(
+        prefix, out, top_k=top_k, members=members, capacity_factor=capacity_factor, group_images=group_images
     )
-    with written_beside(out) as beside:
-        with refused_by_the_disk(beside):
-            model.save_pretrained(beside)
-        atomic_write(beside / FILE, json.dumps(default_pixels(model.config), indent=2) + "\n")
-    if not quiet:
-        config = model.config
-        print(
-            f"{out}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters, "
-            f"{config.num_experts} experts in {len(config.moe_layers)} of {config.num_hidden_layers} blocks"
-            + (f", {config.ensemble_size} members" if config.ensemble_size > 1 else "")
-        )
+    words = (
+        f"{out}: {result.num_parameters / 1e6:.1f} M parameters, {result.num_experts} experts in "
+        f"{len(result.moe_layers)} of {result.num_layers} blocks"
+    )
+    words += f", {result.members} members" if result.members > 1 else ""
+    show(result, words, as_json=as_json, quiet=quiet)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
 
 
@@ -19,10 +19,10 @@ def inspect(
 
     Example: `secateur inspect models/Qwen3-30B-A3B`
     """
-    from secateur.model_folder.read.inspect import inspect_model
+    from secateur.model_folder.read.inspect import inspect as function
 
-    found = inspect_model(model)
-    print(json.dumps(found, indent=2) if as_json else _summary(found))
+    result = function(model)
+    show(result, _summary(result.to_json()), as_json=as_json, quiet=False)
 
 
 def _summary(found: dict[str, Any]) -> str:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from secateur.commands import data_options
-from secateur.commands.data_options import DataOptions, device_named
-from secateur.commands.data_pass import prepare
-from secateur.commands.new_file import check_new_file
-from secateur.commands.taken import taken_from
-from secateur.errors import SecateurError
+from secateur.commands.bars import stage_bars
+from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
-
-if TYPE_CHECKING:
-    from secateur.model_folder.read.model_folder import ModelFolder
-    from secateur.observation.observation import Observation
 
 
 def observe(
@@ -57,52 +49,30 @@ def observe(
 
     Example: `secateur observe models/Qwen3-30B-A3B --data code=src --data chats.jsonl --out stats.safetensors`
     """
-    from secateur.model_folder.read.model_folder import read_model_folder
+    from secateur.model_folder.measure.observe import observe as function
 
-    check_new_file(out, force, *(source for source in (model, sglang) if source is not None))
-    if sglang is not None and data:
-        raise SecateurError("--sglang and --data: a recording needs no text")
-    if sglang is not None and sums:
-        raise SecateurError("--sglang and --sums: a recording holds counts only")
-    folder = read_model_folder(model)
-    if sglang is not None:
-        result = _recorded(folder, sglang, out, dry_run)
-    else:
-        asked = taken_from(locals(), DataOptions)
-        show = not (quiet or as_json or dry_run)
-        ready = prepare(folder, asked, out, device=device_named(device), show=show, restart=restart, sums=sums or ())
-        result = ready.about | ({} if dry_run else _seen(ready.take()))
-    result = {"format": "secateur-observe", "version": 1, "model": str(model), "out": str(out), **result}
-    if as_json:
-        print(json.dumps(result | {"dry_run": dry_run}, indent=2))
-    elif not quiet:
-        print(_summary(result, dry_run))
-
-
-def _recorded(folder: ModelFolder, path: Path, out: Path, dry_run: bool) -> dict[str, Any]:
-    from secateur.model_folder.read.facts import model_facts
-    from secateur.observation.observation import Observation
-    from secateur.observation.sglang import read_recording, stats_of_recording
-
-    recorded, about = read_recording(path)
-    model = folder.config
-    stats = stats_of_recording(recorded, folder.counts, num_layers=model.num_layers, top_k=model.top_k)
-    observation = Observation(stats=stats, model=model_facts(folder), data={**about, "file": path.name})
-    if not dry_run:
-        observation.save(out)
-    return {"layers": model.num_layers, "moe_layers": list(folder.counts), "data": about, **_seen(observation)}
-
-
-def _seen(observation: Observation) -> dict[str, Any]:
-    never = {
-        str(layer): [expert for expert, count in enumerate(loads) if not count]
-        for layer, loads in observation.stats.loads().items()
-    }
-    return {
-        "stats_digest": observation.stats.digest(),
-        "sums": ["token_count", *observation.stats.sums],
-        "never_routed": {layer: experts for layer, experts in never.items() if experts},
-    }
+    with stage_bars(show=not (quiet or as_json or dry_run)) as on_progress:
+        result = function(
+            model,
+            out,
+            data=data,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            batch_size=batch_size,
+            pack=pack,
+            text_key=text_key,
+            split=split,
+            activations=None if activations is None else activations.value,
+            device=device,
+            sums=sums,
+            sglang=sglang,
+            force=force,
+            restart=restart,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
+    show(result, _summary(result.to_json(), dry_run), as_json=as_json, quiet=quiet)
 
 
 def _summary(result: dict[str, Any], dry_run: bool) -> str:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
-
-if TYPE_CHECKING:
-    from secateur.placement import Placement
-    from secateur.placement.loads import Loads
-
-FORMAT = "secateur-placement"
-VERSION = 1
+from secateur.commands.bars import stage_bars
 
 
 def place(
@@ -69,62 +57,26 @@ def place(
 
     Example: `secateur place run/loads.jsonl --ranks 8 --few-moves 0.02 --plan plan.json`
     """
-    import secateur.placement as placement
-    from secateur.placement.loads import read_loads
-    from secateur.placement.sglang import sglang_location
+    from secateur.placement.every_layer import place as function
 
-    if num_layers is not None and sglang is None:
-        raise SecateurError("--num-layers says how many rows --sglang writes; it needs --sglang")
-    given = read_loads(loads)
-    placements = {}
-    with _solver_apart():
-        for layer, experts in given.items():
-            try:
-                placements[layer] = placement.place(
-                    experts, ranks, method=method, num_groups=groups, num_nodes=nodes, tolerance=few_moves
-                )
-            except SecateurError as error:
-                raise SecateurError(f"{loads}, layer {layer}: {error}") from None
-    settings = {"ranks": ranks, "method": method, "groups": groups, "nodes": nodes, "tolerance": few_moves}
-    result = _as_json(given, placements, settings)
-    if sglang is not None:
-        atomic_write(sglang, json.dumps(sglang_location(placements, num_layers)) + "\n")
-    if out is not None:
-        atomic_write(out, json.dumps(result, indent=1) + "\n")
-    if plan is not None:
-        _plan(placements, settings).save(plan)
+    with stage_bars(show=not (quiet or as_json)) as on_progress:
+        result = function(
+            loads,
+            ranks,
+            method=method,  # type: ignore[arg-type]  # another one is refused by name
+            groups=groups,
+            nodes=nodes,
+            few_moves=few_moves,
+            out=out,
+            plan=plan,
+            sglang=sglang,
+            num_layers=num_layers,
+            on_progress=on_progress,
+        )
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result.to_json()))
     elif not quiet:
-        _show(result)
-
-
-def _as_json(loads: Loads, placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> dict[str, Any]:
-    from secateur.placement import balance, rank_loads
-
-    ranks = settings["ranks"]
-    layers = {
-        str(layer): {
-            "order": list(placement.order),
-            "rank_loads": list(placement.rank_loads),
-            "balance_before": balance(rank_loads(loads[layer], range(len(loads[layer])), ranks)),
-            "balance_after": placement.balance,
-            "balance_bound": placement.lower_bound * ranks / sum(placement.rank_loads),
-            "moved": placement.moved,
-        }
-        for layer, placement in placements.items()
-    }
-    return {"format": FORMAT, "version": VERSION, "settings": dict(settings), "layers": layers}
-
-
-def _plan(placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> Any:
-    from secateur.plans import LayerPlan, Plan
-
-    layers = {
-        layer: LayerPlan(experts_before=len(placement.order), order=placement.order)
-        for layer, placement in placements.items()
-    }
-    return Plan(layers=layers, criterion="placement", details=dict(settings))
+        _show(result.to_json())
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -146,17 +98,3 @@ def _show(result: Mapping[str, Any]) -> None:
     console.print(
         f"mean of the layers: {means[0]:.3f} -> {means[1]:.3f}; {moved} of {experts} experts change their rank"
     )
-
-
-@contextlib.contextmanager
-def _solver_apart() -> Iterator[None]:
-    """Send what HiGHS prints on standard output, now and then, to standard error: the output is ours alone."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -10,11 +10,11 @@ import typer
 
 from secateur.commands import plan_options as options
 from secateur.commands.bars import bytes_bar
-from secateur.commands.new_file import check_new_file
 from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.taken import taken_from
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.new_file import check_new_file
 
 if TYPE_CHECKING:
     from secateur.model_folder.source import Source

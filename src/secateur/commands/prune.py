@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +11,7 @@ import typer
 
 from secateur.commands import data_options
 from secateur.commands import plan_options as options
-from secateur.commands.bars import bytes_bar
-from secateur.commands.data_options import DataOptions, device_named
-from secateur.commands.data_pass import prepare
+from secateur.commands.bars import stage_bars
 from secateur.commands.plan import outcome_lines
 from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.taken import taken_from
@@ -81,6 +78,8 @@ def prune(
 
     with collector_at_rest():
         from secateur.model_folder import prune as program
+        from secateur.model_folder.measure.data_choice import DataOptions, device_named
+        from secateur.model_folder.measure.data_pass import prepare
 
     typed = taken_from(locals(), options.ChoiceOptions)
     choice = typed.choice(
@@ -89,13 +88,15 @@ def prune(
     if data and not choice.needs_data:
         raise SecateurError(f"--data: criterion {choice.criterion!r} needs no data here; leave it out")
     show = not (quiet or as_json)
+    data = data or []
     asked = taken_from(locals(), DataOptions)
 
-    def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
-        ready = prepare(folder, asked, stats, device=device_named(device), show=show, sums=choice.sums)
-        return ready.data, ready.take
+    with stage_bars(show=show) as on_progress:
 
-    with _bars(show=show) as on_progress:
+        def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
+            ready = prepare(folder, asked, stats, device=device_named(device), sums=choice.sums, on_stage=on_progress)
+            return ready.data, ready.take
+
         result = program.prune(
             model,
             out,
@@ -113,21 +114,6 @@ def prune(
         print(json.dumps(result, indent=2))
     elif not quiet:
         print("\n".join(_lines(result, out, dry_run)))
-
-
-@contextlib.contextmanager
-def _bars(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar a stage, each gone when the next begins."""
-    with contextlib.ExitStack() as now:
-        stage: list[Any] = ["", None]
-
-        def on_progress(name: str, done: int, total: int) -> None:
-            if name != stage[0]:
-                now.close()
-                stage[:] = [name, now.enter_context(bytes_bar(name, show=show))]
-            stage[1](done, total)
-
-        yield on_progress
 
 
 def _lines(result: dict[str, Any], out: Path, dry_run: bool) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from secateur.commands.bars import bytes_bar
+from secateur.commands.bars import stage_bars
+from secateur.commands.shown import show
 
 WORDS = {True: "passed", False: "FAILED", None: "not checked"}
 
@@ -31,16 +31,11 @@ def verify(
 
     Example: `secateur verify models/Qwen3-30B-A3B pruned --tokens 256`
     """
-    from secateur.model_folder.checks.claims import as_json as result_of
-    from secateur.model_folder.checks.claims import check_tokens, verify_model
+    from secateur.model_folder.checks.claims import verify as function
 
-    check_tokens(tokens)
-    with bytes_bar("comparing", show=not (quiet or as_json)) as on_bytes:
-        checks = verify_model(source, pruned, num_tokens=tokens, text=text, seed=seed, on_bytes=on_bytes)
-    result = result_of(source, pruned, checks)
-    if as_json:
-        print(json.dumps(result, indent=2))
-    elif not quiet:
-        print("\n".join(f"{WORDS[check.passed]}: {check.claim} ({check.detail})" for check in checks))
-    if not result["passed"]:
+    with stage_bars(show=not (quiet or as_json)) as on_progress:
+        result = function(source, pruned, tokens=tokens, text=text, seed=seed, on_progress=on_progress)
+    lines = [f"{WORDS[check.passed]}: {check.claim} ({check.detail})" for check in result.checks]
+    show(result, "\n".join(lines), as_json=as_json, quiet=quiet)
+    if not result.passed:
         raise typer.Exit(1)

@@ -26,6 +26,11 @@ def check_target(source: Path, out: Path, option: str = "--out") -> None:
     here, there = source.resolve(), out.resolve()
     if here == there or there.is_relative_to(here) or here.is_relative_to(there):
         raise SecateurError(f"{option} {out}: it and the source {source} are the same or inside each other")
+    check_free(out, option)
+
+
+def check_free(out: Path, option: str = "--out") -> None:
+    """Raises SecateurError: a folder cannot be written here, as it holds something or is none."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise SecateurError(f"{option} {out}: it is there already and not an empty folder")
 

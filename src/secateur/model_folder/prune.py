@@ -15,6 +15,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file
+from secateur.files.progress import OnStage, stage
 from secateur.files.records import as_record
 from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
 from secateur.model_folder.checks.claims import as_json, check_tokens, read_verified, verify_model
@@ -30,7 +31,6 @@ from secateur.plans import ZERO_SLOT, LayerPlan, Plan
 
 # (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
 Observe = Callable[[ModelFolder, Path], tuple[Mapping[str, Any], Callable[[], object]]]
-Progress = Callable[[str, int, int], None]
 KEPT_STATS, KEPT_PLAN = "stats.safetensors", "plan.json"  # in the work folder
 
 
@@ -57,7 +57,7 @@ def prune(
     verify_tokens: int = 32,
     restart: bool = False,
     dry_run: bool = False,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: OnStage | None = None,
 ) -> dict[str, Any]:
     """Prune a model folder into the new folder `out`.
 
@@ -71,7 +71,7 @@ def prune(
         undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
         restart: begin anew, whatever an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
-        on_progress: called with ("reading" | "writing" | "verifying", bytes done, bytes in all).
+        on_progress: called with ("reading weights" | "writing" | "comparing", bytes done, bytes in all).
 
     Returns:
         {"outcome": see `decide.outcome`, "verified": see `verify.as_json`, "report": see `apply_to_model`}; of a dry
@@ -130,7 +130,7 @@ def prune(
                 observed = Observation.load(stats)
             source = of_observation(observed, found, str(stats))
         try:
-            plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
+            plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
         except SecateurError:
             if work.before is None and take is None:
                 work.remove()  # a first start that was refused leaves nothing to go on from
@@ -149,7 +149,7 @@ def prune(
             expert_parallel=choice.multiple_of,
             undo=undo,
             mtp=mtp,
-            on_bytes=lambda done, total: on_progress("writing", done, total),
+            on_bytes=stage("writing", on_progress),
             finish=finish,
         )
         work.remove()
@@ -170,26 +170,26 @@ def _foreseen(
     out: Path,
     undo: Path | None,
     mtp: str | None,
-    on_progress: Progress,
+    on_progress: OnStage | None,
 ) -> dict[str, Any]:
     """Of a dry run: everything where no data decide, else what is known without them."""
     if choice.needs_data:
         known = None if counts is None else outcome(source, counts) | {"criterion": choice.criterion}
         return {"outcome": known, "report": None}
     assert source.found is not None
-    plan = decide_plan(source, choice, on_bytes=lambda done, total: on_progress("reading", done, total))
+    plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
     report = apply_to_model(source.found.files.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
                             dry_run=True)  # fmt: skip
     return {"outcome": outcome(source, plan), "report": report}
 
 
-def _verify(model: Path, written: Path, out: Path, num_tokens: int, on_progress: Progress) -> None:
+def _verify(model: Path, written: Path, out: Path, num_tokens: int, on_progress: OnStage | None) -> None:
     """Leave the checks in the folder, which will be `out`; refuse it where one failed."""
     checks = verify_model(
         model,
         written,
         num_tokens=num_tokens,
-        on_bytes=lambda done, total: on_progress("verifying", done, total),
+        on_bytes=stage("comparing", on_progress),
     )
     failed = [f"{check.claim} ({check.detail})" for check in checks if check.passed is False]
     if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,20 @@ def _loads(data: Any, path: Path) -> Loads:
     if isinstance(data, dict) and "layers" in data:  # a line of loads.jsonl
         data = data["layers"]
     layers: Loads = as_record(data, LAYERS, str(path))
+    return dict(sorted(layers.items()))
+
+
+def as_loads(given: Mapping[int, Sequence[float]], name: str) -> Loads:
+    """Loads that a caller has at hand, checked as those of a file are; `name` is theirs, for messages.
+
+    Raises:
+        SecateurError: a layer that is no number from 0, or a load that is not finite or is below 0.
+    """
+    data = {
+        str(layer): [float(load) if not isinstance(load, int) else load for load in of_layer]
+        for layer, of_layer in given.items()
+    }
+    layers: Loads = as_record(data, LAYERS, name)
     return dict(sorted(layers.items()))
 
 

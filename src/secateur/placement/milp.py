@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -15,6 +19,7 @@ from secateur.placement.swaps import greedy_with_swaps
 
 TIME_LIMIT = 60.0
 SOLVED = 0  # scipy's status of a proven optimum
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def exact(loads: Sequence[float], num_ranks: int, time_limit: float = TIME_LIMIT) -> Solved:
@@ -70,17 +75,37 @@ def _solve(
     allowed = np.ones((E, R))
     for place, expert in enumerate(np.argsort(-weights, kind="stable")[:R]):
         allowed[expert, place + 1 :] = 0
-    result = milp(
-        np.append(np.zeros(E * R), 1),
-        constraints=LinearConstraint(table.tocsr(), low, high),
-        bounds=Bounds(
-            np.append(np.zeros(E * R), bound / mean), np.append(allowed.ravel(), reached / mean * (1 + 1e-9))
-        ),
-        integrality=np.append(np.ones(E * R), 0),
-        options={"time_limit": time_limit, "mip_rel_gap": 0},
-    )
+    with solver_apart():
+        result = milp(
+            np.append(np.zeros(E * R), 1),
+            constraints=LinearConstraint(table.tocsr(), low, high),
+            bounds=Bounds(
+                np.append(np.zeros(E * R), bound / mean), np.append(allowed.ravel(), reached / mean * (1 + 1e-9))
+            ),
+            integrality=np.append(np.ones(E * R), 0),
+            options={"time_limit": time_limit, "mip_rel_gap": 0},
+        )
     dual = bound if result.mip_dual_bound is None else result.mip_dual_bound * mean
     if result.x is None:
         return None, result.status, dual
     rank_of = result.x[:-1].reshape(E, R).argmax(axis=1)
     return np.argsort(rank_of, kind="stable").tolist(), result.status, dual
+
+
+@contextlib.contextmanager
+def solver_apart() -> Iterator[None]:
+    """Send what HiGHS prints on standard output, now and then, to standard error: the output belongs to the caller.
+
+    File descriptor 1 is the whole process's: two threads take turns, or the second would keep what the first has put
+    there as the original.
+    """
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as back:
+        with contextlib.suppress(OSError):  # a process may have none of the two
+            kept = os.dup(1)
+            back.callback(os.close, kept)
+            flush = ctypes.CDLL(None).fflush
+            flush(None)  # what was printed before goes where it was printed to
+            os.dup2(2, 1)
+            back.callback(os.dup2, kept, 1)
+            back.callback(flush, None)
+        yield

@@ -38,7 +38,7 @@ from secateur.pretraining.run_folder import RunFolder, write_json
 from secateur.pretraining.run_log import RunLog
 from secateur.pretraining.settings import ModelSettings, RecordSettings, RunSettings
 from secateur.pretraining.summary import run_summary
-from secateur.reporting.write import write_report
+from secateur.reporting.write import report as write_report
 from secateur.train import checkpoints
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.callback import LAEPCallback

@@ -22,7 +22,7 @@ from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.checks.sample import logits_without_dropped
 from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.read.inspect import inspect_model
+from secateur.model_folder.read.inspect import inspect
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
@@ -140,7 +140,7 @@ def test_a_plan_that_removes_nothing_leaves_the_model_as_it_is(tmp_path: Path) -
 def test_inspect_counts_experts_and_slots_apart(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path / "source")
     apply_to_model(tmp_path / "source", zero_slot_plan((0, 2)), tmp_path / "out")
-    whole, found = inspect_model(tmp_path / "source"), inspect_model(tmp_path / "out")
+    whole, found = inspect(tmp_path / "source").to_json(), inspect(tmp_path / "out").to_json()
     assert (whole["experts"], whole["zero_slots"]) == ({"0": 8, "1": 8, "2": 8}, {})
     assert (found["experts"], found["zero_slots"]) == ({"0": 3, "1": 8, "2": 1}, {"0": 5, "2": 7})
     assert found["bytes"]["routers"] == whole["bytes"]["routers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +11,16 @@ from msgspec import Struct
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.given import StrPath
 from secateur.files.json import read_object
-from secateur.files.progress import OnProgress, counted, silent
+from secateur.files.progress import OnProgress, OnStage, counted, silent, stage
 from secateur.files.records import as_record
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.rewrite.compare import differences
 from secateur.model_folder.rewrite.report import REPORT, read_applied
 from secateur.model_folder.rewrite.zero_slots import kept_slots
 from secateur.plans import Plan
+from secateur.results import Result
 
 SHOWN = 5  # failures of one check in a message
 WITHOUT = {False: "the dropped experts barred", True: "the dropped experts silent"}  # by Plan.leaves_zero_slots
@@ -30,6 +33,59 @@ class Check:
     claim: str
     passed: bool | None
     detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification(Result):
+    """What `verify` found. passed: no check failed. checks: in the order they were made."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+
+    def table(self) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
+        words = {True: "passed", False: "FAILED", None: "not checked"}
+        rows = [(check.claim, words[check.passed], check.detail) for check in self.checks]
+        return ("claim", "result", "detail"), rows
+
+
+def verify(
+    source: StrPath,
+    pruned: StrPath,
+    *,
+    tokens: int = 32,
+    text: StrPath | None = None,
+    seed: int = 0,
+    on_progress: OnStage | None = None,
+) -> Verification:
+    """Prove that a pruned model is what its plan makes of its source.
+
+    Every kept tensor is compared with its source byte by byte. Where the models fit in memory, the pruned one must load
+    with nothing missing, compute what the source computes with the dropped experts barred, and generate.
+
+    Args:
+        source: the folder of the model that was pruned. pruned: the folder that `apply` wrote.
+        tokens: length of the sample that both models are run on; 0 loads neither.
+        text: a file to take the sample from; without one it is random, from `seed`.
+        on_progress: called with ("comparing", bytes compared, bytes to compare).
+
+    Returns:
+        All checks, and whether they passed. A check that fails raises nothing; later ones are left out where they make
+        no sense after it.
+
+    Raises:
+        SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
+
+    Example:
+        >>> secateur.verify("models/Qwen3-30B-A3B", "pruned").passed
+        True
+    """
+    check_tokens(tokens)
+    source, pruned = Path(source), Path(pruned)
+    sample = None if text is None else Path(text)
+    on_bytes = stage("comparing", on_progress)
+    checks = verify_model(source, pruned, num_tokens=tokens, text=sample, seed=seed, on_bytes=on_bytes)
+    content = as_json(source, pruned, checks)
+    return Verification(passed=content["passed"], checks=tuple(checks), content=content)
 
 
 def verify_model(

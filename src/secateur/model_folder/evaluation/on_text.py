@@ -19,7 +19,7 @@ from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import MemoryStates
 
 
-def evaluate(
+def evaluate_text(
     models: Sequence[Path],
     batches: Sequence[Batch],
     domains: Sequence[str],

@@ -3,26 +3,77 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.files.given import StrPath
+from secateur.files.progress import OnStage
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.results import Result
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
 
 
-def inspect_model(path: Path) -> dict[str, Any]:
-    """Family, experts, routers, bytes and what can be pruned, as JSON; only headers are read.
+@dataclass(frozen=True, kw_only=True)
+class Inspection(Result):
+    """What `inspect` found.
+
+    Args:
+        path, model_type: of the model. num_layers: its decoder layers.
+        experts: {MoE layer: routed experts}. top_k: experts of a token. num_groups: router groups; 1 without groups.
+        num_bytes: of all tensors. bytes_per_expert: {MoE layer: bytes that go with one expert}.
+        limits: what a plan must respect, in words.
+    """
+
+    path: Path
+    model_type: str
+    num_layers: int
+    experts: Mapping[int, int]
+    top_k: int
+    num_groups: int
+    num_bytes: int
+    bytes_per_expert: Mapping[int, int]
+    limits: tuple[str, ...]
+
+
+def inspect(model: StrPath, *, on_progress: OnStage | None = None) -> Inspection:
+    """Say what a model folder holds and what can be pruned: family, experts, routers, bytes. Only headers are read.
+
+    Args:
+        model: the folder of a Hugging Face model.
+        on_progress: never called, as headers are read at once; every function takes it.
+
+    Returns:
+        The family, the experts of each layer, their bytes, and what limits a plan.
 
     Raises:
         SecateurError: no model folder, a damaged one, or a family that cannot be pruned; the message says why.
+
+    Example:
+        >>> found = secateur.inspect("models/Qwen3-30B-A3B")
+        >>> found.experts[0], found.top_k
+        (128, 8)
     """
-    return describe(read_model_folder(path))
+    folder = read_model_folder(Path(model))
+    limits, sizes = _limits(folder), bytes_per_expert(folder)
+    return Inspection(
+        path=folder.files.path,
+        model_type=folder.config.model_type,
+        num_layers=folder.config.num_layers,
+        experts=dict(folder.counts),
+        top_k=folder.config.top_k,
+        num_groups=folder.config.num_groups,
+        num_bytes=folder.files.num_bytes,
+        bytes_per_expert=sizes,
+        limits=tuple(limits),
+        content=_content(folder, sizes, limits),
+    )
 
 
-def describe(source: ModelFolder) -> dict[str, Any]:
-    """See `inspect_model`."""
+def _content(source: ModelFolder, sizes: Mapping[int, int], limits: Sequence[str]) -> dict[str, Any]:
     model, folder = source.config, source.files
     size = Counter[str]()
     for name, tensor in folder.tensors.items():
@@ -46,10 +97,10 @@ def describe(source: ModelFolder) -> dict[str, Any]:
         "files": len(folder.headers),
         "tensors": len(folder.tensors),
         "bytes": {"experts": size["experts"], "routers": size["routers"], "rest": size["rest"]},
-        "bytes_per_expert": {str(layer): count for layer, count in bytes_per_expert(source).items()},
+        "bytes_per_expert": {str(layer): count for layer, count in sizes.items()},
         "dtypes": dict(Counter(tensor.dtype for tensor in folder.tensors.values()).most_common()),
         "quantisation": folder.quantisation,
-        "limits": _limits(source),
+        "limits": list(limits),
     }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.commands.bars import batches_bar, layers_bar
-from secateur.commands.data_options import DataOptions
+from secateur.files.progress import OnProgress, OnStage, silent, stage
+from secateur.model_folder.measure.data_choice import DataOptions
 
 if TYPE_CHECKING:
     from secateur.model_folder.read.model_folder import ModelFolder
@@ -30,26 +30,46 @@ def prepare(
     out: Path,
     *,
     device: str,
-    show: bool,
     restart: bool = False,
     sums: Sequence[str] = (),
+    on_stage: OnStage | None = None,
 ) -> Pass:
     """The pass that writes the statistics file `out`.
 
     Args:
-        show: a bar. restart: throw away what an interrupted pass left, which else is gone on with. sums: to
-            record beside those by default.
+        restart: throw away what an interrupted pass left, which else is gone on with. sums: to record beside those by
+            default.
+        on_stage: called with ("observing", batches done, batches in all); of text by layer, see `by_layer`.
 
     Raises:
         SecateurError: the data or the model cannot be used, or not together.
     """
     from secateur.model_folder.read.modality import modality_of
 
-    return KINDS[modality_of(folder)](folder, asked, out, device, show, restart, sums)
+    return KINDS[modality_of(folder)](folder, asked, out, device, restart, sums, on_stage)
+
+
+def by_layer(what: str, num_batches: int, on_stage: OnStage | None) -> OnProgress:
+    """What is called with (layers x batches done, in all), so that `on_stage` also hears the layer."""
+    if on_stage is None:
+        return silent
+
+    def step(done: int, total: int) -> None:
+        layers = total // num_batches
+        layer = min(done // num_batches + 1, layers)
+        on_stage(what if layers == 1 else f"{what}, layer {layer} of {layers}", done, total)
+
+    return step
 
 
 def _over_text(
-    folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool, sums: Sequence[str]
+    folder: ModelFolder,
+    asked: DataOptions,
+    out: Path,
+    device: str,
+    restart: bool,
+    sums: Sequence[str],
+    on_stage: OnStage | None,
 ) -> Pass:
     from secateur.model_folder.measure.on_text import TextObservation
 
@@ -59,15 +79,11 @@ def _over_text(
         drawn,
         out,
         batch_size=asked.text_batch_size,
-        activations="auto" if asked.activations is None else asked.activations.value,
+        activations=asked.activations or "auto",
         device=device,
         sums=sums,
     )
-
-    def take() -> Observation:
-        with layers_bar("observing", num_batches=asked.num_batches, show=show) as on_step:
-            return run.observe(restart=restart, on_step=on_step)
-
+    on_step = by_layer("observing", asked.num_batches, on_stage)
     data, costs = drawn.to_json(), run.costs
     about = {
         "layers": costs.num_layers,
@@ -81,24 +97,29 @@ def _over_text(
         "peak_memory_bytes_estimated": costs.peak_bytes,
         "goes_on": run.goes_on and not restart,
     }
-    return Pass(data=data | {"batch_size": asked.text_batch_size}, about=about, take=take)
+    return Pass(
+        data=data | {"batch_size": asked.text_batch_size},
+        about=about,
+        take=lambda: run.observe(restart=restart, on_step=on_step),
+    )
 
 
 def _over_images(
-    folder: ModelFolder, asked: DataOptions, out: Path, device: str, show: bool, restart: bool, sums: Sequence[str]
+    folder: ModelFolder,
+    asked: DataOptions,
+    out: Path,
+    device: str,
+    restart: bool,
+    sums: Sequence[str],
+    on_stage: OnStage | None,
 ) -> Pass:
     from secateur.model_folder.measure.image_batches import MOST
     from secateur.model_folder.measure.on_images import ImageObservation
 
     run = ImageObservation(folder, asked.images(most=MOST), out, batch_size=asked.batch_size, device=device, sums=sums)
-
-    def take() -> Observation:
-        with batches_bar("observing", show=show) as on_step:
-            return run.observe(on_step=on_step)
-
     about = {"layers": folder.config.num_layers, "moe_layers": list(folder.counts), "data": run.data}
     about["sums_bytes"] = run.sums_bytes
-    return Pass(data=run.data, about=about, take=take)
+    return Pass(data=run.data, about=about, take=lambda: run.observe(on_step=stage("observing", on_stage)))
 
 
 KINDS = {"text": _over_text, "images": _over_images}

@@ -1,4 +1,4 @@
-"""The file that a command writes."""
+"""The one file that a function writes."""
 
 from __future__ import annotations
 

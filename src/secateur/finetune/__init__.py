@@ -1,1 +1,0 @@
-"""The old import path of `secateur.finetuning`, kept for one release."""

@@ -1,0 +1,130 @@
+"""Place the experts of every layer of a model, and write that down for those who re-order them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from secateur import placement
+from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
+from secateur.files.given import StrPath
+from secateur.files.progress import OnStage, stage
+from secateur.placement.loads import Loads, as_loads, read_loads
+from secateur.placement.one_layer import Placement
+from secateur.placement.sglang import sglang_location
+from secateur.plans import LayerPlan, Plan
+from secateur.results import Result
+
+FORMAT = "secateur-placement"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placements(Result):
+    """What `place` found. layers: {layer: its placement}. plan: the same as a plan that re-orders and drops nothing."""
+
+    layers: Mapping[int, Placement]
+    plan: Plan
+
+    def table(self) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
+        keys = ("balance_before", "balance_after", "balance_bound", "moved")
+        rows = [
+            (name, len(layer["order"]), *(layer[key] for key in keys)) for name, layer in self.content["layers"].items()
+        ]
+        return ("layer", "experts", *(key.replace("_", " ") for key in keys)), rows
+
+
+def place(
+    loads: StrPath | Mapping[int, Sequence[float]],
+    ranks: int,
+    *,
+    method: Literal["swaps", "greedy", "exact"] = "swaps",
+    groups: int = 1,
+    nodes: int = 1,
+    few_moves: float | None = None,
+    out: StrPath | None = None,
+    plan: StrPath | None = None,
+    sglang: StrPath | None = None,
+    num_layers: int | None = None,
+    on_progress: OnStage | None = None,
+) -> Placements:
+    """Place the experts of every layer on expert-parallel ranks, so that all ranks get the same load.
+
+    Rank r owns the r-th block of the new order (`order[new] = old`). Balance is the busiest rank's load over the mean;
+    the bound is what no order can go below.
+
+    Args:
+        loads: {layer: (E,) tokens of each expert}, or a file of them: JSON, saved statistics, or a run's loads.jsonl
+            (its last window).
+        ranks: expert-parallel ranks.
+        method: swaps, greedy (LAEP's), or exact (small layers; up to 60 s each).
+        groups: router groups; experts stay in theirs. nodes: they are levelled before their ranks.
+        few_moves: move few experts only, for at most this share more on the busiest rank.
+        out: a file for the placement, as JSON. plan: one for the plan, for what re-orders experts.
+        sglang: a file for SGLang's --init-expert-location, for the model as it is, not re-ordered.
+        num_layers: with `sglang`: layers of the model, where some have no experts.
+        on_progress: called with ("placing", layers done, layers in all).
+
+    Returns:
+        The placement of each layer, and the plan.
+
+    Raises:
+        SecateurError: unusable loads, an unknown method, or numbers that do not divide; see `placement.place`.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> found = secateur.place({0: [100, 90, 60, 50, 40, 30, 20, 10]}, 4)
+        >>> found.layers[0].order, found.layers[0].balance
+        ((0, 7, 2, 5, 3, 4, 1, 6), 1.1)
+    """
+    if num_layers is not None and sglang is None:
+        raise SecateurError("--num-layers says how many rows --sglang writes; it needs --sglang")
+    name = "loads" if isinstance(loads, Mapping) else str(loads)
+    given = as_loads(loads, name) if isinstance(loads, Mapping) else read_loads(Path(loads))
+    on_layer = stage("placing", on_progress)
+    placements = {}
+    for layer, experts in given.items():
+        try:
+            placements[layer] = placement.place(
+                experts, ranks, method=method, num_groups=groups, num_nodes=nodes, tolerance=few_moves
+            )
+        except SecateurError as error:
+            raise SecateurError(f"{name}, layer {layer}: {error}") from None
+        on_layer(len(placements), len(given))
+    settings = {"ranks": ranks, "method": method, "groups": groups, "nodes": nodes, "tolerance": few_moves}
+    content = _content(given, placements, settings)
+    made = _plan(placements, settings)
+    if sglang is not None:
+        atomic_write(Path(sglang), json.dumps(sglang_location(placements, num_layers)) + "\n")
+    if out is not None:
+        atomic_write(Path(out), json.dumps(content, indent=1) + "\n")
+    if plan is not None:
+        made.save(Path(plan))
+    return Placements(layers=placements, plan=made, content=content)
+
+
+def _content(loads: Loads, placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> dict[str, Any]:
+    ranks = settings["ranks"]
+    layers = {
+        str(layer): {
+            "order": list(found.order),
+            "rank_loads": list(found.rank_loads),
+            "balance_before": placement.balance(placement.rank_loads(loads[layer], range(len(loads[layer])), ranks)),
+            "balance_after": found.balance,
+            "balance_bound": found.lower_bound * ranks / sum(found.rank_loads),
+            "moved": found.moved,
+        }
+        for layer, found in placements.items()
+    }
+    return {"format": FORMAT, "version": VERSION, "settings": dict(settings), "layers": layers}
+
+
+def _plan(placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> Plan:
+    layers = {
+        layer: LayerPlan(experts_before=len(found.order), order=found.order) for layer, found in placements.items()
+    }
+    return Plan(layers=layers, criterion="placement", details=dict(settings))
