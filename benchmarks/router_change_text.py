@@ -33,7 +33,7 @@ from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.families import describe_moe
 from secateur.finetuning.options import FinetuneOptions
-from secateur.finetuning.run import finetune
+from secateur.finetuning.run import run_finetuning
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
@@ -142,7 +142,7 @@ def runs_of(
         save_steps=0,
     )
     if not tuned.exists():
-        finetune(base, tuned, options)
+        run_finetuning(base, tuned, options)
         print(f"seed {seed}: fine-tuned", flush=True)
     changed = json.loads((tuned / "finetune.json").read_text())["evaluations"]
     further = FinetuneOptions(**{**options.to_json(), "steps": arguments.further_steps, "seed": seed + 100})
@@ -214,7 +214,7 @@ def pruned_and_tuned(
             model = Path(folder) / "pruned"
             apply_to_model(tuned, plan, model)
             dropped = {str(layer): list(one.dropped) for layer, one in plan.layers.items()}
-        record = finetune(model, Path(folder) / "again", further)
+        record = run_finetuning(model, Path(folder) / "again", further)
     before, after = (record["evaluations"][at]["domains"] for at in (0, -1))
     return {"seed": seed, "criterion": name, "pruned": share, "dropped": dropped, "before": before, "after": after}
 

@@ -30,7 +30,7 @@ from secateur.data.images import read_images
 from secateur.decide.keep import Keep
 from secateur.files.atomic import atomic_write
 from secateur.finetuning.options import FinetuneOptions
-from secateur.finetuning.run import finetune
+from secateur.finetuning.run import run_finetuning
 from secateur.model_folder.choice import Choice, decide_plan
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.measure.image_batches import batches_for, draw
@@ -165,7 +165,7 @@ class Results:
     def tuned(self, model: Path, out: Path, data: Path, options: dict[str, Any], seed: int, **more: Any) -> None:
         if not out.is_dir():
             print(out.relative_to(self.work), flush=True)
-            finetune(model, out, FinetuneOptions(data=(str(data),), seed=seed, **options, **more), restart=True)
+            run_finetuning(model, out, FinetuneOptions(data=(str(data),), seed=seed, **options, **more), restart=True)
 
     def base(self, task: Task, seed: int) -> Path:
         """The pre-trained model with the task's changes of its config; its tensors are the same."""

@@ -15,6 +15,7 @@ from secateur.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from secateur.decide.rule import Rule
+    from secateur.finetuning.finetune import finetune
     from secateur.folder_kinds.apply import apply
     from secateur.model_folder.checks.claims import verify
     from secateur.model_folder.evaluation.evaluate import evaluate
@@ -45,6 +46,7 @@ __all__ = [
     "apply",
     "convert_vmoe",
     "evaluate",
+    "finetune",
     "inspect",
     "observe",
     "place",
@@ -66,6 +68,7 @@ _HOMES = {
     "apply": "secateur.folder_kinds.apply",
     "convert_vmoe": "secateur.models.vmoe.convert",
     "evaluate": "secateur.model_folder.evaluation.evaluate",
+    "finetune": "secateur.finetuning.finetune",
     "inspect": "secateur.model_folder.read.inspect",
     "observe": "secateur.model_folder.measure.observe",
     "place": "secateur.placement.every_layer",

@@ -45,8 +45,6 @@ from secateur.decide.by_score import ALLOCATIONS, plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.decide.model_facts import ModelFacts
 from secateur.errors import SecateurError
-from secateur.finetuning.options import FinetuneOptions
-from secateur.finetuning.run import finetune
 from secateur.models.vmoe import VMoEConfig, VMoEForImageClassification, VMoEModel
 from secateur.models.vmoe.pixels import default_pixels
 from secateur.observation.observation import Observation
@@ -57,8 +55,6 @@ from support.tiny_vision import tiny_vmoe
 
 # What the documents and examples import from inside the package; `secateur.__all__` is added to it.
 DOCUMENTED: dict[str, Any] = {
-    "finetune.FinetuneOptions": FinetuneOptions,
-    "finetune.finetune": finetune,
     "data.BlockDataset": BlockDataset,
     "data.prepare": prepare,
     "vision.VMoEConfig": VMoEConfig,

@@ -56,14 +56,15 @@ ROOMS: dict[str, Room] = {
             "checkpoints."
         ),
         may_import=_rooms(
-            "folder_kinds model_folder.checks model_folder.evaluation model_folder.measure model_folder.read train "
-            "reporting surgery auto_classes models placement decide plans stats version errors"
+            "finetuning folder_kinds model_folder.checks model_folder.evaluation model_folder.measure "
+            "model_folder.read train reporting surgery auto_classes models placement decide plans stats version "
+            "errors"
         ),
     ),
     "finetuning": Room(
         question="How does `secateur finetune` train a model folder, of text or of images, pruned or not?",
         may_import=_rooms(
-            "model_folder.rewrite model_folder.read train families models data environment version files errors"
+            "model_folder.rewrite model_folder.read train families models data environment version results files errors"
         ),
     ),
     "pretraining": Room(

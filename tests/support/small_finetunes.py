@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from secateur.finetuning.options import FinetuneOptions
-from secateur.finetuning.run import finetune
+from secateur.finetuning.run import run_finetuning
 from secateur.models.vmoe.pixels import FILE, default_pixels
 from support.models_with_text import model_with_text
 from support.tiny_vision import tiny_vmoe
@@ -57,7 +57,7 @@ def image_options(root: Path, **changes: Any) -> FinetuneOptions:
 
 
 def run(root: Path, out: Path, options: FinetuneOptions, **more: Any) -> dict[str, Any]:
-    return finetune(root / "source", out, options, **more)
+    return run_finetuning(root / "source", out, options, **more)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

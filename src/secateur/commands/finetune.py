@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from secateur.commands.exits import fail
+from secateur.commands.shown import show
+from secateur.files.progress import OnStage
 
 DATA, TRAINING, MODEL, RECORD = "Data", "Training", "Model", "Record"
 
@@ -63,62 +64,62 @@ def finetune(
     Example: `secateur finetune pruned --data chats.jsonl --eval-data held-out.jsonl --epochs 2 --out tuned`
     """
     from secateur.files.work_folder import place_of_work
-    from secateur.finetuning.options import FinetuneOptions
+    from secateur.finetuning.finetune import finetune as function
     from secateur.finetuning.run import WHAT
-    from secateur.finetuning.run import finetune as program
 
-    options = FinetuneOptions(
-        data=tuple(data or ()),
-        eval_data=tuple(eval_data or ()),
-        text_key=text_key,
-        split=split,
-        sequence_length=sequence_length,
-        augment=augment,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        bf16=bf16,
-        seed=seed,
-        freeze=tuple(freeze or ()),
-        router_aux_loss=router_aux_loss,
-        new_head=new_head,
-        log_steps=log_steps,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        report_to=report_to,
-    )
     try:
         with _bar(quiet=quiet or as_json) as on_progress:
-            result = program(
-                model, out, options, resume=resume, restart=restart, dry_run=dry_run, on_progress=on_progress
+            result = function(
+                model,
+                out,
+                data=data,
+                eval_data=eval_data,
+                text_key=text_key,
+                split=split,
+                sequence_length=sequence_length,
+                augment=augment,
+                steps=steps,
+                epochs=epochs,
+                batch_size=batch_size,
+                gradient_accumulation=gradient_accumulation,
+                optimizer=optimizer,  # type: ignore[arg-type]  # another one is refused by name
+                learning_rate=learning_rate,
+                schedule=schedule,  # type: ignore[arg-type]
+                warmup=warmup,
+                weight_decay=weight_decay,
+                max_grad_norm=max_grad_norm,
+                bf16=bf16,
+                seed=seed,
+                freeze=freeze,
+                router_aux_loss=router_aux_loss,
+                new_head=new_head,
+                log_steps=log_steps,
+                eval_steps=eval_steps,
+                save_steps=save_steps,
+                report_to=report_to,
+                resume=resume,
+                restart=restart,
+                dry_run=dry_run,
+                on_progress=on_progress,
             )
     except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
         left = any(place_of_work(out, WHAT).glob("checkpoint-*"))
         fail("interrupted; go on with --resume" if left else "interrupted", 130)
-    if as_json:
-        print(json.dumps(result | {"dry_run": dry_run}, indent=2))
-    elif not quiet:
-        print("\n".join(_lines(result, out, dry_run)))
+    show(result, "\n".join(_lines(result.to_json(), out, dry_run)), as_json=as_json, quiet=quiet)
 
 
 @contextlib.contextmanager
-def _bar(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+def _bar(*, quiet: bool) -> Iterator[OnStage]:
     """A progress bar that appears with the first step."""
     from secateur.train.progress import RunProgress
 
     with contextlib.ExitStack() as stack:
         bars: list[RunProgress] = []
 
-        def on_progress(done: int, total: int, numbers: str) -> None:
+        def on_progress(what: str, done: int, total: int) -> None:
+            name, _, numbers = what.partition(", ")
             if not bars:
-                bars.append(stack.enter_context(RunProgress("finetune", total, done=done, quiet=quiet)))
+                bars.append(stack.enter_context(RunProgress(name, total, done=done, quiet=quiet)))
             bars[0].show(done, total, numbers)
 
         yield on_progress

@@ -62,7 +62,7 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     options: FinetuneOptions
 
 
-def finetune(
+def run_finetuning(
     model: Path,
     out: Path,
     options: FinetuneOptions,

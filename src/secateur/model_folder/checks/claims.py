@@ -65,7 +65,7 @@ def verify(
     Args:
         source: the folder of the model that was pruned. pruned: the folder that `apply` wrote.
         tokens: length of the sample that both models are run on; 0 loads neither.
-        text: a file to take the sample from; without one it is random, from `seed`.
+        text: a file to take the sample from; random without it. seed: of the random sample.
         on_progress: called with ("comparing", bytes compared, bytes to compare).
 
     Returns:

@@ -98,7 +98,7 @@ def evaluate(
         SecateurError: nothing to measure, a model or data that cannot be used, or models that cannot be compared.
 
     Example:
-        >>> found = secateur.evaluate_text(["models/Qwen3-30B-A3B", "pruned"], data="held-out.jsonl")
+        >>> found = secateur.evaluate(["models/Qwen3-30B-A3B", "pruned"], data="held-out.jsonl")
         >>> found.losses
         (2.013, 2.021)
     """

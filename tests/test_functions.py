@@ -1,0 +1,412 @@
+"""The public functions: each is its command, with the same options and the same results, and prints nothing."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import types
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from typer.main import get_command
+
+import secateur
+from secateur import cli
+from secateur.errors import SecateurError
+from secateur.files.given import StrPath, StrPaths
+from secateur.finetuning.options import OPTIMIZERS, SCHEDULES
+from secateur.model_folder.measure.data_choice import ACTIVATIONS
+from secateur.model_folder.rewrite.apply import MTP_CHOICES, apply_to_model
+from secateur.placement import METHODS, milp
+from secateur.plans import REMOVED, Plan
+from secateur.results import Result
+from support.dcp_checkpoints import save_shards
+from support.flax_files import params, random_arrays
+from support.flax_files import write as write_flax
+from support.model_folders import contents, plan_of
+from support.models_with_text import TEXT, model_with_text
+from support.run_folders import tiny_run
+from support.small_finetunes import QUICK
+from support.tiny_models import tiny_model
+
+# function -> its command
+COMMANDS = {
+    name: {"evaluate": "eval", "convert_vmoe": "convert-vmoe"}.get(name, name)
+    for name in secateur.__all__
+    if inspect.isfunction(getattr(secateur, name)) and not name.endswith("_")
+}
+SHOWING = {"as_json", "quiet", "help"}  # options of a command that say how a result is shown
+PARAMETERS = {
+    name: {parameter.name: parameter for parameter in get_command(cli.app).commands[command].params}  # type: ignore[attr-defined]
+    for name, command in COMMANDS.items()
+}
+BY_A_CLOCK = {"seconds", "tokens_per_second", "images_per_second", "peak_memory_bytes"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a function; the words of its command are made of the same arguments."""
+
+    function: str
+    arguments: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    written: tuple[str, ...] = ()  # files or folders that it leaves
+
+    def words(self) -> list[str]:
+        words = [COMMANDS[self.function], *(word for one in self.arguments for word in as_words(one))]
+        for name, value in self.options.items():
+            words += [f"--{name.replace('_', '-')}"] if value is True else []
+            words += (
+                []
+                if value is True
+                else [part for one in as_words(value) for part in (f"--{name.replace('_', '-')}", one)]
+            )
+        return [*words, "--json"]
+
+    def call(self, **more: Any) -> Result:
+        result = getattr(secateur, self.function)(*self.arguments, **self.options, **more)
+        assert isinstance(result, Result)
+        return result
+
+
+def as_words(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+
+
+DATA = {"data": [f"{name}={name}.jsonl" for name in TEXT], "sequence_length": 16, "batch_size": 4}
+OBSERVED = {**DATA, "samples": 6, "device": "cpu", "out": "stats.safetensors"}
+CASES = {
+    "inspect": Case("inspect", ("source",)),
+    "observe": Case("observe", ("source",), OBSERVED, ("stats.safetensors",)),
+    "observe, dry run": Case("observe", ("source",), {**OBSERVED, "dry_run": True}),
+    "apply": Case("apply", ("source", "plan.json"), {"out": "out", "undo": "undo", "ep": 3}, ("out", "undo")),
+    "apply, dry run": Case("apply", ("source", "plan.json"), {"out": "out", "removed": "zero-slot", "dry_run": True}),
+    "apply to a training checkpoint": Case("apply", ("shards", "plan.json"), {"out": "out"}, ("out",)),
+    "apply an undo folder": Case("apply", ("pruned", "dropped"), {"out": "out"}, ("out",)),
+    "verify": Case("verify", ("source", "pruned"), {"tokens": 4, "seed": 3}),
+    "verify what is wrong": Case("verify", ("source", "wrong"), {"tokens": 0}),
+    "evaluate": Case("evaluate", (["source", "pruned"],), {**DATA, "samples": 6, "device": "cpu"}),
+    "finetune": Case(
+        "finetune", ("source",), {**QUICK, **DATA, "out": "out", "steps": 2, "freeze": ["gate"]}, ("out",)
+    ),
+    "place": Case(
+        "place",
+        ("loads.json",),
+        {"ranks": 3, "method": "exact", "out": "p", "plan": "q", "sglang": "r", "num_layers": 2},
+        ("p", "q", "r"),
+    ),
+    "report": Case("report", ("run",), {}, ("run",)),
+    "convert_vmoe": Case("convert_vmoe", ("published",), {"out": "out", "top_k": 2}, ("out",)),
+}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the functions are run on."""
+    root = tmp_path_factory.mktemp("made")
+    model_with_text(root)
+    plan = plan_of(*((layer, [0, 3, 5]) for layer in range(3)))
+    plan.save(root / "plan.json")
+    apply_to_model(root / "source", plan, root / "pruned", undo=root / "dropped")
+    shutil.copytree(root / "pruned", root / "wrong")
+    path = next((root / "wrong").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    save_shards(tiny_model("qwen3_moe"), root / "shards")
+    tiny_run(root / "run", [[5, 3, 9, 1]])
+    (root / "loads.json").write_text(json.dumps({1: [9, 9, 8, 7, 6, 5, 5, 4, 4, 3, 2, 2]}))
+    write_flax(root / "published", params(random_arrays()))
+    return root
+
+
+def of_the_process() -> dict[str, Any]:
+    """What a function must leave as it was."""
+    return {
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "output": (sys.stdout, sys.stderr, os.fstat(1).st_ino, os.fstat(2).st_ino),
+        "threads": threading.active_count(),
+        "garbage": gc.isenabled(),
+        "folder": os.getcwd(),
+    }
+
+
+def without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_clock(one) for key, one in value.items() if key not in BY_A_CLOCK}
+    return [without_clock(one) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_prints_and_writes_what_its_function_gives_and_writes(
+    name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES[name]
+    for who in ("command", "function"):
+        shutil.copytree(made, tmp_path / who, copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "command")
+    monkeypatch.setattr("sys.argv", ["secateur", *case.words()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capfd.readouterr().out
+    assert end.value.code in (None, 0, 1), name
+    monkeypatch.chdir(tmp_path / "function")
+    before, heard = of_the_process(), []
+    result = case.call(on_progress=lambda *told: heard.append(told))
+    assert of_the_process() == before
+    assert capfd.readouterr() == ("", "")
+    assert without_clock(result.to_json()) == without_clock(json.loads(printed))
+    assert written(tmp_path / "function", made) == written(tmp_path / "command", made)
+    assert {path.split("/")[0] for path in written(tmp_path / "function", made)} == set(case.written)
+    for what, done, total in heard:
+        assert what
+        assert 0 <= done <= total, what
+    check_html(result._repr_html_())
+
+
+def written(folder: Path, made: Path) -> dict[str, Any]:
+    """What is new or changed; of finetune.json only that it is there, as it says how long it took."""
+    before = contents(made)
+    found: dict[str, Any] = {path: data for path, data in contents(folder).items() if before.get(path) != data}
+    for path in found:
+        if path.endswith("finetune.json"):
+            found[path] = None
+        elif "shard-" in path:  # safetensors writes the metadata of a header in any order
+            found[path] = sorted(found[path])
+    return found
+
+
+def test_every_function_is_compared_with_its_command() -> None:
+    assert {case.function for case in CASES.values()} == set(COMMANDS)
+    assert set(COMMANDS.values()) | {"plan", "prune", "pretrain"} == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_function_has_the_options_of_its_command(name: str) -> None:
+    """Names, defaults and types; only how a result is shown is the command's own, and only progress the function's."""
+    parameters = dict(inspect.signature(getattr(secateur, name)).parameters)
+    hints = typing.get_type_hints(getattr(secateur, name))
+    progress = parameters.pop("on_progress")
+    assert (progress.default, progress.kind) == (None, inspect.Parameter.KEYWORD_ONLY)
+    options = {key: option for key, option in PARAMETERS[name].items() if key not in SHOWING}
+    assert set(parameters) == set(options)
+    command = next(one for one in cli.COMMANDS if one.__name__.replace("_", "-") == COMMANDS[name])
+    of_command = typing.get_type_hints(command)
+    for key, option in options.items():
+        default = inspect.signature(command).parameters[key].default
+        assert parameters[key].default == default, key
+        assert fits(hints[key], of_command[key]), f"{key}: {hints[key]}, of the command {of_command[key]}"
+        if option.param_type_name == "option":
+            assert f"--{key.replace('_', '-')}" in option.opts
+    for parameter in parameters.values():
+        assert parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+# type of an option -> types of a keyword that take it
+TYPES: dict[Any, tuple[Any, ...]] = {
+    Path: (StrPath, Plan | StrPath, StrPath | Mapping[int, Sequence[float]]),
+    list[Path]: (StrPaths,),
+    list[str]: (StrPaths, str | Sequence[str]),
+}
+
+
+def fits(of_function: Any, of_command: Any) -> bool:
+    left, right = without_none(of_function), without_none(of_command)
+    if (left is None) != (right is None):
+        return False
+    ours, theirs = (of_function if left is None else left), (of_command if right is None else right)
+    if get_origin(ours) is Literal:
+        return theirs is str or set(get_args(ours)) == {one.value for one in theirs}
+    return ours == theirs or any(normal(ours) == normal(one) for one in TYPES.get(theirs, ()))
+
+
+def without_none(hint: Any) -> Any:
+    """The type without None; None where it has none."""
+    parts = get_args(hint) if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union else ()
+    rest = tuple(part for part in parts if part is not type(None))
+    return typing.Union[rest] if len(rest) < len(parts) else None  # noqa: UP007
+
+
+def normal(hint: Any) -> frozenset[Any]:
+    return frozenset(map(str, get_args(hint))) if get_args(hint) else frozenset([str(hint)])
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "values"),
+    [
+        ("place", "method", METHODS),
+        ("apply", "removed", REMOVED),
+        ("apply", "mtp", MTP_CHOICES),
+        ("observe", "activations", ACTIVATIONS),
+        ("finetune", "optimizer", OPTIMIZERS),
+        ("finetune", "schedule", SCHEDULES),
+    ],
+)
+def test_the_values_that_a_signature_lists_are_those_that_are_known(function: str, option: str, values: Any) -> None:
+    hint = typing.get_type_hints(getattr(secateur, function))[option]
+    listed = [value for part in (hint, *get_args(hint)) if get_origin(part) is Literal for value in get_args(part)]
+    assert listed == list(values)
+
+
+CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "samples": (lambda made: secateur.observe(made / "source", made / "s", samples=0), "--samples 0: expected at"),
+    "activations": (
+        lambda made: secateur.observe(made / "source", made / "s", activations="ram"),  # type: ignore[arg-type]
+        "--activations ram: expected one of auto, memory, disk",
+    ),
+    "seed": (lambda made: secateur.evaluate(made / "source", data="x", seed=-1), "--seed -1: expected at least 0"),
+    "no model": (lambda made: secateur.evaluate([], data="x"), "no model is named"),
+    "ep": (lambda made: secateur.apply(made / "source", made / "plan.json", made / "o", ep=0), "--ep 0: expected at"),
+    "removed": (
+        lambda made: secateur.apply(made / "source", made / "plan.json", made / "o", removed="gone"),  # type: ignore[arg-type]
+        "--removed gone: expected reroute or zero-slot",
+    ),
+    "ranks": (lambda made: secateur.place({0: [1, 2]}, 0), "num_ranks is 0, expected at least 1"),
+    "loads": (lambda made: secateur.place({0: [1, float("nan")]}, 2), "loads: "),
+    "layer": (lambda made: secateur.place({-1: [1, 2]}, 2), "loads: "),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_command_line_refuses_by_itself_a_function_refuses_too(name: str, made: Path) -> None:
+    call, message = CALLS[name]
+    before = contents(made)
+    with pytest.raises(SecateurError, match=re.escape(message)):
+        call(made)
+    assert contents(made) == before
+
+
+def test_one_path_counts_as_one_and_a_plan_may_be_a_value(made: Path, tmp_path: Path) -> None:
+    plan = Plan.load(made / "plan.json")
+    by_value = secateur.apply(str(made / "source"), plan, str(tmp_path / "out"), dry_run=True)
+    assert (
+        by_value.to_json()
+        == secateur.apply(made / "source", made / "plan.json", tmp_path / "out", dry_run=True).to_json()
+    )
+    assert (by_value.plan, by_value.experts_after) == (plan, {0: 3, 1: 3, 2: 3})
+    small: dict[str, Any] = {"samples": 2, "sequence_length": 16, "device": "cpu"}
+    one = secateur.evaluate(made / "source", data=str(made / "code.jsonl"), **small)
+    assert one.to_json() == secateur.evaluate([made / "source"], data=[made / "code.jsonl"], **small).to_json()
+    assert one.losses == (one.to_json()["models"][0]["loss"],)
+
+
+def test_what_is_given_back_can_be_used_at_once(made: Path, tmp_path: Path) -> None:
+    found = secateur.inspect(made / "source")
+    assert (found.experts, found.top_k, found.num_groups) == ({0: 8, 1: 8, 2: 8}, 2, 1)
+    stats = tmp_path / "stats.safetensors"
+    seen = secateur.observe(made / "source", stats, data=made / "code.jsonl", samples=4, sequence_length=16)
+    assert seen.observation is not None
+    placed = secateur.place(seen.observation.stats.loads(), 2)
+    assert placed.layers[0].order == placed.plan.layers[0].order
+    assert placed.to_json() == secateur.place(stats, 2).to_json()
+    secateur.apply(made / "source", placed.plan, tmp_path / "out")
+    checked = secateur.verify(made / "source", tmp_path / "out", tokens=0)
+    assert (checked.passed, [check.passed for check in checked.checks]) == (True, [True, True, None, None, None])
+    wrong = secateur.verify(made / "source", made / "wrong", tokens=0)
+    assert (wrong.passed, [check.passed for check in wrong.checks][:2]) == (False, [True, False])
+
+
+def test_a_dry_run_of_observe_has_no_statistics(made: Path, tmp_path: Path) -> None:
+    found = secateur.observe(
+        made / "source", tmp_path / "s", data=made / "code.jsonl", samples=4, sequence_length=16, dry_run=True
+    )
+    assert (found.observation, found.moe_layers, list(tmp_path.iterdir())) == (None, (0, 1, 2), [])
+
+
+def test_a_solver_in_two_threads_leaves_standard_output_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, together = os.fstat(1), threading.Barrier(2)
+    inside: list[int] = []
+
+    def enter() -> None:
+        together.wait()
+        with milp.solver_apart():
+            inside.append(os.fstat(1).st_ino)
+
+    threads = [threading.Thread(target=enter) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == [os.fstat(2).st_ino] * 2
+    assert os.path.samestat(os.fstat(1), before)
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check_html(page: str) -> str:
+    parser = Tags()
+    parser.feed(page)
+    assert parser.tags == {"table", "thead", "tbody", "tr", "th", "td"}
+    return parser.text
+
+
+def test_nothing_in_a_result_becomes_markup_in_a_notebook(tmp_path: Path) -> None:
+    evil = "<script>alert('1')</script> & more"
+    found = secateur.place({0: [1, 2]}, 2)
+    content = {**found.to_json(), "layers": {evil: found.to_json()["layers"]["0"]}}
+    text = check_html(type(found)(layers=found.layers, plan=found.plan, content=content)._repr_html_())
+    assert evil in text
+    model = secateur.model_folder.read.inspect.Inspection(
+        path=tmp_path / evil, model_type=evil, num_layers=1, experts={0: 8}, top_k=1, num_groups=1, num_bytes=1,
+        bytes_per_expert={0: 1}, limits=(evil, evil), content={},
+    )  # fmt: skip
+    text = check_html(model._repr_html_())
+    assert text.count("<script>") == 4
+    assert "model type" in text
+
+
+def test_a_long_cell_is_cut(tmp_path: Path) -> None:
+    found = secateur.place({0: [1, 2]}, 2)
+    content = {"layers": {"x" * 999: found.to_json()["layers"]["0"]}}
+    page = type(found)(layers={}, plan=found.plan, content=content)._repr_html_()
+    assert "x" * 200 + " ..." in page
+    assert "x" * 201 not in page
+
+
+def test_the_json_of_a_result_is_a_copy_and_the_result_stays_as_it_is() -> None:
+    found = secateur.place({0: [1, 2]}, 2)
+    found.to_json()["layers"]["0"]["order"].clear()
+    assert found.to_json()["layers"]["0"]["order"] == [0, 1]
+    with pytest.raises(AttributeError):
+        found.plan = found.plan  # type: ignore[misc]
+
+
+# --- documentation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_docstring_has_every_argument_what_comes_back_and_an_example(name: str) -> None:
+    function = getattr(secateur, name)
+    text = inspect.cleandoc(function.__doc__)
+    parts = re.split(r"^(Args|Returns|Raises|Example):\n", text, flags=re.MULTILINE)
+    assert parts[1::2] == ["Args", "Returns", "Raises", "Example"]
+    arguments = parts[2]
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"(^    |\. |; ){parameter}: ", arguments, re.MULTILINE), parameter
+    assert f"secateur.{name}(" in parts[8]
+    compile("\n".join(line.strip()[4:] for line in parts[8].splitlines() if ">>>" in line), name, "exec")
