@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from typer.main import get_command
 
 import secateur
 from secateur import cli
+from secateur.decide.by_score import ALLOCATIONS
+from secateur.decide.rules import OPTIONS
 from secateur.errors import SecateurError
 from secateur.files.given import StrPath, StrPaths
 from secateur.finetuning.options import OPTIMIZERS, SCHEDULES
@@ -107,6 +109,19 @@ CASES = {
         {"ranks": 3, "method": "exact", "out": "p", "plan": "q", "sglang": "r", "num_layers": 2},
         ("p", "q", "r"),
     ),
+    "plan": Case("plan", ("stats",), {"keep": 0.75, "out": "q", "protect": True}, ("q",)),
+    "plan by a rule": Case("plan", ("stats",), {"alpha": 0.9, "allocation": "laep", "dry_run": True}),
+    "plan of a model": Case("plan", ("source",), {"keep": 5, "criterion": "weight_norm", "out": "q"}, ("q",)),
+    "prune": Case(
+        "prune",
+        ("source",),
+        {**OBSERVED, "keep": "6", "out": "out", "undo": "undo", "verify_tokens": 4},
+        ("out", "undo"),
+    ),
+    "prune, dry run": Case("prune", ("source",), {**OBSERVED, "max_rerouted": 0.1, "out": "out", "dry_run": True}),
+    "prune without data": Case(
+        "prune", ("source",), {"keep": 5, "criterion": "aimer", "out": "out", "ep": 5}, ("out",)
+    ),
     "report": Case("report", ("run",), {}, ("run",)),
     "convert_vmoe": Case("convert_vmoe", ("published",), {"out": "out", "top_k": 2}, ("out",)),
 }
@@ -124,6 +139,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = next((root / "wrong").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     save_shards(tiny_model("qwen3_moe"), root / "shards")
+    secateur.observe(root / "source", root / "stats", data=root / "code.jsonl", samples=6, sequence_length=16)
     tiny_run(root / "run", [[5, 3, 9, 1]])
     (root / "loads.json").write_text(json.dumps({1: [9, 9, 8, 7, 6, 5, 5, 4, 4, 3, 2, 2]}))
     write_flax(root / "published", params(random_arrays()))
@@ -189,20 +205,20 @@ def written(folder: Path, made: Path) -> dict[str, Any]:
 
 def test_every_function_is_compared_with_its_command() -> None:
     assert {case.function for case in CASES.values()} == set(COMMANDS)
-    assert set(COMMANDS.values()) | {"plan", "prune", "pretrain"} == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert set(COMMANDS.values()) | {"pretrain"} == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_function_has_the_options_of_its_command(name: str) -> None:
     """Names, defaults and types; only how a result is shown is the command's own, and only progress the function's."""
     parameters = dict(inspect.signature(getattr(secateur, name)).parameters)
-    hints = typing.get_type_hints(getattr(secateur, name))
+    hints = hints_of(getattr(secateur, name))
     progress = parameters.pop("on_progress")
     assert (progress.default, progress.kind) == (None, inspect.Parameter.KEYWORD_ONLY)
     options = {key: option for key, option in PARAMETERS[name].items() if key not in SHOWING}
     assert set(parameters) == set(options)
     command = next(one for one in cli.COMMANDS if one.__name__.replace("_", "-") == COMMANDS[name])
-    of_command = typing.get_type_hints(command)
+    of_command = hints_of(command)
     for key, option in options.items():
         default = inspect.signature(command).parameters[key].default
         assert parameters[key].default == default, key
@@ -213,11 +229,19 @@ def test_a_function_has_the_options_of_its_command(name: str) -> None:
         assert parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def hints_of(function: Callable[..., object]) -> dict[str, Any]:
+    """The types of all parameters; those of a rule's options stand in the signature alone."""
+    shown = {key: one.annotation for key, one in inspect.signature(function).parameters.items()}
+    shown = {key: get_args(hint)[0] if get_origin(hint) is Annotated else hint for key, hint in shown.items()}
+    return shown | typing.get_type_hints(function)
+
+
 # type of an option -> types of a keyword that take it
 TYPES: dict[Any, tuple[Any, ...]] = {
     Path: (StrPath, Plan | StrPath, StrPath | Mapping[int, Sequence[float]]),
     list[Path]: (StrPaths,),
     list[str]: (StrPaths, str | Sequence[str]),
+    str: (str | float,),  # of --keep
 }
 
 
@@ -248,6 +272,12 @@ def normal(hint: Any) -> frozenset[Any]:
         ("place", "method", METHODS),
         ("apply", "removed", REMOVED),
         ("apply", "mtp", MTP_CHOICES),
+        ("plan", "removed", REMOVED),
+        ("plan", "allocation", ALLOCATIONS),
+        ("prune", "removed", REMOVED),
+        ("prune", "mtp", MTP_CHOICES),
+        ("prune", "allocation", ALLOCATIONS),
+        ("prune", "activations", ACTIVATIONS),
         ("observe", "activations", ACTIVATIONS),
         ("finetune", "optimizer", OPTIMIZERS),
         ("finetune", "schedule", SCHEDULES),
@@ -406,7 +436,9 @@ def test_a_docstring_has_every_argument_what_comes_back_and_an_example(name: str
     parts = re.split(r"^(Args|Returns|Raises|Example):\n", text, flags=re.MULTILINE)
     assert parts[1::2] == ["Args", "Returns", "Raises", "Example"]
     arguments = parts[2]
-    for parameter in inspect.signature(function).parameters:
+    for parameter in dict.fromkeys(
+        "rule" if name in OPTIONS else name for name in inspect.signature(function).parameters
+    ):
         assert re.search(rf"(^    |\. |; ){parameter}: ", arguments, re.MULTILINE), parameter
     assert f"secateur.{name}(" in parts[8]
     compile("\n".join(line.strip()[4:] for line in parts[8].splitlines() if ">>>" in line), name, "exec")

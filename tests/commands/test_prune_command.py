@@ -22,7 +22,7 @@ from secateur.files.work_folder import place_of_work, work_folder
 from secateur.model_folder import prune as module
 from secateur.model_folder.checks.claims import Check, verify_model
 from secateur.model_folder.choice import Choice
-from secateur.model_folder.prune import Asked, prune
+from secateur.model_folder.prune import Asked, run_stages
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.undo import restore
@@ -79,7 +79,7 @@ def not_again(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callabl
 )
 def test_the_chain_on_the_disk_ends_in_what_the_barred_source_computes(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path / "source")
-    result = prune(
+    result = run_stages(
         tmp_path / "source", tmp_path / "out", HALF, observe=observe, undo=tmp_path / "undo", verify_tokens=8
     )
     assert [check["passed"] for check in result["verified"]["checks"]] == [True] * 5, result["verified"]
@@ -119,7 +119,7 @@ def start(root: Path, *hooks: Callable[[], None], **options: Any) -> dict[str, A
     for hook in hooks:
         hook()
     given: dict[str, Any] = {"observe": made_up, "undo": root / "undo", "verify_tokens": 8}
-    return prune(root / "source", root / "out", options.pop("choice", HALF), **given | options)
+    return run_stages(root / "source", root / "out", options.pop("choice", HALF), **given | options)
 
 
 STAGES = {
@@ -310,7 +310,7 @@ def test_two_at_once_into_one_folder_are_refused(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_folder_that_was_pruned_before_is_pruned_again(folder: Path) -> None:
     start(folder, choice=Choice(criterion="frequency", keep=Keep(count=6)))
-    result = prune(folder / "out", folder / "second", Choice(criterion="weight_norm", keep=Keep(count=4)))
+    result = run_stages(folder / "out", folder / "second", Choice(criterion="weight_norm", keep=Keep(count=4)))
     assert result["verified"]["passed"] is True
     assert not (folder / "second/observed").exists()
     assert result["report"]["files_left_out"] == []
@@ -481,7 +481,7 @@ def test_targets_that_are_not_free_are_refused_and_left_alone(folder: Path, run:
     shutil.rmtree(folder / "out")
     for bad in (folder / "source/inside", folder / "source"):
         with pytest.raises(SecateurError, match="the same or inside each other"):
-            prune(folder / "source", bad, HALF, observe=observe)
+            run_stages(folder / "source", bad, HALF, observe=observe)
     with pytest.raises(SecateurError, match=r"--undo .* same or inside each other"):
         start(folder, undo=folder / "out/undo")
     (folder / "undo").mkdir()

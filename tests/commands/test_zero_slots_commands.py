@@ -14,7 +14,7 @@ from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome
-from secateur.model_folder.prune import prune
+from secateur.model_folder.prune import run_stages
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
@@ -241,4 +241,4 @@ def test_a_family_that_cannot_is_refused_before_data_is_read(tmp_path: Path) -> 
         raise AssertionError("data was read")
 
     with pytest.raises(SecateurError, match="cannot be built"):
-        prune(tmp_path / "model", tmp_path / "out", choice, observe=observe)
+        run_stages(tmp_path / "model", tmp_path / "out", choice, observe=observe)

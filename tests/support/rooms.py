@@ -56,7 +56,7 @@ ROOMS: dict[str, Room] = {
             "checkpoints."
         ),
         may_import=_rooms(
-            "finetuning folder_kinds model_folder.checks model_folder.evaluation model_folder.measure "
+            "finetuning folder_kinds model_folder model_folder.checks model_folder.evaluation model_folder.measure "
             "model_folder.read train reporting surgery auto_classes models placement decide plans stats version "
             "errors"
         ),
@@ -80,8 +80,8 @@ ROOMS: dict[str, Room] = {
     "model_folder": Room(
         question="How does a model folder become a pruned one: from a source to a plan, and all stages in one?",
         may_import=_rooms(
-            "model_folder.checks model_folder.measure model_folder.rewrite model_folder.read observation decide "
-            "criteria plans stats files errors"
+            "model_folder.checks model_folder.measure model_folder.rewrite model_folder.read observation placement "
+            "decide criteria plans stats results files errors"
         ),
     ),
     "model_folder.checks": Room(

@@ -107,7 +107,7 @@ def _of_prune(folder: Path, name: str, value: float) -> Found:
     class AskedError(Exception):
         pass
 
-    with mock.patch.object(program, "prune", side_effect=AskedError) as called, contextlib.suppress(AskedError):
+    with mock.patch.object(program, "run_stages", side_effect=AskedError) as called, contextlib.suppress(AskedError):
         command("prune", str(folder), "--out", str(folder / "out"), OPTIONS[name].flag, str(value))
     found: Found = called.call_args.args[2].rule.to_json()
     return found

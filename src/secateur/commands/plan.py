@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from secateur.commands import plan_options as options
-from secateur.commands.bars import bytes_bar
+from secateur.commands.bars import stage_bars
 from secateur.commands.rule_options import help_for_folders, with_rule_options
-from secateur.commands.taken import taken_from
+from secateur.commands.shown import show
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
-from secateur.files.new_file import check_new_file
 
-if TYPE_CHECKING:
-    from secateur.model_folder.source import Source
-
-LOADS = "loads.jsonl"  # of a training run
 LISTED = 12  # layers in a message
 
 
@@ -42,7 +36,7 @@ def plan(
         typer.Option("--model", help="The model that the statistics are of; criteria that read weights need it."),
     ] = None,
     pretrained: options.Pretrained = None,
-    expert_parallel: options.ExpertParallel = 1,
+    ep: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
     seed: options.Seed = 0,
     protect: options.Protect = None,
@@ -63,25 +57,31 @@ def plan(
     from secateur.model_folder.read.collector import collector_at_rest
 
     with collector_at_rest():
-        from secateur.model_folder.choice import decide_plan, outcome
+        from secateur.model_folder.plan import plan as function
 
-    if out is None and not dry_run:
+    if out is None and not dry_run:  # from Python, the plan is in the result
         raise SecateurError("--out names the file for the plan; it is missing (or use --dry-run)")
-    if out is not None:
-        only_read = (None if (source / LOADS).is_file() else source, model, pretrained)
-        check_new_file(out, force, *(path for path in only_read if path is not None))
-    typed = taken_from(locals(), options.ChoiceOptions)
-    asked = typed.choice(criterion or _default(source, has_rule=typed.has_rule, has_base=pretrained is not None))
-    given = _read(source, model, pretrained)
-    with bytes_bar("reading weights", show=not (quiet or as_json)) as on_bytes:
-        decided = decide_plan(given, asked, on_bytes=on_bytes)
-    if out is not None and not dry_run:
-        decided.save(out)
-    result = outcome(given, decided)
-    if as_json:
-        print(json.dumps(result | {"plan": decided.to_json()}, indent=2))
-    elif not quiet:
-        print("\n".join([f"{'would write' if dry_run else 'wrote'} {out or 'a plan'}", *outcome_lines(result)]))
+    with stage_bars(show=not (quiet or as_json)) as on_progress:
+        result = function(
+            source,
+            out,
+            criterion=criterion,
+            keep=keep,
+            removed=removed,  # type: ignore[arg-type]  # another meaning is refused by name, as is another allocation
+            allocation=allocation,  # type: ignore[arg-type]
+            model=model,
+            pretrained=pretrained,
+            ep=ep,
+            min_experts=min_experts,
+            seed=seed,
+            protect=protect,
+            force=force,
+            dry_run=dry_run,
+            on_progress=on_progress,
+            **rule,
+        )
+    lines = [f"{'would write' if dry_run else 'wrote'} {out or 'a plan'}", *outcome_lines(result.to_json())]
+    show(result, "\n".join(lines), as_json=as_json, quiet=quiet)
 
 
 def outcome_lines(result: dict[str, Any]) -> list[str]:
@@ -109,23 +109,6 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
         lines.append(f"never routed to: {result['never_routed']} experts, {result['never_routed_dropped']} of them go")
     note = who_loads({after for _, after in layers.values()}, result["removed"])
     return lines if note == LOADS_EVERYWHERE else [*lines, note]
-
-
-def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:
-    from secateur.model_folder.source import of_loads, read_source
-    from secateur.placement.loads import read_loads
-
-    if (source / LOADS).is_file():
-        if pretrained is not None:
-            raise SecateurError(f"--pretrained {pretrained}: for a fine-tuned model, but {source} is a training run")
-        return of_loads(read_loads(source / LOADS), model or source / "model")
-    return read_source(source, model, pretrained)
-
-
-def _default(source: Path, *, has_rule: bool, has_base: bool) -> str:
-    if has_rule or has_base:
-        return "laep" if has_rule else "router_norm_change"
-    return "aimer" if source.is_dir() and not (source / LOADS).is_file() else "reap"
 
 
 def _by_layer(found: dict[str, list[int]]) -> str:

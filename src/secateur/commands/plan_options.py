@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
 from secateur.plans import REMOVED
-
-if TYPE_CHECKING:
-    from secateur.model_folder.choice import Choice
 
 LAEP_HELP = "LAEP's thresholds on the loads, which also decide how many go (2601.14327)"
 ALLOCATION_HELP = {
@@ -84,40 +79,3 @@ Protect = Annotated[
         "Left out: wherever the statistics show them.",
     ),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceOptions:
-    """The options as they were typed; see `taken_from`. rule: those of the table of rules, None where not typed."""
-
-    keep: str | None
-    rule: Mapping[str, Any]
-    allocation: str
-    expert_parallel: int
-    min_experts: int
-    seed: int
-    protect: bool | None
-    removed: str | None
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether one of LAEP's options was typed."""
-        return any(value is not None for value in self.rule.values())
-
-    def choice(self, criterion: str) -> Choice:
-        """What they say; a SecateurError where they contradict each other."""
-        from secateur.decide.keep import Keep
-        from secateur.decide.rule import Rule
-        from secateur.model_folder.choice import Choice
-
-        return Choice(
-            criterion=criterion,
-            keep=None if self.keep is None else Keep.parse(self.keep),
-            rule=Rule(**self.rule) if self.has_rule else None,
-            allocation=self.allocation,
-            multiple_of=self.expert_parallel,
-            min_experts=self.min_experts,
-            seed=self.seed,
-            protect=self.protect,
-            removed=self.removed,
-        )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +12,8 @@ from secateur.commands import plan_options as options
 from secateur.commands.bars import stage_bars
 from secateur.commands.plan import outcome_lines
 from secateur.commands.rule_options import help_for_folders, with_rule_options
-from secateur.commands.taken import taken_from
+from secateur.commands.shown import show
 from secateur.commands.verify import WORDS
-from secateur.errors import SecateurError
-
-if TYPE_CHECKING:
-    from secateur.model_folder.read.model_folder import ModelFolder
 
 
 @with_rule_options(after="protect", help=help_for_folders)
@@ -40,7 +34,7 @@ def prune(
     activations: data_options.Activations = None,
     device: data_options.Device = "auto",
     allocation: options.AllocationOption = "uniform",
-    expert_parallel: options.ExpertParallel = 1,
+    ep: options.ExpertParallel = 1,
     min_experts: options.MinExperts = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of data, and of the criterion random.")] = 0,
     protect: options.Protect = None,
@@ -77,43 +71,39 @@ def prune(
     from secateur.model_folder.read.collector import collector_at_rest
 
     with collector_at_rest():
-        from secateur.model_folder import prune as program
-        from secateur.model_folder.measure.data_choice import DataOptions, device_named
-        from secateur.model_folder.measure.data_pass import prepare
+        from secateur.model_folder.all_stages import prune as function
 
-    typed = taken_from(locals(), options.ChoiceOptions)
-    choice = typed.choice(
-        criterion or ("laep" if typed.has_rule else "reap" if pretrained is None else "router_norm_change")
-    )
-    if data and not choice.needs_data:
-        raise SecateurError(f"--data: criterion {choice.criterion!r} needs no data here; leave it out")
-    show = not (quiet or as_json)
-    data = data or []
-    asked = taken_from(locals(), DataOptions)
-
-    with stage_bars(show=show) as on_progress:
-
-        def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
-            ready = prepare(folder, asked, stats, device=device_named(device), sums=choice.sums, on_stage=on_progress)
-            return ready.data, ready.take
-
-        result = program.prune(
+    with stage_bars(show=not (quiet or as_json)) as on_progress:
+        result = function(
             model,
             out,
-            choice,
+            keep=keep,
+            criterion=criterion,
+            removed=removed,  # type: ignore[arg-type]  # other values are refused by name
             pretrained=pretrained,
-            restart=restart,
-            observe=observe,
+            data=data,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            pack=pack,
+            text_key=text_key,
+            split=split,
+            activations=None if activations is None else activations.value,
+            device=device,
+            allocation=allocation,  # type: ignore[arg-type]
+            ep=ep,
+            min_experts=min_experts,
+            seed=seed,
+            protect=protect,
             undo=undo,
-            mtp=mtp,
+            mtp=mtp,  # type: ignore[arg-type]
             verify_tokens=verify_tokens,
+            restart=restart,
             dry_run=dry_run,
             on_progress=on_progress,
+            **rule,
         )
-    if as_json:
-        print(json.dumps(result, indent=2))
-    elif not quiet:
-        print("\n".join(_lines(result, out, dry_run)))
+    show(result, "\n".join(_lines(result.to_json(), out, dry_run)), as_json=as_json, quiet=quiet)
 
 
 def _lines(result: dict[str, Any], out: Path, dry_run: bool) -> list[str]:

@@ -12,8 +12,9 @@ from secateur.criteria.score import find_criterion
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule, decide
-from secateur.decide.rules import OPTIONS, flags_in_words
+from secateur.decide.rules import OPTIONS, RuleOptions, flags_in_words, given
 from secateur.errors import SecateurError
+from secateur.files.given import check_least
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.measure.weights import weight_stats
@@ -84,6 +85,38 @@ class Choice:
         """The sums that the criterion reads."""
         needs = () if self.criterion == LAEP else find_criterion(self.criterion).needs
         return tuple(name for name in needs if name != "token_count") if isinstance(needs, tuple) else ()
+
+
+def choice_of(
+    criterion: str,
+    *,
+    keep: str | float | None,
+    rule: RuleOptions,
+    allocation: str,
+    ep: int,
+    min_experts: int,
+    seed: int,
+    protect: bool | None,
+    removed: str | None,
+) -> Choice:
+    """What the options of `plan` and `prune` say.
+
+    Raises:
+        SecateurError: a value out of its range, or options that contradict each other.
+    """
+    check_least(1, ep=ep, min_experts=min_experts)
+    check_least(0, seed=seed)
+    return Choice(
+        criterion=criterion,
+        keep=None if keep is None else Keep.parse(str(keep)),
+        rule=Rule(**rule) if given(rule) else None,
+        allocation=allocation,
+        multiple_of=ep,
+        min_experts=min_experts,
+        seed=seed,
+        protect=protect,
+        removed=removed,
+    )
 
 
 def decide_plan(source: Source, choice: Choice, *, on_bytes: OnProgress = silent) -> Plan:

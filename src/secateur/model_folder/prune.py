@@ -45,7 +45,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     mtp: str | None
 
 
-def prune(
+def run_stages(
     model: Path,
     out: Path,
     choice: Choice,
