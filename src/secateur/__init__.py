@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from secateur.models.vmoe.convert import convert_vmoe
     from secateur.placement.every_layer import place
     from secateur.plans import Plan
+    from secateur.pretraining.pretrain import pretrain
     from secateur.reporting.write import report
     from secateur.stats import RouterStats
     from secateur.surgery.events import PruneEvent
@@ -53,6 +54,7 @@ __all__ = [
     "observe",
     "place",
     "plan",
+    "pretrain",
     "prune",
     "remove_into_zero_slots_",
     "report",
@@ -77,6 +79,7 @@ _HOMES = {
     "observe": "secateur.model_folder.measure.observe",
     "place": "secateur.placement.every_layer",
     "plan": "secateur.model_folder.plan",
+    "pretrain": "secateur.pretraining.pretrain",
     "prune": "secateur.model_folder.all_stages",
     "remove_into_zero_slots_": "secateur.surgery.zero_slots",
     "report": "secateur.reporting.write",

@@ -301,7 +301,7 @@ def test_after_a_refusal_the_same_folder_can_be_used(
     begun: list[Path] = []
     monkeypatch.setattr(program, "_finish", lambda options, folder, *rest, **more: begun.append(folder.path) or {})
     changes = {"vocab_size": 300, "sequence_length": 32, "overrides": QWEN3_MOE}
-    program.pretrain(program.PretrainOptions(data=data_in(corpus), **changes), out, quiet=True)
+    program.run_pretraining(program.PretrainOptions(data=data_in(corpus), **changes), out)
     assert begun == [out]
 
 

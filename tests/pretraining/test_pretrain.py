@@ -18,7 +18,7 @@ from secateur.plans import Plan
 from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions
 from secateur.pretraining.preflight import plan_of_run
-from secateur.pretraining.run import pretrain
+from secateur.pretraining.run import run_pretraining
 from secateur.surgery.events import PruneEvent
 from support.small_corpus import write_jsonl
 from support.small_runs import (
@@ -84,7 +84,7 @@ def start(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     def make(**changes: Any) -> Path:
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         capfd.readouterr()
-        pretrain(options(corpus, **changes), out, quiet=True)
+        run_pretraining(options(corpus, **changes), out)
         assert capfd.readouterr() == ("", "")
         return out
 
@@ -270,7 +270,7 @@ def test_a_plain_terminal_gets_only_our_lines(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program, "write_report", light_report)
-    pretrain(options(corpus, steps=20, eval_steps=10, prune_at_step=7), tmp_path / "run")
+    run_pretraining(options(corpus, steps=20, eval_steps=10, prune_at_step=7), tmp_path / "run")
     out, err = capfd.readouterr()
     assert out == ""
     starts = ("pretrain 5/20", "pruned at step 7", "pretrain 10/20", "step 10:", "pretrain 15/20", "pretrain 20/20")

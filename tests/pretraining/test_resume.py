@@ -21,7 +21,7 @@ from secateur import cli
 from secateur.errors import SecateurError
 from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions
-from secateur.pretraining.run import pretrain, resume
+from secateur.pretraining.run import resume, run_pretraining
 from secateur.train import checkpoints
 from support.faults import Kill, LimitFileSize
 from support.small_runs import (
@@ -86,14 +86,14 @@ def run(out: Path, settings: PretrainOptions, *hooks: Callable[[], None]) -> Non
     program.write_report = light_report
     for hook in hooks:
         hook()
-    pretrain(settings, out, quiet=True)
+    run_pretraining(settings, out)
 
 
 def go_on(out: Path, *hooks: Callable[[], None]) -> None:
     program.write_report = light_report
     for hook in hooks:
         hook()
-    resume(out, quiet=True)
+    resume(out)
 
 
 def half_of_the_file(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path: Path, c
     ours, theirs = (tmp_path / name / "checkpoints" / "checkpoint-10" for name in ("one", "other"))
     shutil.copytree(theirs, ours.with_name("checkpoint-20"))
     with pytest.raises(SecateurError, match=r"checkpoint-20: a checkpoint of another run"):
-        resume(tmp_path / "one", quiet=True)
+        resume(tmp_path / "one")
     assert ours.with_name("checkpoint-20").is_dir()
 
 
@@ -307,7 +307,7 @@ def test_a_second_process_in_the_folder_of_a_running_one_is_refused(
     out, refusals = tmp_path / "run", []
 
     def second(*args: object) -> None:
-        for start in (lambda: resume(out), lambda: pretrain(options(corpus), out)):
+        for start in (lambda: resume(out), lambda: run_pretraining(options(corpus), out)):
             with pytest.raises(SecateurError) as caught:
                 start()
             refusals.append(str(caught.value))
@@ -315,7 +315,7 @@ def test_a_second_process_in_the_folder_of_a_running_one_is_refused(
 
     monkeypatch.setattr(program, "make_model", second)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(options(corpus), out, quiet=True)
+        run_pretraining(options(corpus), out)
     assert "another process is running in this folder" in refusals[0]
     assert "expected a new or empty folder" in refusals[1]
 

@@ -20,7 +20,7 @@ from secateur.pretraining import preflight
 from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions
 from secateur.pretraining.preflight import check_before_data, plan_of_run
-from secateur.pretraining.run import pretrain, resume
+from secateur.pretraining.run import resume, run_pretraining
 from secateur.train.distributed.trainer import ResumableTrainer
 from support.small_runs import corpus_in, light_report, options
 
@@ -161,7 +161,7 @@ def test_each_model_is_described_once_before_the_first_step(
     """Two models are made: without weights, for what can be refused early, and the one that is trained."""
     described = before_the_first_step(counted("describe_moe"))
     probed = counted("find_expert_layout")
-    pretrain(options(corpus, steps=20, no_prune=True), tmp_path / "run", quiet=True)
+    run_pretraining(options(corpus, steps=20, no_prune=True), tmp_path / "run")
     assert [on_meta(model) for model, *_ in described] == [True, False]
     assert len(probed) == 1  # two builds tell where the experts are; the second description is told
 
@@ -179,10 +179,10 @@ def test_a_resumed_run_describes_the_model_of_its_checkpoint_alone(
     with monkeypatch.context() as patch:
         patch.setattr(ResumableTrainer, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(options(corpus, no_prune=True), tmp_path / "run", quiet=True)
+            run_pretraining(options(corpus, no_prune=True), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-20").is_dir()
     described = before_the_first_step(counted("describe_moe"))
-    resume(tmp_path / "run", quiet=True)
+    resume(tmp_path / "run")
     assert [on_meta(model) for model, *_ in described] == [False]
 
 
@@ -204,9 +204,7 @@ def test_the_schedule_is_parsed_once_for_a_run_and_once_for_its_control(
     original = PretrainOptions.prunings
     monkeypatch.setattr(PretrainOptions, "prunings", lambda self: parsed.append(None) or original(self))
     monkeypatch.setattr(program, "write_report", light_report)
-    pretrain(
-        options(corpus, steps=20, prune=("step=9 target_params=0.8",), control=control), tmp_path / "run", quiet=True
-    )
+    run_pretraining(options(corpus, steps=20, prune=("step=9 target_params=0.8",), control=control), tmp_path / "run")
     assert len(parsed) == times
 
 
@@ -223,7 +221,7 @@ def test_the_run_goes_on_with_the_tokenizer_that_preflight_read(
 
     monkeypatch.setattr(program, "prepare", prepare)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(options(corpus, tokenizer=str(tmp_path / "tokenizer")), tmp_path / "run", quiet=True)
+        run_pretraining(options(corpus, tokenizer=str(tmp_path / "tokenizer")), tmp_path / "run")
     assert len(used[0]) == 270
 
 

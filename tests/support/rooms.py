@@ -56,9 +56,9 @@ ROOMS: dict[str, Room] = {
             "checkpoints."
         ),
         may_import=_rooms(
-            "finetuning folder_kinds model_folder model_folder.checks model_folder.evaluation model_folder.measure "
-            "model_folder.read train reporting surgery auto_classes models placement decide plans stats version "
-            "errors"
+            "finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
+            "model_folder.measure model_folder.read train reporting surgery auto_classes models placement decide "
+            "plans stats version errors"
         ),
     ),
     "finetuning": Room(
@@ -70,7 +70,7 @@ ROOMS: dict[str, Room] = {
     "pretraining": Room(
         question="How does `secateur pretrain` run: data, model, Trainer, resume, and what it leaves on the disk?",
         may_import=_rooms(
-            "train reporting surgery families modeling_secateur data environment decide plans files errors"
+            "train reporting surgery families modeling_secateur data environment decide plans results files errors"
         ),
     ),
     "folder_kinds": Room(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from secateur.pretraining.options import PretrainOptions
-from secateur.pretraining.run import pretrain
+from secateur.pretraining.run import run_pretraining
 from secateur.reporting.numbers import report_json
 from secateur.reporting.run_data import read_run
 from support.small_corpus import write_corpus
@@ -84,7 +84,7 @@ def run_in(factory: pytest.TempPathFactory) -> Path:
     """One finished run a test session: pruned at step 23 of 40, with a control run and the real report."""
     folder = factory.getbasetemp() / "finished-run"
     if not folder.exists():
-        pretrain(options(corpus_in(factory), control=True), folder, quiet=True)
+        run_pretraining(options(corpus_in(factory), control=True), folder)
     return folder
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from secateur.files.progress import OnProgress, OnStage
+from secateur.files.progress import OnStage
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 
+TRAININGS = ("pretrain", "control", "finetune")
 IN_BYTES = ("writing", "comparing", "reading weights")  # stages whose progress is in bytes
 
 
@@ -49,39 +51,35 @@ def _columns(stage: str) -> tuple[ProgressColumn, ...]:
 
 
 @contextlib.contextmanager
-def bytes_bar(what: str, *, show: bool) -> Iterator[OnProgress]:
-    """While bytes are moved: gives what to call with (bytes done, bytes in all)."""
-    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+def run_bars(*, quiet: bool) -> Iterator[OnStage | None]:
+    """Of a training, see `Steps`, a bar with its numbers, or lines where there is no terminal; of what comes before it,
+    one bar a stage.
+    """
+    from secateur.train.progress import RunProgress, StageProgress
 
-    with _bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), show=show) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    if quiet:
+        yield None
+        return
+    with contextlib.ExitStack() as now:
+        bars: dict[str, RunProgress] = {}
+        stages: list[StageProgress] = []
 
+        def on_stage(what: str, done: int, total: int) -> None:
+            name, mark, text = re.split(r"(, |: |$)", what, maxsplit=1)
+            if name not in TRAININGS:
+                if not stages:
+                    stages.append(now.enter_context(StageProgress()))
+                stages[0](what, done, total or None)
+                return
+            if name not in bars:
+                now.close()
+                bars[name] = now.enter_context(RunProgress(name, total, done=done))
+            if mark == ": ":
+                bars[name].say(text)
+            else:
+                bars[name].show(done, total, text)
 
-@contextlib.contextmanager
-def batches_bar(what: str, *, show: bool) -> Iterator[OnProgress]:
-    """While batches go through a model: gives what to call with (batches done, in all)."""
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-
-    with _bar(MofNCompleteColumn(), TimeRemainingColumn(), show=show) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def layers_bar(what: str, *, num_batches: int, show: bool) -> Iterator[OnProgress]:
-    """While batches go through the layers of a model: gives what to call with (layers x batches done, in all)."""
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-
-    with _bar(MofNCompleteColumn(), TimeRemainingColumn(), show=show) as bar:
-        task = bar.add_task(what, total=None)
-
-        def step(done: int, total: int) -> None:
-            layers = total // num_batches
-            layer = min(done // num_batches + 1, layers)
-            bar.update(task, completed=done, total=total, description=f"{what}, layer {layer} of {layers}")
-
-        yield step
+        yield on_stage
 
 
 def _bar(*columns: ProgressColumn, show: bool) -> Progress:

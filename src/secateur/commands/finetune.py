@@ -4,16 +4,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from secateur.commands.bars import run_bars
 from secateur.commands.exits import fail
 from secateur.commands.shown import show
-from secateur.files.progress import OnStage
 
 DATA, TRAINING, MODEL, RECORD = "Data", "Training", "Model", "Record"
 
@@ -68,7 +66,7 @@ def finetune(
     from secateur.finetuning.run import WHAT
 
     try:
-        with _bar(quiet=quiet or as_json) as on_progress:
+        with run_bars(quiet=quiet or as_json) as on_progress:
             result = function(
                 model,
                 out,
@@ -106,23 +104,6 @@ def finetune(
         left = any(place_of_work(out, WHAT).glob("checkpoint-*"))
         fail("interrupted; go on with --resume" if left else "interrupted", 130)
     show(result, "\n".join(_lines(result.to_json(), out, dry_run)), as_json=as_json, quiet=quiet)
-
-
-@contextlib.contextmanager
-def _bar(*, quiet: bool) -> Iterator[OnStage]:
-    """A progress bar that appears with the first step."""
-    from secateur.train.progress import RunProgress
-
-    with contextlib.ExitStack() as stack:
-        bars: list[RunProgress] = []
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            name, _, numbers = what.partition(", ")
-            if not bars:
-                bars.append(stack.enter_context(RunProgress(name, total, done=done, quiet=quiet)))
-            bars[0].show(done, total, numbers)
-
-        yield on_progress
 
 
 def _lines(result: dict[str, Any], out: Path, dry_run: bool) -> list[str]:

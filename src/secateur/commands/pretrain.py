@@ -4,19 +4,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from secateur.commands.bars import run_bars
 from secateur.commands.exits import fail
 from secateur.commands.rule_options import help_for_training, with_rule_options
+from secateur.commands.shown import show
 from secateur.errors import SecateurError
 from secateur.files.json import parse_json
 
-# options of the command line that are not settings of a run
-NOT_SETTINGS = ("out", "resume", "dry_run", "json_output", "quiet", "overrides")
+# options that say how the result is shown
+SHOWING = ("as_json", "quiet")
 
 MODEL, DATA, TRAINING, DEVICE, BALANCE, PRUNING, PLACEMENT, RECORD = (
     "Model",
@@ -41,7 +42,7 @@ def pretrain(
     preset: Annotated[str | None, _option("A small model: qwen3_moe (default), olmoe, mixtral, deepseek_v3, gpt_oss, qwen3_next.", MODEL)] = None,
     config: Annotated[str | None, _option("A transformers config.json of any MoE causal LM; random weights.", MODEL)] = None,
     model: Annotated[str | None, _option("A folder with a model whose pre-training goes on.", MODEL)] = None,
-    overrides: Annotated[list[str] | None, _option("Change a config field, e.g. --set num_hidden_layers=8. Repeatable.", MODEL, "--set")] = None,
+    set: Annotated[list[str] | None, _option("Change a config field, e.g. --set num_hidden_layers=8. Repeatable.", MODEL, "--set")] = None,
     data: Annotated[list[str] | None, _option("File, folder or glob of .txt .md .py .jsonl .parquet, or hf:NAME for a datasets name; NAME=... names the domain. Repeatable. Default: this Python's standard library and reference prose.", DATA)] = None,
     text_key: Annotated[str, _option("Key or column of the text in .jsonl, .parquet and datasets.", DATA)] = "text",
     tokenizer: Annotated[str | None, _option("Folder of a tokenizer. Default: a byte-level BPE trained on the data.", DATA)] = None,
@@ -93,7 +94,7 @@ def pretrain(
     control: Annotated[bool, _option("Also train without pruning, for the report to compare with.", RECORD)] = False,
     resume: Annotated[bool, _option("Go on with the run in --out, with its own settings.", RECORD)] = False,
     dry_run: Annotated[bool, _option("Print the plan of the run and its memory, and leave.", RECORD)] = False,
-    json_output: Annotated[bool, _option("Print the result as JSON on standard output.", RECORD, "--json")] = False,
+    as_json: Annotated[bool, _option("Print the result as JSON on standard output.", RECORD, "--json")] = False,
     quiet: Annotated[bool, _option("No progress.", RECORD)] = False,
     **rule: Any,
 ) -> None:  # fmt: skip
@@ -103,47 +104,23 @@ def pretrain(
 
     Example: `secateur pretrain --out run --preset olmoe --data code=src/ --data books/*.txt --target-params 0.67`
     """
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
-    }
-    given |= {name: tuple(given[name]) for name in ("data", "prune") if name in given}
-    if overrides:
-        given["overrides"] = dict(_field(text) for text in overrides)
+    settings = {name: value for name, value in context.params.items() if name not in SHOWING}
+    settings["set"] = dict(_field(text) for text in set or ())
 
-    if dry_run and resume:
-        raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
-
-    from secateur.pretraining.options import DEVICES, PretrainOptions
+    from secateur.pretraining.pretrain import pretrain as function
     from secateur.train.distributed.launch import is_main, leave
 
-    if dry_run:
-        from secateur.pretraining.preflight import plan_of_run
-
-        plan = plan_of_run(PretrainOptions(**given))
-        if is_main():
-            _print_plan(plan, json_output)
-        return
-
-    from secateur.pretraining import run as run
-
     try:
-        if resume:
-            _check_same(out, given)
-            report = run.resume(out, devices={name: given[name] for name in DEVICES if name in given}, quiet=quiet)
-        else:
-            report = run.pretrain(PretrainOptions(**given), out, quiet=quiet)
+        with run_bars(quiet=quiet or not is_main()) as on_progress:
+            result = function(**settings, on_progress=on_progress)
     except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
         fail("interrupted; go on with --resume" if (out / "run.json").exists() else "interrupted", 130)
     must_speak = is_main()
-    leave()
-    if not must_speak:
-        return
-    if json_output:
-        print(json.dumps(report, indent=1))
-    else:
-        _print_result(out, report)
+    if not dry_run:
+        leave()
+    if must_speak:
+        words = _planned(result.to_json()) if dry_run else _done(out, result.to_json())
+        show(result, words, as_json=as_json, quiet=False, indent=1)
 
 
 def _field(text: str) -> tuple[str, Any]:
@@ -157,23 +134,7 @@ def _field(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _check_same(out: Path, given: dict[str, Any]) -> None:
-    from secateur.pretraining.options import DEVICES, option
-    from secateur.pretraining.run_folder import RunFolder
-
-    saved = RunFolder(out).read_options()
-    for name, value in given.items():
-        if name not in DEVICES and getattr(saved, name) != value:
-            raise SecateurError(
-                f"--resume: {option(name)} is {value!r}, but the run in {out} was started with "
-                f"{getattr(saved, name)!r}; leave it out, or start a new run"
-            )
-
-
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(plan, indent=1))
-        return
+def _planned(plan: dict[str, Any]) -> str:
     model, training, memory = plan["model"], plan["training"], plan["memory_bytes"]
     counts = sorted(set(model["experts"].values()))
     lines = [
@@ -197,29 +158,29 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         lines.append(f"pruning    at {pruning['when']}: {rule}")
     if not plan["prunings"]:
         lines.append("pruning    none")
-    print("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _mebibytes(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
 
 
-def _print_result(out: Path, report: dict[str, Any]) -> None:
+def _done(out: Path, report: dict[str, Any]) -> str:
+    lines = []
     prunings = [event for event in report["events"] if event["reason"] != "rearrange"]
     for event in prunings:
         saved = 1 - event["parameters_after"] / event["parameters_before"]
-        print(
+        lines.append(
             f"step {event['step']}: {event['experts_before']} -> {event['experts_after']} experts, "
             f"{event['parameters_before']:,} -> {event['parameters_after']:,} parameters (-{saved:.1%})"
         )
     if not prunings:
-        print("no pruning took place")
+        lines.append("no pruning took place")
     if moves := len(report["events"]) - len(prunings):
-        print(f"experts rearranged {moves} more times")
-    print(f"validation loss {report['validation_loss']:.4f}")
+        lines.append(f"experts rearranged {moves} more times")
+    lines.append(f"validation loss {report['validation_loss']:.4f}")
     speed = report["tokens_per_second"]
     if speed["before"] and speed["after"]:
-        print(
-            f"tokens/s {speed['before']:,.0f} before, {speed['after']:,.0f} after ({speed['after'] / speed['before']:.2f}x)"
-        )
-    print(f"model  {out / 'model'}\nreport {out / 'report.html'}")
+        times = speed["after"] / speed["before"]
+        lines.append(f"tokens/s {speed['before']:,.0f} before, {speed['after']:,.0f} after ({times:.2f}x)")
+    return "\n".join([*lines, f"model  {out / 'model'}", f"report {out / 'report.html'}"])

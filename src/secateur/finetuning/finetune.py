@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.files.given import StrPath, StrPaths, as_texts
-from secateur.files.progress import OnStage
+from secateur.files.progress import OnStage, Steps
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import run_finetuning
 from secateur.results import Result
@@ -155,13 +155,14 @@ def finetune(
         save_steps=save_steps,
         report_to=report_to,
     )
-
-    def on_step(done: int, total: int, numbers: str) -> None:
-        if on_progress is not None:
-            on_progress(f"finetune, {numbers}" if numbers else "finetune", done, total)
-
     record = run_finetuning(
-        Path(model), Path(out), options, resume=resume, restart=restart, dry_run=dry_run, on_progress=on_step
+        Path(model),
+        Path(out),
+        options,
+        resume=resume,
+        restart=restart,
+        dry_run=dry_run,
+        on_progress=Steps("finetune", on_progress).show,
     )
     return Finetuned(
         out=Path(out),

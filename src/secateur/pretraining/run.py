@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.files.json import read_object
+from secateur.files.progress import OnStage, Steps
 from secateur.modeling_secateur import ExpertLayout
 from secateur.pretraining.arguments import training_arguments
 from secateur.pretraining.models import given_tokenizer, load_model, load_moe, make_model, model_config, model_facts
@@ -47,7 +48,7 @@ from secateur.train.distributed.load import ParallelSizes, parallel_sizes
 from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.save import save_for_ranks, save_whole
 from secateur.train.distributed.trainer import ResumableTrainer
-from secateur.train.progress import RunProgress, StageProgress, only_our_messages
+from secateur.train.progress import only_our_messages
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,10 +58,10 @@ class Shared:
     data: PreparedData
     sizes: ParallelSizes
     layout: ExpertLayout | None
-    quiet: bool
+    on_progress: OnStage | None
 
 
-def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dict[str, Any]:
+def run_pretraining(options: PretrainOptions, out: Path, *, on_progress: OnStage | None = None) -> dict[str, Any]:
     """Start a run in the new or empty folder `out` and finish it; under torchrun, on every rank.
 
     A job that torchrun restarts after a failure (--max-restarts) goes on with the run it finds.
@@ -74,7 +75,7 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
     """
     folder, settings = RunFolder(out), options.settings
     if launch.was_restarted() and folder.run.exists():
-        return resume(out, devices={name: getattr(options, name) for name in DEVICES}, quiet=quiet)
+        return resume(out, devices={name: getattr(options, name) for name in DEVICES}, on_progress=on_progress)
     if launch.is_main():
         folder.require_new()
     with only_our_messages():
@@ -88,15 +89,19 @@ def pretrain(options: PretrainOptions, out: Path, *, quiet: bool = False) -> dic
                 folder.require_new()
                 write_json(folder.run, {"config": settings.record.options, "command": _command(), **_environment()})
             try:
-                data = _data(settings, folder, lambda: found.tokenizer, quiet=quiet)
+                data = _data(settings, folder, lambda: found.tokenizer, on_progress)
             except Exception:
                 if launch.is_main():
                     folder.run.unlink()  # nothing was begun, so nothing may block the next try
                 raise
-            return _finish(settings, folder, Shared(data=data, sizes=sizes, layout=found.moe.layout, quiet=quiet))
+            return _finish(
+                settings, folder, Shared(data=data, sizes=sizes, layout=found.moe.layout, on_progress=on_progress)
+            )
 
 
-def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool = False) -> dict[str, Any]:
+def resume(
+    out: Path, *, devices: Mapping[str, Any] | None = None, on_progress: OnStage | None = None
+) -> dict[str, Any]:
     """Go on with the run in `out` from its last whole checkpoint, with the settings it was started with.
 
     On the CPU the finished run is bit-identical to one that was never stopped, on the same number of processes.
@@ -120,8 +125,8 @@ def resume(out: Path, *, devices: Mapping[str, Any] | None = None, quiet: bool =
     with only_our_messages():
         launch.join()
         with _alone_in(folder):
-            data = _data(settings, folder, lambda: given_tokenizer(settings.model), quiet=quiet)
-            return _finish(settings, folder, Shared(data=data, sizes=sizes, layout=None, quiet=quiet))
+            data = _data(settings, folder, lambda: given_tokenizer(settings.model), on_progress)
+            return _finish(settings, folder, Shared(data=data, sizes=sizes, layout=None, on_progress=on_progress))
 
 
 def _sizes(settings: RunSettings) -> ParallelSizes:
@@ -135,14 +140,27 @@ def _alone_in(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
 
 def _finish(settings: RunSettings, folder: RunFolder, shared: Shared) -> dict[str, Any]:
     """All that is left to do once the data is there."""
-    if settings.training.threads is not None:
-        torch.set_num_threads(settings.training.threads)
-    _stage(settings, folder, shared)
-    if settings.control is not None:
-        folder.control.path.mkdir(exist_ok=True)
-        _stage(settings.control, folder.control, shared)
+    with _threads(settings.training.threads):
+        _stage(settings, folder, shared)
+        if settings.control is not None:
+            folder.control.path.mkdir(exist_ok=True)
+            _stage(settings.control, folder.control, shared)
     report: dict[str, Any] = launch.once(lambda: _report(folder))
     return report
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """So many threads of torch, and afterwards as many as before; None changes nothing."""
+    if number is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _report(folder: RunFolder) -> Any:
@@ -153,22 +171,29 @@ def _report(folder: RunFolder) -> Any:
 
 
 def _data(
-    settings: RunSettings, folder: RunFolder, tokenizer: Callable[[], PreTrainedTokenizerBase | None], *, quiet: bool
+    settings: RunSettings,
+    folder: RunFolder,
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+    on_progress: OnStage | None,
 ) -> PreparedData:
     """The tokens of the run; rank 0 prepares them for all, by the tokenizer that was given or one that it trains."""
     if launch.is_main() and not folder.data.is_dir():
-        with StageProgress(quiet=quiet) as progress:
-            data = prepare(
-                settings.data.data,
-                tokenizer=tokenizer(),
-                vocab_size=settings.model.vocab_size,
-                sequence_length=settings.data.sequence_length,
-                validation_share=settings.data.validation_share,
-                seed=settings.data.seed,
-                max_bytes=settings.data.max_data_bytes,
-                text_key=settings.data.text_key,
-                progress=progress,
-            )
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if on_progress is not None:
+                on_progress(what, done, total or 0)
+
+        data = prepare(
+            settings.data.data,
+            tokenizer=tokenizer(),
+            vocab_size=settings.model.vocab_size,
+            sequence_length=settings.data.sequence_length,
+            validation_share=settings.data.validation_share,
+            seed=settings.data.seed,
+            max_bytes=settings.data.max_data_bytes,
+            text_key=settings.data.text_key,
+            progress=progress,
+        )
         check_data(settings.model, settings.training, data)
         save_prepared(data, folder.data)
         launch.barrier()
@@ -263,29 +288,29 @@ def _train_steps(
     )
     validation = {domain: BlockDataset(blocks) for domain, blocks in shared.data.validation.items()}
     name = "control" if folder.path.name == "control" and not pruning.prunings else "pretrain"
-    with RunProgress(name, training.steps, done=done, quiet=shared.quiet or not launch.is_main()) as progress:
-        log = RunLog(
-            folder,
-            laep,
-            progress,
-            run=run,
-            tokens_per_step=training.tokens_per_step,
-            domain_sizes={domain: len(blocks) for domain, blocks in validation.items()},
-            seconds=seconds,
-        )
-        callbacks: list[TrainerCallback] = [laep, BalanceCallback(balance)]
-        trainer = ResumableTrainer(
-            model=model,
-            args=training_arguments(training, settings.record, folder.checkpoints, data_ranks=shared.sizes.fsdp),
-            train_dataset=_whole_steps(training.sequences_per_step, shared.data),
-            eval_dataset=validation,
-            callbacks=[*callbacks, log] if launch.is_main() else callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        _keep_tensorboard(trainer, folder)
-        log.trainer = trainer
-        with checkpoints.naming_the_last_whole(folder.checkpoints):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    steps = Steps(name, shared.on_progress if launch.is_main() else None, done=done, total=training.steps)
+    log = RunLog(
+        folder,
+        laep,
+        steps,
+        run=run,
+        tokens_per_step=training.tokens_per_step,
+        domain_sizes={domain: len(blocks) for domain, blocks in validation.items()},
+        seconds=seconds,
+    )
+    callbacks: list[TrainerCallback] = [laep, BalanceCallback(balance)]
+    trainer = ResumableTrainer(
+        model=model,
+        args=training_arguments(training, settings.record, folder.checkpoints, data_ranks=shared.sizes.fsdp),
+        train_dataset=_whole_steps(training.sequences_per_step, shared.data),
+        eval_dataset=validation,
+        callbacks=[*callbacks, log] if launch.is_main() else callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    _keep_tensorboard(trainer, folder)
+    log.trainer = trainer
+    with checkpoints.naming_the_last_whole(folder.checkpoints):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     balance.detach()
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from secateur.files.progress import Steps
 from secateur.pretraining.run_folder import RunFolder, append_line
 from secateur.train.callback import LAEPCallback
-from secateur.train.progress import RunProgress
 from secateur.train.training_log import TrainingLog, finite_or_none
 
 
@@ -23,7 +23,7 @@ class RunLog(TrainingLog):
         self,
         folder: RunFolder,
         laep: LAEPCallback,
-        progress: RunProgress,
+        progress: Steps,
         *,
         run: str,
         tokens_per_step: int,
