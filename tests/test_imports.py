@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
 import os
@@ -235,6 +234,7 @@ def test_what_headers_alone_refuse_is_refused_without_model_classes(module: str,
 
 def import_all_and_name_the_public(modules: list[str]) -> dict[str, list[str]]:
     """{public name: [its kind, the module that defines it, whether it is that module's]} once all are imported."""
+    import importlib
     import types
 
     for module in modules:
