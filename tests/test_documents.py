@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import runpy
 import sys
+from inspect import isfunction, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
 
+import secateur
 from secateur.data.packing import BlockDataset, PackedTokens
+from secateur.model_folder.measure import data_choice
 from secateur.pretraining.presets import PRESETS
 from support.docs_tables import DOCS, TABLES, with_table
+from support.models_with_text import model_with_text
 from support.small_runs import in_child
 from support.tiny_models import FAMILIES
 
@@ -84,6 +89,41 @@ def test_every_python_block_of_the_readme_runs(names: dict[str, Any]) -> None:
     assert len(blocks(README)) >= 2
     for block in blocks(README):
         exec(compile(block, "README.md", "exec"), names)
+
+
+def test_every_python_block_of_the_page_about_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_choice, "SAMPLES", 6)  # of a tiny model that takes 64 tokens
+    monkeypatch.setitem(data_choice.TEXT, "sequence_length", 16)
+    model_with_text(tmp_path)
+    for name, now in (
+        ("source", "models/Qwen3-30B-A3B"),
+        ("code.jsonl", "calibration.jsonl"),
+        ("prose.jsonl", "held-out.jsonl"),
+    ):
+        (tmp_path / now).parent.mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / now)
+    names: dict[str, Any] = {}
+    for block in blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8")):
+        exec(compile(block, "docs/python.md", "exec"), names)
+    assert names["decided"].experts_after == {0: 6, 1: 6, 2: 6}
+    said = capsys.readouterr().out
+    assert all(f"{what}: " in said for what in ("observing, layer 2 of 3", "writing", "comparing"))
+
+
+def test_the_page_about_python_names_every_function_and_fields_that_are_there() -> None:
+    rows = re.findall(r"^\| `(\w+)\((\w+).*?\| .*? \| (.*) \|$", (ROOT / "docs/python.md").read_text(), re.MULTILINE)
+    assert {name for name, _, _ in rows} == {
+        name for name in secateur.__all__ if isfunction(getattr(secateur, name))
+    } - {"remove_into_zero_slots_"}
+    for name, first, returned in rows:
+        function = getattr(secateur, name)
+        assert first == next(iter(signature(function).parameters))
+        fields = {one.name for one in dataclasses.fields(get_type_hints(function)["return"])}
+        quoted = set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)|with their .*?,|with their range", "", returned)))
+        assert quoted <= fields, name
 
 
 @pytest.mark.process

@@ -342,6 +342,14 @@ def test_what_a_command_line_refuses_by_itself_a_function_refuses_too(name: str,
     assert contents(made) == before
 
 
+@pytest.mark.parametrize("name", ["plan", "prune", "pretrain"])
+def test_an_option_that_no_rule_has_is_a_type_error(name: str, tmp_path: Path) -> None:
+    arguments = [tmp_path / "source"] if name == "plan" else [tmp_path / "source", tmp_path / "out"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gamma'"):
+        getattr(secateur, name)(*arguments[-1:] if name == "pretrain" else arguments, gamma=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_path_counts_as_one_and_a_plan_may_be_a_value(made: Path, tmp_path: Path) -> None:
     plan = Plan.load(made / "plan.json")
     by_value = secateur.apply(str(made / "source"), plan, str(tmp_path / "out"), dry_run=True)

@@ -125,7 +125,7 @@ def prune(
         >>> done.experts_before[0], done.experts_after[0]
         (128, 96)
     """
-    check_names(rule, "prune")
+    check_names(rule)
     choice = choice_of(
         criterion or ("laep" if given(rule) else "reap" if pretrained is None else "router_norm_change"),
         keep=keep,

@@ -102,7 +102,7 @@ def plan(
         >>> decided.plan.layers[0].experts_after
         96
     """
-    check_names(rule, "plan")
+    check_names(rule)
     path, target = Path(source), None if out is None else Path(out)
     whole = None if model is None else Path(model)
     base = None if pretrained is None else Path(pretrained)

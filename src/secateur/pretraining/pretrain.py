@@ -182,7 +182,7 @@ def pretrain(
         640
     """
     given = _given(locals())
-    check_names(rule, "pretrain")
+    check_names(rule)
     folder = RunFolder(Path(out))
     if dry_run and resume:
         raise SecateurError("--dry-run is for a new run, --resume for one that was started; give one of them")
