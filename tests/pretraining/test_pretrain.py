@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from secateur.commands.bars import run_bars
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.plans import Plan
@@ -78,7 +79,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Make a run without figures; returns its folder. A quiet run says nothing, whatever its options."""
+    """Make a run without figures; returns its folder. It says nothing by itself, whatever its options."""
     monkeypatch.setattr(program, "write_report", light_report)
 
     def make(**changes: Any) -> Path:
@@ -261,7 +262,7 @@ def test_the_saved_model_and_its_tokenizer_load_again_and_generate(run: Path) ->
 
 
 @pytest.mark.slow
-def test_quiet_says_nothing_in_the_control_run_either(start: Any) -> None:
+def test_a_control_run_says_nothing_by_itself_either(start: Any) -> None:
     start(steps=20, control=True, prune_at_step=7)  # which looks at what was said
 
 
@@ -270,7 +271,9 @@ def test_a_plain_terminal_gets_only_our_lines(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program, "write_report", light_report)
-    run_pretraining(options(corpus, steps=20, eval_steps=10, prune_at_step=7), tmp_path / "run")
+    with run_bars(quiet=False) as on_progress:
+        settings = options(corpus, steps=20, eval_steps=10, prune_at_step=7)
+        run_pretraining(settings, tmp_path / "run", on_progress=on_progress)
     out, err = capfd.readouterr()
     assert out == ""
     starts = ("pretrain 5/20", "pruned at step 7", "pretrain 10/20", "step 10:", "pretrain 15/20", "pretrain 20/20")
