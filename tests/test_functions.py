@@ -103,6 +103,7 @@ RUN = {**SMALL, "set": TINY["qwen3_moe"], "data": ["corpus/prose", "corpus/code"
 CASES = {
     "inspect": Case("inspect", ("source",)),
     "observe": Case("observe", ("source",), OBSERVED, ("stats.safetensors",)),
+    "observe more": Case("observe", ("source",), {**OBSERVED, "sums": ["output_sum"]}, ("stats.safetensors",)),
     "observe, dry run": Case("observe", ("source",), {**OBSERVED, "dry_run": True}),
     "apply": Case("apply", ("source", "plan.json"), {"out": "out", "undo": "undo", "ep": 3}, ("out", "undo")),
     "apply, dry run": Case("apply", ("source", "plan.json"), {"out": "out", "removed": "zero-slot", "dry_run": True}),
