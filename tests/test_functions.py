@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 import json
@@ -31,7 +32,7 @@ from secateur.decide.by_score import ALLOCATIONS
 from secateur.decide.rules import OPTIONS
 from secateur.errors import SecateurError
 from secateur.files.given import StrPath, StrPaths
-from secateur.finetuning.options import OPTIMIZERS, SCHEDULES
+from secateur.finetuning.options import OPTIMIZERS, SCHEDULES, FinetuneOptions
 from secateur.model_folder.measure.data_choice import ACTIVATIONS
 from secateur.model_folder.rewrite.apply import MTP_CHOICES, apply_to_model
 from secateur.placement import METHODS, milp
@@ -174,7 +175,6 @@ def of_the_process() -> dict[str, Any]:
         "transformers": (logging.get_verbosity(), logging.is_progress_bar_enabled()),
         "interrupt": signal.getsignal(signal.SIGINT),
         "garbage": gc.isenabled(),
-        "folder": os.getcwd(),
     }
 
 
@@ -192,6 +192,7 @@ def test_a_command_prints_and_writes_what_its_function_gives_and_writes(
     monkeypatch.setattr(pretraining, "write_report", light_report)  # figures take longer than all the rest
     for who in ("command", "function"):
         shutil.copytree(made, tmp_path / who, copy_function=os.link)
+    before = of_the_process()
     monkeypatch.chdir(tmp_path / "command")
     monkeypatch.setattr("sys.argv", ["secateur", *case.words()])
     with pytest.raises(SystemExit) as end:
@@ -199,9 +200,10 @@ def test_a_command_prints_and_writes_what_its_function_gives_and_writes(
     printed = capfd.readouterr().out
     assert end.value.code in (None, 0, 1), name
     monkeypatch.chdir(tmp_path / "function")
-    before, heard = of_the_process(), []
+    heard: list[tuple[str, int, int]] = []
     result = case.call(on_progress=lambda *told: heard.append(told))
     assert of_the_process() == before
+    assert Path.cwd() == tmp_path / "function"
     assert capfd.readouterr() == ("", "")
     assert without_clock(result.to_json()) == without_clock(json.loads(printed))
     assert written(tmp_path / "function", made) == written(tmp_path / "command", made)
@@ -257,6 +259,55 @@ def hints_of(function: Callable[..., object]) -> dict[str, Any]:
     shown = {key: one.annotation for key, one in inspect.signature(function).parameters.items()}
     shown = {key: get_args(hint)[0] if get_origin(hint) is Annotated else hint for key, hint in shown.items()}
     return shown | typing.get_type_hints(function)
+
+
+class AskedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_hands_every_option_to_its_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a value that is not the default, all at once, for the function is not run."""
+    asked: dict[str, Any] = {}
+
+    def ask(*arguments: Any, **options: Any) -> None:
+        given = inspect.signature(function).bind(*arguments, **options).arguments
+        asked.update({key: one for key, one in given.items() if key != "on_progress"})
+        raise AskedError
+
+    function = getattr(secateur, name)
+    words, expected = [COMMANDS[name]], {}
+    for key, option in PARAMETERS[name].items():
+        if key in SHOWING:
+            continue
+        hint = without_none(hints_of(function)[key]) or hints_of(function)[key]
+        flag, value = f"--{key.replace('_', '-')}", another(key, hint, option)
+        expected[key] = value
+        texts = [f"{one}={value[one]}" for one in value] if isinstance(value, dict) else as_words(value)
+        for text in texts:
+            words += [text] if option.param_type_name == "argument" else [flag] if value is True else [flag, text]
+    monkeypatch.setattr(sys.modules[function.__module__], name, ask)
+    with pytest.raises(AskedError):
+        get_command(cli.app).main(words, prog_name="secateur", standalone_mode=False)
+    assert {key: plain(one) for key, one in asked.items()} == expected
+
+
+def another(key: str, hint: Any, option: Any) -> Any:
+    """A value of an option that is not its default."""
+    if get_origin(hint) is Literal:
+        return next(value for value in reversed(get_args(hint)) if value != option.default)
+    if key == "set":
+        return {"hidden_size": 48}
+    if option.multiple or option.nargs == -1:
+        return [f"{key} 1", f"{key} 2"]
+    return {bool: True, int: 7, float: 0.5}.get(hint, f"a {key}")
+
+
+def plain(value: Any) -> Any:
+    """As it was typed."""
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 # type of an option -> types of a keyword that take it
@@ -347,8 +398,33 @@ def test_what_a_command_line_refuses_by_itself_a_function_refuses_too(name: str,
 def test_an_option_that_no_rule_has_is_a_type_error(name: str, tmp_path: Path) -> None:
     arguments = [tmp_path / "source"] if name == "plan" else [tmp_path / "source", tmp_path / "out"]
     with pytest.raises(TypeError, match="unexpected keyword argument 'gamma'"):
-        getattr(secateur, name)(*arguments[-1:] if name == "pretrain" else arguments, gamma=0.5)
+        getattr(secateur, name)(*arguments[-1:] if name == "pretrain" else arguments, gamma=0.5, dry_run=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_setting_of_a_fine_tuning_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[FinetuneOptions] = []
+
+    def ask(model: Path, out: Path, options: FinetuneOptions, **more: Any) -> None:
+        asked.append(options)
+        raise AskedError
+
+    monkeypatch.setattr(sys.modules["secateur.finetuning.finetune"], "run_finetuning", ask)
+    settings: dict[str, Any] = {
+        "data": ("a", "b"),
+        "eval_data": ("c",),
+        "freeze": ("gate",),
+        "eval_steps": 3,
+        "epochs": 2.0,
+    }
+    settings |= {"sequence_length": 9, "router_aux_loss": 0.1, "optimizer": "sgd", "schedule": "linear", "warmup": 4.0}
+    settings |= {"text_key": "t", "split": "s", "report_to": "r", "bf16": True, "new_head": True, "augment": True}
+    settings |= {"batch_size": 2, "gradient_accumulation": 3, "learning_rate": 0.1, "weight_decay": 0.2, "seed": 5}
+    settings |= {"max_grad_norm": 0.3, "log_steps": 4, "save_steps": 6}
+    with pytest.raises(AskedError):
+        secateur.finetune("model", tmp_path / "out", **settings)
+    assert asked == [FinetuneOptions(**settings)]
+    assert set(settings) | {"steps"} == {one.name for one in dataclasses.fields(FinetuneOptions)}
 
 
 def test_one_path_counts_as_one_and_a_plan_may_be_a_value(made: Path, tmp_path: Path) -> None:
@@ -388,21 +464,23 @@ def test_a_dry_run_of_observe_has_no_statistics(made: Path, tmp_path: Path) -> N
     assert (found.observation, found.moe_layers, list(tmp_path.iterdir())) == (None, (0, 1, 2), [])
 
 
-def test_a_solver_in_two_threads_leaves_standard_output_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, together = os.fstat(1), threading.Barrier(2)
-    inside: list[int] = []
+def test_a_solver_in_two_threads_leaves_standard_output_where_it_was() -> None:
+    """The second would else keep as the original what the first has put there."""
+    before, inside, left = os.fstat(1), threading.Event(), threading.Event()
 
     def enter() -> None:
-        together.wait()
         with milp.solver_apart():
-            inside.append(os.fstat(1).st_ino)
+            inside.set()
+            left.wait()
 
-    threads = [threading.Thread(target=enter) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert inside == [os.fstat(2).st_ino] * 2
+    other = threading.Thread(target=enter)
+    with milp.solver_apart():
+        assert os.path.samestat(os.fstat(1), os.fstat(2))
+        other.start()
+        assert not inside.wait(0.2)
+    left.set()
+    other.join()
+    assert inside.is_set()
     assert os.path.samestat(os.fstat(1), before)
 
 
