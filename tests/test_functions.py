@@ -38,7 +38,7 @@ from secateur.model_folder.rewrite.apply import MTP_CHOICES, apply_to_model
 from secateur.placement import METHODS, milp
 from secateur.plans import REMOVED, Plan
 from secateur.pretraining import run as pretraining
-from secateur.pretraining.options import PRECISIONS
+from secateur.pretraining.options import PRECISIONS, PretrainOptions
 from secateur.results import Result
 from secateur.train.balance_losses import BALANCE
 from support.dcp_checkpoints import save_shards
@@ -46,7 +46,7 @@ from support.flax_files import params, random_arrays
 from support.flax_files import write as write_flax
 from support.model_folders import contents, plan_of
 from support.models_with_text import TEXT, model_with_text
-from support.run_folders import tiny_run
+from support.run_folders import run_json, tiny_run
 from support.small_corpus import write_corpus
 from support.small_finetunes import QUICK
 from support.small_runs import SMALL, TIMINGS, TINY, light_report
@@ -425,6 +425,19 @@ def test_every_setting_of_a_fine_tuning_is_what_was_asked_for(monkeypatch: pytes
         secateur.finetune("model", tmp_path / "out", **settings)
     assert asked == [FinetuneOptions(**settings)]
     assert set(settings) | {"steps"} == {one.name for one in dataclasses.fields(FinetuneOptions)}
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_others_are_refused(tmp_path: Path) -> None:
+    about = run_json(1000, {0: 8}) | {"config": PretrainOptions(steps=50).to_json()}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    before = contents(tmp_path)
+    with pytest.raises(SecateurError, match=r"--resume: --steps is 40, but the run in .* was started with 50"):
+        secateur.pretrain(tmp_path, resume=True, steps=40)
+    with pytest.raises(SecateurError, match=r"--resume: --alpha is 0\.3, but the run in .* was started with None"):
+        secateur.pretrain(tmp_path, resume=True, alpha=0.3, ep=2)
+    with pytest.raises(SecateurError, match="--dry-run is for a new run"):
+        secateur.pretrain(tmp_path, resume=True, dry_run=True)
+    assert contents(tmp_path) == before
 
 
 def test_one_path_counts_as_one_and_a_plan_may_be_a_value(made: Path, tmp_path: Path) -> None:
