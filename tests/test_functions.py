@@ -435,6 +435,13 @@ def test_a_run_is_resumed_with_its_own_settings_and_others_are_refused(tmp_path:
         secateur.pretrain(tmp_path, resume=True, steps=40)
     with pytest.raises(SecateurError, match=r"--resume: --alpha is 0\.3, but the run in .* was started with None"):
         secateur.pretrain(tmp_path, resume=True, alpha=0.3, ep=2)
+    words = ["pretrain", "--out", str(tmp_path), "--resume", "--steps", "600"]  # the default, but not what the run has
+    for again in (
+        lambda: secateur.pretrain(tmp_path, resume=True, steps=600),
+        lambda: get_command(cli.app).main(words, prog_name="secateur", standalone_mode=False),
+    ):
+        with pytest.raises(SecateurError, match=r"--steps is 600, but the run in .* was started with 50"):
+            again()
     with pytest.raises(SecateurError, match="--dry-run is for a new run"):
         secateur.pretrain(tmp_path, resume=True, dry_run=True)
     assert contents(tmp_path) == before

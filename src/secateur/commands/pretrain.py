@@ -104,8 +104,13 @@ def pretrain(
 
     Example: `secateur pretrain --out run --preset olmoe --data code=src/ --data books/*.txt --target-params 0.67`
     """
-    settings = {name: value for name, value in context.params.items() if name not in SHOWING}
-    settings["set"] = dict(_field(text) for text in set or ())
+    settings = {
+        name: value
+        for name, value in context.params.items()
+        if name not in SHOWING and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+    }
+    if set:
+        settings["set"] = dict(_field(text) for text in set)
 
     from secateur.pretraining.pretrain import pretrain as function
     from secateur.train.distributed.launch import is_main, leave

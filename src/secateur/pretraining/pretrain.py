@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, ParamSpec, TypeVar, Unpack
 
 from secateur.decide.rules import RuleOptions, check_names, spelled_out
 from secateur.errors import SecateurError
@@ -16,6 +18,24 @@ from secateur.plans import Plan
 from secateur.pretraining.options import DEVICES, PretrainOptions, option
 from secateur.pretraining.run_folder import RunFolder
 from secateur.results import Result
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: ContextVar[frozenset[str]] = ContextVar("the keywords that a call gave")
+
+
+def _knowing_its_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function see which keywords its caller gave: what is given may be equal to the default."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = GIVEN.set(frozenset(kwargs))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            GIVEN.reset(before)
+
+    return call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +69,7 @@ class Pretrained(Result):
 
 
 @spelled_out
+@_knowing_its_call
 def pretrain(
     out: StrPath,
     *,
@@ -159,8 +180,7 @@ def pretrain(
         eval_steps: steps between validations. save_steps: steps between checkpoints.
         report_to: loggers of transformers: tensorboard, wandb, trackio, ... or none.
         control: also train without pruning, for the report to compare with.
-        resume: go on with the run in `out`, with its own settings; those that are given, and are not the defaults, must
-            be the same.
+        resume: go on with the run in `out`, with its own settings; those that are given must be the same.
         dry_run: say what the run would be and what memory it takes; write nothing.
         on_progress: called with the stages of making the data, then after every step with ("pretrain", steps done,
             steps in all); the newest numbers stand behind a comma, "pretrain, loss 1.234", and what happened behind a
@@ -203,14 +223,12 @@ def pretrain(
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, by the names of `PretrainOptions`, that are not the defaults."""
+    """The settings that the call gave, by the names of `PretrainOptions`."""
     named = {"overrides": arguments["set"] or {}, **arguments, **arguments["rule"]}
     named |= {name: tuple(as_texts(named[name])) for name in ("data", "prune")}
     named |= {name: named[name] and os.fspath(named[name]) for name in ("config", "model", "tokenizer")}
-    defaults: dict[str, Any] = {
-        one.name: {} if one.name == "overrides" else one.default for one in fields(PretrainOptions)
-    }
-    return {name: named[name] for name, default in defaults.items() if name in named and named[name] != default}
+    names = {"overrides" if name == "set" else name for name in GIVEN.get()}
+    return {one.name: named[one.name] for one in fields(PretrainOptions) if one.name in names}
 
 
 def _check_same(folder: RunFolder, given: Mapping[str, Any]) -> None:
