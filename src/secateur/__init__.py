@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from secateur.decide.rule import Rule
     from secateur.finetuning.finetune import finetune
     from secateur.folder_kinds.apply import apply
-    from secateur.model_folder.all_stages import prune
     from secateur.model_folder.checks.claims import verify
     from secateur.model_folder.evaluation.evaluate import evaluate
     from secateur.model_folder.measure.observe import observe
     from secateur.model_folder.plan import plan
+    from secateur.model_folder.prune import prune
     from secateur.model_folder.read.inspect import inspect
     from secateur.models.vmoe.convert import convert_vmoe
     from secateur.placement.every_layer import place
@@ -80,7 +80,7 @@ _HOMES = {
     "place": "secateur.placement.every_layer",
     "plan": "secateur.model_folder.plan",
     "pretrain": "secateur.pretraining.pretrain",
-    "prune": "secateur.model_folder.all_stages",
+    "prune": "secateur.model_folder.prune",
     "remove_into_zero_slots_": "secateur.surgery.zero_slots",
     "report": "secateur.reporting.write",
     "verify": "secateur.model_folder.checks.claims",

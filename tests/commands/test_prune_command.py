@@ -19,13 +19,13 @@ from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.files.work_folder import place_of_work, work_folder
-from secateur.model_folder import prune as module
+from secateur.model_folder import stages as module
 from secateur.model_folder.checks.claims import Check, verify_model
 from secateur.model_folder.choice import Choice
-from secateur.model_folder.prune import Asked, run_stages
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.rewrite.undo import restore
+from secateur.model_folder.stages import Asked, run_stages
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
@@ -125,10 +125,10 @@ def start(root: Path, *hooks: Callable[[], None], **options: Any) -> dict[str, A
 STAGES = {
     "before the statistics are kept": Kill("secateur.observation.observation:Observation.save"),
     "after the statistics are kept": Kill("secateur.observation.observation:Observation.save", when="after"),
-    "before the plan": Kill("secateur.model_folder.prune:decide_plan"),
+    "before the plan": Kill("secateur.model_folder.stages:decide_plan"),
     "after the weights": Kill("secateur.model_folder.rewrite.apply:write_weights", when="after"),
-    "before verifying": Kill("secateur.model_folder.prune:verify_model"),
-    "after verifying": Kill("secateur.model_folder.prune:verify_model", when="after"),
+    "before verifying": Kill("secateur.model_folder.stages:verify_model"),
+    "after verifying": Kill("secateur.model_folder.stages:verify_model", when="after"),
     "between the two new names": Kill("os:rename", when="after"),
     "after the last name": Kill("os:rename", nth=2, when="after"),
     "while clearing up": Kill("secateur.files.work_folder:Work.remove"),

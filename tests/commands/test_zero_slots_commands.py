@@ -14,11 +14,11 @@ from secateur.decide.keep import Keep
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome
-from secateur.model_folder.prune import run_stages
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.source import of_folder, of_observation
+from secateur.model_folder.stages import run_stages
 from secateur.observation.observation import Observation
 from secateur.plans import MIXED, REROUTE, ZERO_SLOT, LayerPlan, Plan
 from secateur.stats import RouterStats

@@ -30,7 +30,7 @@ from secateur.finetuning import run as finetuning
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.record import read_record as read_finetuned
 from secateur.finetuning.trainer import read_spent
-from secateur.model_folder import prune as pruning
+from secateur.model_folder import stages as pruning
 from secateur.model_folder.checks.claims import read_verified
 from secateur.model_folder.rewrite.report import read_applied
 from secateur.model_folder.rewrite.undo import read_record as read_undo

@@ -18,7 +18,7 @@ from secateur import LAEP, LAEPCallback, RouterStats, Rule
 from secateur.cli import app
 from secateur.decide.model_facts import ModelFacts
 from secateur.decide.rules import OPTIONS
-from secateur.model_folder import prune as program
+from secateur.model_folder import stages as program
 from secateur.observation.observation import Observation
 from secateur.pretraining.options import PretrainOptions, parse_pruning
 from secateur.train.schedule import as_prunings

@@ -71,7 +71,7 @@ def prune(
     from secateur.model_folder.read.collector import collector_at_rest
 
     with collector_at_rest():
-        from secateur.model_folder.all_stages import prune as function
+        from secateur.model_folder.prune import prune as function
 
     with stage_bars(show=not (quiet or as_json)) as on_progress:
         result = function(

@@ -1,260 +1,182 @@
-"""All stages in one: observe where the criterion needs data, plan, apply, verify. A start after a kill goes on."""
+"""Prune a model folder in one go: observe, plan, apply, verify."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
-import msgspec
-
+from secateur.decide.rules import RuleOptions, check_names, given, spelled_out
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
-from secateur.files.json import read_object
-from secateur.files.new_folder import check_target, copy_file
-from secateur.files.progress import OnStage, stage
-from secateur.files.records import as_record
-from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
-from secateur.model_folder.checks.claims import as_json, check_tokens, read_verified, verify_model
-from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome, who_needs_data
+from secateur.files.given import StrPath, StrPaths, as_texts
+from secateur.files.progress import OnStage
+from secateur.model_folder import stages
+from secateur.model_folder.checks.claims import Check
+from secateur.model_folder.choice import choice_of
+from secateur.model_folder.measure.data_choice import Activations, DataOptions, device_named
+from secateur.model_folder.measure.data_pass import prepare
+from secateur.model_folder.plan import Allocation
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.read.tensor_files import STATS
-from secateur.model_folder.rewrite.apply import apply_to_model, check_target_pair
-from secateur.model_folder.rewrite.report import REPORT, VERIFIED, read_applied
-from secateur.model_folder.rewrite.undo import holds_undo, read_record
-from secateur.model_folder.source import Source, of_folder, of_observation
-from secateur.observation.observation import Observation
-from secateur.plans import ZERO_SLOT, LayerPlan, Plan
-
-# (model, statistics file to write) -> (what the model is run on, as JSON; what does it, on from where a killed one was)
-Observe = Callable[[ModelFolder, Path], tuple[Mapping[str, Any], Callable[[], object]]]
-KEPT_STATS, KEPT_PLAN = "stats.safetensors", "plan.json"  # in the work folder
+from secateur.plans import Plan
+from secateur.results import Result
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that decides the result."""
+@dataclass(frozen=True, kw_only=True)
+class Pruned(Result):
+    """What `prune` wrote, or in a dry run would write. Where data decide, a dry run knows no plan, and maybe no counts.
 
-    model: dict[str, Any]
-    pretrained: dict[str, Any] | None
-    data: dict[str, Any] | None
-    choice: dict[str, Any]
-    undo: str | None
-    mtp: str | None
+    Args:
+        out: the new folder. undo: that of the dropped experts, or None.
+        plan: which experts stayed; None where a dry run does not know.
+        experts_before, experts_after: {layer: experts}; empty where a dry run does not know.
+        checks: what was verified; empty in a dry run. A check that fails leaves no result at all.
+    """
+
+    out: Path
+    undo: Path | None
+    plan: Plan | None
+    experts_before: Mapping[int, int]
+    experts_after: Mapping[int, int]
+    checks: tuple[Check, ...]
+
+    def table(self) -> Any:
+        rows: list[Any] = [
+            (f"layer {layer}", f"{count} -> {self.experts_after[layer]} experts")
+            for layer, count in self.experts_before.items()
+        ]
+        rows += [(check.claim, check.detail) for check in self.checks]
+        return ("", "value"), [("model", self.out), *rows]
 
 
-def run_stages(
-    model: Path,
-    out: Path,
-    choice: Choice,
+@spelled_out
+def prune(
+    model: StrPath,
+    out: StrPath,
     *,
-    pretrained: Path | None = None,
-    observe: Observe | None = None,
-    undo: Path | None = None,
-    mtp: str | None = None,
+    keep: str | float | None = None,
+    criterion: str | None = None,
+    removed: Literal["reroute", "zero-slot"] | None = None,
+    pretrained: StrPath | None = None,
+    data: StrPaths | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    pack: bool | None = None,
+    text_key: str | None = None,
+    split: str | None = None,
+    activations: Activations | None = None,
+    device: str = "auto",
+    allocation: Allocation = "uniform",
+    ep: int = 1,
+    min_experts: int = 1,
+    seed: int = 0,
+    protect: bool | None = None,
+    undo: StrPath | None = None,
+    mtp: Literal["whole", "drop"] | None = None,
     verify_tokens: int = 32,
     restart: bool = False,
     dry_run: bool = False,
     on_progress: OnStage | None = None,
-) -> dict[str, Any]:
-    """Prune a model folder into the new folder `out`.
+    **rule: Unpack[RuleOptions],
+) -> Pruned:
+    """Make a smaller model of a model: observe it on data, plan, apply the plan, verify what was written.
 
-    What is finished lies in a hidden folder beside `out` until all is; a start with the same data goes on from there,
-    also with another criterion or another number of experts, since the statistics serve them all. Where they lack a
-    sum that the criterion reads, the model is observed again.
+    After a kill the same call goes on where it was. The result is checked before it gets its name.
 
     Args:
-        pretrained: the folder of the model that this one was fine-tuned from, where `choice` compares the two.
-        observe: prepares the pass over data, where `choice` needs one.
-        undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
-        restart: begin anew, whatever an interrupted pruning left.
+        model: the folder of a Hugging Face model; it is only read.
+        out: the folder to write; it must be new or empty.
+        keep: how many experts stay; see `plan`.
+        criterion: a name of `secateur.criteria.CRITERIA`, or laep. Without it, reap, which runs the model on data;
+            router_norm_change with `pretrained`, and laep with an option of a rule. aimer, weight_norm, random,
+            router_row_norm and router_norm_change need no data.
+        removed: what becomes of a removed expert; see `plan`.
+        pretrained: the folder of the model that this one was fine-tuned from.
+        data: text or images that the model is run on; see `observe`, as for the next seven.
+        samples: sequences or images. sequence_length: tokens of a sequence. batch_size: that go through together.
+        pack: join documents and cut blocks. text_key: where the text is. split: of an hf: dataset.
+        activations: where hidden states wait between layers. device: where the model, or its layers, run.
+        allocation: how many of each layer: uniform, global, laep.
+        ep: expert-parallel ranks to serve on: every layer's count is a multiple.
+        min_experts: every layer keeps at least so many.
+        seed: of the choice of data, and of the criterion random.
+        protect: keep super-experts, whatever their score; without it, wherever the statistics show them.
+        undo: a new folder for the dropped experts, to restore the source; see `apply`.
+        mtp: what becomes of layers that predict further tokens: whole (as they are) or drop.
+        verify_tokens: length of the sample that both models are run on at the end; 0 loads neither.
+        restart: throw away what an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
-        on_progress: called with ("reading weights" | "writing" | "comparing", bytes done, bytes in all).
+        on_progress: called with ("observing, layer 2 of 24", batches done, batches in all), then with ("reading
+            weights" | "writing" | "comparing", bytes done, bytes in all).
+        rule: for laep, the options of one rule, which also decides how many go; see `Rule`.
 
     Returns:
-        {"outcome": see `decide.outcome`, "verified": see `verify.as_json`, "report": see `apply_to_model`}; of a dry
-        run without "verified", and where data would decide, only the "outcome" as far as it is known, or None.
+        The plan that was applied, and what was verified.
 
     Raises:
-        SecateurError: the model cannot be pruned like that, `out` or `undo` is not free, or what was written failed
-            a check; then nothing is left under their names.
+        SecateurError: the model cannot be pruned like that, a target is not free, or what was written failed a check;
+            then nothing is left under their names.
         OSError: the disk refused.
+        TypeError: an option that no rule has.
+
+    Example:
+        >>> done = secateur.prune("models/Qwen3-30B-A3B", "pruned", keep=0.75, data="calibration.jsonl")
+        >>> done.experts_before[0], done.experts_after[0]
+        (128, 96)
     """
-    check_tokens(verify_tokens)
-    source = of_folder(model, pretrained)
-    found = source.found
-    if found is None:
-        raise SecateurError(
-            f"{model}: a LoRA adapter; merge it into its model (PEFT does) and prune the merged model, or "
-            f"apply to that a plan of `secateur plan {model} --pretrained ...`"
-        )
-    if choice.needs_data and observe is None:
-        raise SecateurError(f"{who_needs_data(choice)} needs data to run the model on")
-    if found.mtp_counts and mtp is None:
-        raise SecateurError(
-            f"layers {sorted(found.mtp_counts)} predict further tokens (MTP) and are not pruned with the others: say "
-            "what becomes of them with --mtp whole or --mtp drop"
-        )
-    counts = check_choice(source, choice)
-    place = place_of_work(out)
-    if dry_run or not place.is_dir():
-        _check_targets(model, out, undo)
-        stand_in = counts or _without_one_expert(found, choice)
-        multiple = 1 if counts is None else choice.multiple_of
-        apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, dry_run=True)
-    if dry_run:
-        if choice.needs_data and observe is not None:
-            observe(found, place / KEPT_STATS)
-        return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
-    refusal = f"--out {out}: another process is pruning into it (it holds {place})"
-    with work_folder(place, Asked, refusal, restart=restart) as work:
-        stats = work.path / KEPT_STATS  # once they are finished; an unfinished pass keeps what it has beside them
-        data, take = observe(found, stats) if choice.needs_data and observe is not None else (None, None)
-        asked = _asked(source, choice, data, undo, mtp)
-        if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
-            work.remove()
-            return _finished(out, source)
-        _check_same(work, asked)
-        _remove_unfinished_undo(work, asked, undo, out)
-        _check_targets(model, out, undo)
-        kept = work.before and work.before.data  # of statistics that this start may not need, and the next one may
-        work.note(msgspec.structs.asdict(asked) | {"data": asked.data or kept})
-        if take is not None:
-            if not stats.is_file():
-                take()
-            observed = Observation.load(stats)
-            if set(choice.sums) - set(observed.stats.sums):  # kept by a start with another criterion
-                take()
-                observed = Observation.load(stats)
-            source = of_observation(observed, found, str(stats))
-        try:
-            plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
-        except SecateurError:
-            if work.before is None and take is None:
-                work.remove()  # a first start that was refused leaves nothing to go on from
-            raise
-        plan.save(work.path / KEPT_PLAN)
-
-        def finish(written: Path) -> None:
-            if take is not None:
-                copy_file(stats, written / STATS)
-            _verify(model, written, out, verify_tokens, on_progress)
-
-        apply_to_model(
-            model,
-            plan,
-            out,
-            expert_parallel=choice.multiple_of,
-            undo=undo,
-            mtp=mtp,
-            on_bytes=stage("writing", on_progress),
-            finish=finish,
-        )
-        work.remove()
-    return _finished(out, source)
-
-
-def _check_targets(model: Path, out: Path, undo: Path | None) -> None:
-    check_target(model, out)
-    if undo is not None:
-        check_target(model, undo, "--undo")
-        check_target_pair(out, undo)
-
-
-def _foreseen(
-    source: Source,
-    choice: Choice,
-    counts: Plan | None,
-    out: Path,
-    undo: Path | None,
-    mtp: str | None,
-    on_progress: OnStage | None,
-) -> dict[str, Any]:
-    """Of a dry run: everything where no data decide, else what is known without them."""
-    if choice.needs_data:
-        known = None if counts is None else outcome(source, counts) | {"criterion": choice.criterion}
-        return {"outcome": known, "report": None}
-    assert source.found is not None
-    plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
-    report = apply_to_model(source.found.files.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
-                            dry_run=True)  # fmt: skip
-    return {"outcome": outcome(source, plan), "report": report}
-
-
-def _verify(model: Path, written: Path, out: Path, num_tokens: int, on_progress: OnStage | None) -> None:
-    """Leave the checks in the folder, which will be `out`; refuse it where one failed."""
-    checks = verify_model(
-        model,
-        written,
-        num_tokens=num_tokens,
-        on_bytes=stage("comparing", on_progress),
+    check_names(rule)
+    choice = choice_of(
+        criterion or ("laep" if given(rule) else "reap" if pretrained is None else "router_norm_change"),
+        keep=keep,
+        rule=rule,
+        allocation=allocation,
+        ep=ep,
+        min_experts=min_experts,
+        seed=seed,
+        protect=protect,
+        removed=removed,
     )
-    failed = [f"{check.claim} ({check.detail})" for check in checks if check.passed is False]
-    if failed:
-        raise SecateurError(f"what was written failed: {'; '.join(failed)}; nothing was left at {out}")
-    atomic_write(written / VERIFIED, json.dumps(as_json(model, out, checks), indent=2) + "\n")
+    asked = DataOptions(
+        data=as_texts(data),
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        pack=pack,
+        text_key=text_key,
+        split=split,
+        seed=seed,
+        activations=activations,
+    )
+    if asked.data and not choice.needs_data:
+        raise SecateurError(f"--data: criterion {choice.criterion!r} needs no data here; leave it out")
 
+    def observe(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], object]]:
+        ready = prepare(folder, asked, stats, device=device_named(device), sums=choice.sums, on_stage=on_progress)
+        return ready.data, ready.take
 
-def _finished(out: Path, source: Source) -> dict[str, Any]:
-    plan, _ = read_applied(out / REPORT)
-    if source.stats is None and (out / STATS).is_file():
-        source = dataclasses.replace(source, stats=Observation.load(out / STATS).stats)
-    return {
-        "outcome": outcome(source, plan),
-        "verified": read_verified(out / VERIFIED),
-        "report": read_object(out / REPORT),
-    }
-
-
-def _without_one_expert(folder: ModelFolder, choice: Choice) -> Plan:
-    """Stands in for a plan whose counts data will decide: the least that can be removed, if anything can.
-
-    Zero slots need a class of their own, so it has to remove something to show whether the model can have them. Cut
-    rows need none, and which counts a router takes is the plan's own affair.
-    """
-    kept = folder.counts
-    if choice.removed == ZERO_SLOT:
-        kept = {layer: max(1, count - 1) for layer, count in kept.items()}
-    layers = {
-        layer: LayerPlan(experts_before=count, order=tuple(range(kept[layer])))
-        for layer, count in folder.counts.items()
-    }
-    return Plan(layers=layers, criterion=choice.criterion, removed=choice.removed)
-
-
-def _check_same(work: Work[Asked], asked: Asked) -> None:
-    for key in ("model", "pretrained", "data"):
-        before, now = getattr(work.before, key, None), getattr(asked, key)
-        if before is None or now is None or before == now:
-            continue
-        name = differing(before, now)[0]
-        raise SecateurError(
-            f"{work.path}: an unfinished pruning with another {'--data' if key == 'data' else key} ({name} was "
-            f"{before.get(name)!r:.200}, is {now.get(name)!r:.200}); give what was given then, or begin anew with "
-            "--restart"
-        )
-
-
-def _remove_unfinished_undo(work: Work[Asked], asked: Asked, undo: Path | None, out: Path) -> None:
-    """Of a start that was killed after the undo folder got its name and before the result did."""
-    if undo is None or out.exists() or work.before is None or work.before.undo != asked.undo:
-        return
-    if holds_undo(undo) and (work.path / KEPT_PLAN).is_file():
-        _, written = read_record(undo)
-        if written == Plan.load(work.path / KEPT_PLAN):
-            shutil.rmtree(undo)
-
-
-def _asked(source: Source, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None) -> Asked:
-    assert source.found is not None
-    asked = {
-        "model": source.found.files.state,
-        "pretrained": None if source.pretrained is None else source.pretrained.files.state,
-        "data": data,
-        "choice": dataclasses.asdict(choice),
-        "undo": None if undo is None else str(undo.resolve()),
-        "mtp": mtp,
-    }
-    return as_record(as_noted(asked), Asked, "what is asked")
+    side = None if undo is None else Path(undo)
+    done = stages.run_stages(
+        Path(model),
+        Path(out),
+        choice,
+        pretrained=None if pretrained is None else Path(pretrained),
+        restart=restart,
+        observe=observe,
+        undo=side,
+        mtp=mtp,
+        verify_tokens=verify_tokens,
+        dry_run=dry_run,
+        on_progress=on_progress,
+    )
+    layers = {} if done["outcome"] is None else done["outcome"]["layers"]
+    checks = done.get("verified", {}).get("checks", ())
+    return Pruned(
+        out=Path(out),
+        undo=side,
+        plan=None if done["report"] is None else Plan.from_json(done["report"]["plan"]),
+        experts_before={int(layer): counts["experts_before"] for layer, counts in layers.items()},
+        experts_after={int(layer): counts["experts_after"] for layer, counts in layers.items()},
+        checks=tuple(Check(**check) for check in checks),
+        content=done,
+    )
