@@ -14,7 +14,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.progress import OnChunk
-from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER
+from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
 from secateur.model_folder.read.tensor_files import INDEX
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
 
@@ -148,16 +148,10 @@ APPEND: Mapping[type, Callable[[Writer, Any], None]] = MappingProxyType({Copy: W
 
 
 def _header(tensors: Iterable[NewTensor], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.length
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % LENGTH.size)
-    if len(text) > MAX_HEADER:
-        raise SecateurError(f"a file with a header of {len(text)} bytes, the format allows {MAX_HEADER}")
-    return LENGTH.pack(len(text)) + text
+    header = header_bytes({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}, metadata)
+    if len(header) > LENGTH.size + MAX_HEADER:
+        raise SecateurError(f"a file with a header of {len(header)} bytes, the format allows {MAX_HEADER}")
+    return header
 
 
 def _aligned(tensors: Iterable[NewTensor]) -> tuple[NewTensor, ...]:
