@@ -68,8 +68,7 @@ def rearranged(
             current=list(range(len(kept))) if only_moves else None,
             tolerance=rule.tolerance if only_moves else None,
         )
-        order = tuple(layer_plan.order[place] for place in found.order)
-        layers[layer] = moved = LayerPlan(experts_before=layer_plan.experts_before, order=order)
+        layers[layer] = moved = layer_plan.then(LayerPlan(experts_before=len(kept), order=found.order))
         placements[layer] = LayerPlacement(
             num_ranks=num_ranks,
             balance_before=balance(rank_loads(kept, range(len(kept)), num_ranks)),
@@ -77,9 +76,7 @@ def rearranged(
             over_bound=found.over_bound,
             moved=_num_moved(moved, num_ranks),
         )
-    return Plan(
-        layers=layers, criterion=plan.criterion, details=plan.details, stats_digest=plan.stats_digest
-    ), placements
+    return replace(plan, layers=layers), placements
 
 
 def _num_moved(layer_plan: LayerPlan, num_ranks: int) -> int:
