@@ -170,7 +170,8 @@ def blocks(
 
 @torch.no_grad()
 def observed(moe: MoEModel, batches: list[Batch]) -> RouterStats:
-    observer = ActivationObserver(moe)
+    """With all that the criteria read, also the sums that are recorded on request only."""
+    observer = ActivationObserver(moe, sums=[name for criterion in CRITERIA.values() for name in criterion.sums])
     for batch in batches:
         moe.model(input_ids=batch.input_ids, use_cache=False)
     stats = observer.read()

@@ -23,7 +23,6 @@ from secateur.pretraining.presets import PRESETS
 from support.docs_tables import DOCS, TABLES, with_table
 from support.models_with_text import model_with_text
 from support.small_runs import in_child
-from support.tiny_models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,13 +31,10 @@ EVIDENCE = ("laep_tables_small", "laep_why")  # their tables are docs/evidence/s
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-NUMBERS = {"fourteen": 14, "fifteen": 15, "sixteen": 16}  # those that are said in words
 RUNS = len(json.loads((ROOT / "benchmarks/results/laep_tables_small.json").read_text(encoding="utf-8"))["runs"])
 # Document, what stands before and behind the number in it -> the number.
 COUNTED = {
-    ("README.md", r"\((\w+) variants of families are in the conformance tests\)"): len(FAMILIES),
     ("README.md", r"These are some of \[(\w+) runs\]"): RUNS,
-    ("docs/benchmarks.md", r"bit for bit for (\w+) family variants"): len(FAMILIES),
     ("docs/benchmarks.md", r"The (\w+) runs that show what\sLAEP does"): RUNS,
     ("docs/evidence/README.md", r"(\w+) training\sruns of models"): RUNS,
 }
@@ -159,7 +155,7 @@ def test_results_say_how_they_were_made(path: Path) -> None:
 @pytest.mark.parametrize(("page", "sentence"), COUNTED, ids=str)
 def test_a_number_in_a_sentence_is_that_of_the_code(page: str, sentence: str) -> None:
     (said,) = re.findall(sentence, (ROOT / page).read_text(encoding="utf-8"))
-    assert (int(said) if said.isdigit() else NUMBERS[said.lower()]) == COUNTED[page, sentence]
+    assert int(said) == COUNTED[page, sentence]
 
 
 def test_the_presets_that_the_readme_lists_are_those_of_the_code() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import doctest
 import inspect
 import math
 import pickle
@@ -25,6 +26,7 @@ from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import as_prunings
 from support.rule_ways import WAYS, begun
 from support.tiny_models import tiny_model
+from support.toy_problem import of_toy
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -74,6 +76,16 @@ def test_the_options_of_a_kind_have_one_function_which_takes_them(kind: str) -> 
     assert RULES[kind].function is getattr(by_load, name)
     names = [option.name for option in RULES[kind].options]
     assert list(inspect.signature(RULES[kind].function).parameters) == ["problem", *names]
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_example_of_every_rule_is_true(kind: str) -> None:
+    function = RULES[kind].function
+    names = {function.__name__: function, "of_toy": of_toy}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, kind, globs=names)
+    assert any("of_toy(" in one.source for one in example.examples), f"{kind} has no example of what it keeps"
+    said: list[str] = []
+    assert doctest.DocTestRunner(verbose=False).run(example, out=said.append).failed == 0, "".join(said)
 
 
 @pytest.mark.parametrize(

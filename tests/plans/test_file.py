@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from plans.test_laws import plan_of, random_layer
 from secateur.errors import SecateurError
 from secateur.files.records import as_record
 from secateur.plans import FREE, MAPPED, MEAN, ROWS, WEIGHTS, LayerPlan, Matrix, Neurons, Plan, Source
 from secateur.plans.file import SourcesEntry
 from secateur.plans.plan import MEANINGS
+from support.made_plans import plan_of, random_layer
 
 MERGED = Plan(
     layers={

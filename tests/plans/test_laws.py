@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from secateur.errors import SecateurError
 from secateur.plans import FREE, MAPPED, MEAN, MIXED, REPRESENTATIVE, SUM, LayerPlan, Matrix, Neurons, Plan, Source
+from support.made_plans import plan_of, random_layer
 
 Experts = NDArray[np.float64]  # (E, F, D): neurons of experts; whole numbers, so that all sums here are exact
 Rows = NDArray[np.float64]  # (E, D): rows of a router
@@ -40,37 +41,6 @@ def router(plan: Plan, layer: LayerPlan, rows: Rows) -> Rows:
         }[plan.rows]
         new.append(sum(parts[1:], parts[0]))
     return np.stack(new)
-
-
-def shares(rng: random.Random, count: int) -> list[float]:
-    """Weights of eighths that sum up to 1."""
-    cuts = sorted(rng.choices(range(9), k=count - 1))
-    return [(high - low) / 8 for low, high in zip([0, *cuts], [*cuts, 8], strict=True)]
-
-
-def random_layer(rng: random.Random, num_experts: int, width: int, *, parts: bool = True) -> LayerPlan:
-    """Any layer plan of dyadic weights; with `parts` of neurons as well."""
-    order = rng.sample(range(num_experts), rng.randint(1, num_experts))
-    kept = rng.randint(1, width) if parts and rng.random() < 0.5 else width
-    sources = {}
-    for new, old in enumerate(order):
-        if kept == width and rng.random() < 0.4:
-            continue  # a copy
-        entry: dict[tuple[int, Neurons | None], None] = {}
-        for expert in [old, *rng.choices(range(num_experts), k=rng.randint(0, 3))]:
-            neurons = Neurons(rng.sample(range(width), kept))
-            listed = parts and (kept < width or rng.random() < 0.5) and not neurons.is_identity(width)
-            entry[expert, neurons if listed else None] = None
-        weights = shares(rng, len(entry))
-        sources[new] = tuple(
-            Source(expert=expert, weight=weight, neurons=neurons)
-            for (expert, neurons), weight in zip(entry, weights, strict=True)
-        )
-    return LayerPlan(experts_before=num_experts, order=tuple(order), sources=sources, width_before=width)
-
-
-def plan_of(layer: LayerPlan, **rest: str) -> Plan:
-    return Plan(layers={3: layer}, criterion="test", **rest)  # type: ignore[arg-type]
 
 
 def chain(rng: random.Random, length: int, **rest: str) -> list[Plan]:

@@ -60,6 +60,11 @@ class Criterion:
         return isinstance(self.needs, tuple)
 
     @property
+    def sums(self) -> tuple[str, ...]:
+        """The sums that it reads, by their names in `stats.SUMS`."""
+        return tuple(name for name in self.needs if name != "token_count") if isinstance(self.needs, tuple) else ()
+
+    @property
     def function(self) -> Callable[..., Any]:
         """(LayerStats | WeightStats | RouterChange) -> (E,), or (E, seed=, layer=) -> (E,), by what it needs."""
         function: Callable[..., Any] = getattr(importlib.import_module(f"secateur.criteria.{self.home}"), self.name)

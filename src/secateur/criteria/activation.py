@@ -1,7 +1,7 @@
 """Scores from one pass over data: sums of what an expert did on the tokens routed to it.
 
 Each function takes the statistics of one layer and gives its scores, (E,) float64, higher = keep. The sums it reads
-are listed in CRITERIA and must be there; `secateur.criteria.activation_scores` checks that. An expert that no token
+are listed in CRITERIA and must be there; `secateur.criteria.score` checks that. An expert that no token
 reached scores 0.
 
 Symbols: N tokens routed to an expert, g gate, f the expert's output before the gate, ||f|| its L2 norm; sums run over
@@ -90,4 +90,6 @@ def _sum(stats: LayerStats, name: str) -> Tensor:
 
 
 def _mean(stats: LayerStats, name: str) -> Tensor:
-    return stats.sums[name] / stats.token_count.clamp(min=1)
+    """A sum by the tokens of each expert, along its first axis."""
+    value = stats.sums[name]
+    return value / stats.token_count.clamp(min=1).view(-1, *[1] * (value.dim() - 1))

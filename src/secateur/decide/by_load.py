@@ -2,6 +2,8 @@
 
 Loads are {layer: tokens of each expert}. Cost is counted in raw token-slots: each token routed to an expert that goes
 counts 1, whichever the layer. A layer that saw more tokens therefore weighs more; in one run all layers see the same.
+
+The examples decide on the toy of `tests/support/toy_problem.py`: {layer: the experts that stay}.
 """
 
 from __future__ import annotations
@@ -148,6 +150,9 @@ def laep(problem: Problem, *, alpha: float, beta: float) -> Allocation:
     The retained count is rounded up to an admissible one; floor and cap are part of that. With router groups every
     group loses as many experts as the group in which the rule allows fewest. Uniform counts never violate the rule.
 
+    >>> of_toy(laep, alpha=0.5, beta=0.3)
+    {0: (0, 2, 3), 1: (0, 1, 3)}
+
     Raises:
         SecateurError: thresholds out of range, or no common count.
     """
@@ -166,6 +171,9 @@ def target_params(problem: Problem, *, target_params: float) -> Allocation:
 
     Ties: the fewest removed parameters, then the lower layer ids keep more. Exact; see `secateur.decide.knapsack` for
     the bound where the expert sizes of the layers have no useful common divisor and the problem is large.
+
+    >>> of_toy(target_params, target_params=0.7)
+    {0: (0, 2), 1: (0, 1, 3)}
 
     Args:
         target_params: above 0 and below 1.
@@ -193,6 +201,9 @@ def max_rerouted(problem: Problem, *, max_rerouted: float) -> Allocation:
     """Remove as many parameters as possible while at most this share of all routed token-slots is re-routed.
 
     Ties: the fewest re-routed, then the lower layer ids keep more. Exactness as for `target_params`.
+
+    >>> of_toy(max_rerouted, max_rerouted=0.1)
+    {0: (0, 2, 3), 1: (0, 1, 3)}
 
     Args:
         max_rerouted: above 0 and below 1.

@@ -32,6 +32,7 @@ class Range:
 
 ABOVE_0 = Range(accepts=lambda value: value > 0, expected="a number above 0, or inf")
 ABOVE_0_UP_TO_1 = Range(accepts=lambda value: 0 < value <= 1, expected="a number above 0 and at most 1")
+AT_LEAST_1 = Range(accepts=lambda value: value >= 1, expected="a whole number of at least 1")
 SHARE = Range(accepts=lambda value: 0 < value < 1, expected="a share above 0 and below 1")
 
 

@@ -83,8 +83,7 @@ class Choice:
     @property
     def sums(self) -> tuple[str, ...]:
         """The sums that the criterion reads."""
-        needs = () if self.criterion == LAEP else find_criterion(self.criterion).needs
-        return tuple(name for name in needs if name != "token_count") if isinstance(needs, tuple) else ()
+        return () if self.criterion == LAEP else find_criterion(self.criterion).sums
 
 
 def choice_of(
