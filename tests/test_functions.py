@@ -312,7 +312,7 @@ def plain(value: Any) -> Any:
 
 # type of an option -> types of a keyword that take it
 TYPES: dict[Any, tuple[Any, ...]] = {
-    Path: (StrPath, Plan | StrPath, StrPath | Mapping[int, Sequence[float]]),
+    Path: (StrPath, Plan | StrPath | Result, StrPath | Mapping[int, Sequence[float]]),
     list[Path]: (StrPaths,),
     list[str]: (StrPaths, str | Sequence[str], Mapping[str, Any]),
     str: (str | float, StrPath),  # of --keep, and of paths that are saved with a run
@@ -445,6 +445,48 @@ def test_a_run_is_resumed_with_its_own_settings_and_others_are_refused(tmp_path:
     with pytest.raises(SecateurError, match="--dry-run is for a new run"):
         secateur.pretrain(tmp_path, resume=True, dry_run=True)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: secateur.observe("m", "o", samples="8"), "--samples: found '8', expected a whole number or None"),
+        (lambda: secateur.observe("m", "o", samples=2.5), "--samples: found 2.5, expected a whole number"),
+        (lambda: secateur.observe("m", "o", pack=1), "--pack: found 1, expected True or False or None"),
+        (
+            lambda: secateur.finetune("m", "o", data="d", learning_rate="1e-4"),
+            "--learning-rate: found '1e-4', expected a",
+        ),
+        (lambda: secateur.pretrain("o", steps="5"), "--steps: found '5', expected a whole number"),
+        (lambda: secateur.pretrain("o", steps=True), "--steps: found True, expected a whole number"),
+        (lambda: secateur.plan("s", criterion=["reap"]), "--criterion: found \\['reap'\\], expected a text or None"),
+        (lambda: secateur.plan("s", keep={0: 4}), "--keep: found {0: 4}, expected a text or a number or None"),
+        (lambda: secateur.prune("m", "o", min_experts=None), "--min-experts: found None, expected a whole number"),
+        (lambda: secateur.apply("m", "p", "o", ep="2"), "--ep: found '2', expected a whole number"),
+        (lambda: secateur.verify("m", "p", tokens=3.0), "--tokens: found 3.0, expected a whole number"),
+        (lambda: secateur.evaluate("m", data="d", seed=0.0), "--seed: found 0.0, expected a whole number"),
+        (lambda: secateur.place({0: [1, 2]}, "2"), "--ranks: found '2', expected a whole number"),
+        (lambda: secateur.convert_vmoe("p", "o", top_k="2"), "--top-k: found '2', expected a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_option(call: Callable[[], Result], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        call()
+
+
+def test_a_result_may_be_given_where_its_file_or_its_plan_is_meant(made: Path, tmp_path: Path) -> None:
+    decided = secateur.plan(made / "source", criterion="aimer", keep=5)
+    applied = secateur.apply(made / "source", decided, tmp_path / "out")
+    assert applied.plan == decided.plan
+    assert secateur.inspect(applied).experts == applied.experts_after
+    assert secateur.verify(made / "source", applied, tokens=0).passed
+    with pytest.raises(TypeError, match="this plan was not written to a file"):
+        secateur.inspect(decided)
+    with pytest.raises(SecateurError, match="plan: found Inspection without a plan"):
+        secateur.apply(made / "source", secateur.inspect(applied), tmp_path / "again")
+    assert "order" not in repr(decided) + repr(applied)
+    with pytest.raises(AttributeError, match="the command eval is the function evaluate"):
+        _ = secateur.eval
 
 
 def test_one_path_counts_as_one_and_a_plan_may_be_a_value(made: Path, tmp_path: Path) -> None:

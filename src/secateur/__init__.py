@@ -91,7 +91,8 @@ auto_classes.when_auto_classes_load()
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+        hint = "; the command eval is the function evaluate" if name == "eval" else ""
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from html import escape
+from pathlib import Path
 from typing import Any
 
 LONGEST = 200  # characters of a cell
@@ -35,6 +37,20 @@ class Result:
         top = "".join(f"<th>{_cell(cell)}</th>" for cell in head)
         lines = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Result):
+    """A result that left a file or a folder. It may be given wherever a path is expected.
+
+    Args:
+        out: the file or folder.
+    """
+
+    out: Path
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.out)
 
 
 def _cell(value: object) -> str:

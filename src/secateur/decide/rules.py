@@ -119,7 +119,10 @@ class RuleOption:
 
     def parse(self, text: str) -> float:
         """The number that a text is; a ValueError for none."""
-        return self.type(text)
+        try:
+            return self.type(text)
+        except ValueError:
+            raise ValueError(f"{self.name} is {text!r}, expected {self.row.range.expected}") from None
 
     def check(self, value: object) -> None:
         """Raise SecateurError, naming the option, unless the value is a number of its type and in its range."""

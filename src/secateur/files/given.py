@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any
 
 from secateur.errors import SecateurError
 
+# what a hint is made of -> (types that are taken for it, how messages call it)
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    NoneType: ((NoneType,), "None"),
+}
 StrPath = str | os.PathLike[str]
 StrPaths = StrPath | Sequence[StrPath]  # one, or several
 
@@ -27,3 +39,31 @@ def check_least(least: int, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value >= least:
             raise SecateurError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+
+
+def check_given(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse a number, a text or a flag of another type than a function's annotations say, by its option.
+
+    Args:
+        arguments: by name; those that the annotations say more of, such as paths and mappings, are left alone.
+
+    Raises:
+        SecateurError: names the first one.
+    """
+    for name, kinds in _plain_hints(function).items():
+        value = arguments[name]
+        if any(isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool)) for kind in kinds):
+            continue
+        expected = " or ".join(KINDS[kind][1] for kind in kinds)
+        raise SecateurError(f"--{name.replace('_', '-')}: found {value!r:.80}, expected {expected}")
+
+
+@functools.cache
+def _plain_hints(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """{parameter: what its annotation is made of}, where that is in KINDS alone."""
+    hints = {name: hint for name, hint in typing.get_type_hints(function).items() if name != "return"}
+    parts = {
+        name: typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+        for name, hint in hints.items()
+    }
+    return {name: kinds for name, kinds in parts.items() if all(kind in KINDS for kind in kinds)}

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.files.given import StrPath, StrPaths, as_texts
+from secateur.files.given import StrPath, StrPaths, as_texts, check_given
 from secateur.files.progress import OnStage, Steps
 from secateur.finetuning.options import FinetuneOptions
 from secateur.finetuning.run import run_finetuning
-from secateur.results import Result
+from secateur.results import Written
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetuned(Result):
+class Finetuned(Written):
     """What `finetune` did, or in a dry run would do; `to_json` is what finetune.json says, and "dry_run".
 
     Args:
@@ -25,7 +25,6 @@ class Finetuned(Result):
         seconds: of the training steps. All three are empty, or 0, in a dry run.
     """
 
-    out: Path
     steps: int
     epochs: float
     num_parameters: int
@@ -85,6 +84,7 @@ def finetune(
     Its experts, tokenizer and other files are those of the source. Text is joined and cut into sequences, and the loss
     is on every token; chats go through the chat template. Checkpoints lie in a hidden folder beside `out` until it is
     there. On the CPU a run that was killed and resumed writes the same weights, to the last bit, as one that was not.
+    The process's random numbers are seeded.
 
     Args:
         model: the folder of a Hugging Face model, pruned or not; it is only read.
@@ -128,6 +128,7 @@ def finetune(
         >>> done.evaluations[-1]["loss"]
         1.987
     """
+    check_given(finetune, locals())
     options = FinetuneOptions(
         data=tuple(as_texts(data)),
         eval_data=tuple(as_texts(eval_data)),

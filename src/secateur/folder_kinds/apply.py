@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.errors import SecateurError
-from secateur.files.given import StrPath, check_least
+from secateur.files.given import StrPath, check_given, check_least
 from secateur.files.new_folder import check_target
 from secateur.files.progress import OnProgress, OnStage, stage
 from secateur.model_folder.rewrite.undo import holds_undo
 from secateur.plans import REMOVED, Plan
-from secateur.results import Result
+from secateur.results import Result, Written
 
 if TYPE_CHECKING:
     from secateur.training_checkpoint.names import Naming
 
 
 @dataclass(frozen=True, kw_only=True)
-class Applied(Result):
+class Applied(Written):
     """What `apply` wrote, or of a dry run would write; `to_json` is what report.json says.
 
     Args:
@@ -31,9 +31,8 @@ class Applied(Result):
         bytes_before, bytes_after: of all tensors; of a restored model bytes_before is None.
     """
 
-    out: Path
     undo: Path | None = None
-    plan: Plan | None = None
+    plan: Plan | None = field(default=None, repr=False)
     experts_before: dict[int, int]
     experts_after: dict[int, int]
     bytes_before: int | None = None
@@ -48,7 +47,7 @@ class Applied(Result):
 
 def apply(
     source: StrPath,
-    plan: Plan | StrPath,
+    plan: Plan | StrPath | Result,
     out: StrPath,
     *,
     removed: Literal["reroute", "zero-slot"] | None = None,
@@ -67,7 +66,7 @@ def apply(
 
     Args:
         source: the folder of a model or of a training checkpoint; it is only read.
-        plan: a plan, its file, or a folder that `undo` wrote.
+        plan: a plan, its file, what `plan` or `place` gave back, or a folder that `undo` wrote.
         out: the folder to write; it must be new or empty.
         removed: what becomes of a removed expert where the plan leaves that open; see `Plan`.
         names: of the tensors of a training checkpoint: auto, transformers, torchtitan, or a JSON file.
@@ -90,7 +89,9 @@ def apply(
         >>> done.experts_before[0], done.experts_after[0]
         (128, 96)
     """
+    check_given(apply, locals())
     check_least(1, ep=ep)
+    plan = _plan_in(plan) if isinstance(plan, Result) else plan
     source, out = Path(source), Path(out)
     side = None if undo is None else Path(undo)
     check_target(source, out)
@@ -126,6 +127,15 @@ def apply(
         bytes_after=report["bytes_after"],
         content=report,
     )
+
+
+def _plan_in(result: Result) -> Plan:
+    found = getattr(result, "plan", None)
+    if not isinstance(found, Plan):
+        raise SecateurError(
+            f"plan: found {type(result).__name__} without a plan, expected a plan, its file, or a result"
+        )
+    return found
 
 
 def _restored(pruned: Path, undo: Path, out: Path, on_bytes: OnProgress) -> Applied:

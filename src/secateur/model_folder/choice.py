@@ -22,6 +22,7 @@ from secateur.model_folder.read.facts import facts_for_zero_slots
 from secateur.model_folder.rewrite.zero_slots import check_no_zero_slots
 from secateur.model_folder.source import Source
 from secateur.plans import JSON, REMOVED, REROUTE, ZERO_SLOT, Plan
+from secateur.stats import DEFAULT_SUMS
 
 LAEP = "laep"  # a rule, not a score: it also decides how many experts go
 ANY_SCORES = "random"  # stands in for a criterion whose scores are not known yet
@@ -135,7 +136,8 @@ def decide_plan(source: Source, choice: Choice, *, on_bytes: OnProgress = silent
     source = _for_removal(source, choice)
     if source.stats is None and choice.needs_data:
         raise SecateurError(
-            f"{who_needs_data(choice)} needs statistics of the model on data; make them with `secateur observe`"
+            f"{who_needs_data(choice)} needs statistics of the model on data; make them with `secateur observe"
+            f"{''.join(f' --sums {name}' for name in choice.sums if name not in DEFAULT_SUMS)}`"
         )
     _check_allocation(source, choice)
     _check_pretrained(source, choice)

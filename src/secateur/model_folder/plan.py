@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from secateur.decide.rules import RuleOptions, check_names, given, spelled_out
 from secateur.errors import SecateurError
-from secateur.files.given import StrPath
+from secateur.files.given import StrPath, check_given
 from secateur.files.new_file import check_new_file
 from secateur.files.progress import OnStage, stage
 from secateur.model_folder.choice import choice_of, decide_plan, outcome
@@ -32,13 +33,18 @@ class Planned(Result):
         rerouted_share: of the routed tokens, those whose expert goes; None without statistics.
     """
 
-    plan: Plan
+    plan: Plan = field(repr=False)
     out: Path | None
     experts_before: Mapping[int, int]
     experts_after: Mapping[int, int]
     bytes_before: int
     bytes_after: int
     rerouted_share: float | None
+
+    def __fspath__(self) -> str:
+        if self.out is None:
+            raise TypeError("this plan was not written to a file; give its `plan`, or an `out` when it is made")
+        return os.fspath(self.out)
 
     def table(self) -> Any:
         rows = [(layer, count, self.experts_after[layer]) for layer, count in self.experts_before.items()]
@@ -102,6 +108,7 @@ def plan(
         >>> decided.plan.layers[0].experts_after
         96
     """
+    check_given(plan, locals())
     check_names(rule)
     path, target = Path(source), None if out is None else Path(out)
     whole = None if model is None else Path(model)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from secateur.decide.rules import RuleOptions, check_names, given, spelled_out
 from secateur.errors import SecateurError
-from secateur.files.given import StrPath, StrPaths, as_texts
+from secateur.files.given import StrPath, StrPaths, as_texts, check_given
 from secateur.files.progress import OnStage
 from secateur.model_folder import stages
 from secateur.model_folder.checks.claims import Check
@@ -19,11 +19,11 @@ from secateur.model_folder.measure.data_pass import prepare
 from secateur.model_folder.plan import Allocation
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.plans import Plan
-from secateur.results import Result
+from secateur.results import Written
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruned(Result):
+class Pruned(Written):
     """What `prune` wrote, or in a dry run would write. Where data decide, a dry run knows no plan, and maybe no counts.
 
     Args:
@@ -33,9 +33,8 @@ class Pruned(Result):
         checks: what was verified; empty in a dry run. A check that fails leaves no result at all.
     """
 
-    out: Path
     undo: Path | None
-    plan: Plan | None
+    plan: Plan | None = field(repr=False)
     experts_before: Mapping[int, int]
     experts_after: Mapping[int, int]
     checks: tuple[Check, ...]
@@ -125,6 +124,7 @@ def prune(
         >>> done.experts_before[0], done.experts_after[0]
         (128, 96)
     """
+    check_given(prune, locals())
     check_names(rule)
     choice = choice_of(
         criterion or ("laep" if given(rule) else "reap" if pretrained is None else "router_norm_change"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from secateur import placement
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
-from secateur.files.given import StrPath
+from secateur.files.given import StrPath, check_given
 from secateur.files.progress import OnStage, stage
 from secateur.placement.loads import Loads, as_loads, read_loads
 from secateur.placement.one_layer import Placement
@@ -28,7 +28,7 @@ class Placements(Result):
     """What `place` found. layers: {layer: its placement}. plan: the same as a plan that re-orders and drops nothing."""
 
     layers: Mapping[int, Placement]
-    plan: Plan
+    plan: Plan = field(repr=False)
 
     def table(self) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
         keys = ("balance_before", "balance_after", "balance_bound", "moved")
@@ -81,6 +81,7 @@ def place(
         >>> found.layers[0].order, found.layers[0].balance
         ((0, 7, 2, 5, 3, 4, 1, 6), 1.1)
     """
+    check_given(place, locals())
     if num_layers is not None and sglang is None:
         raise SecateurError("--num-layers says how many rows --sglang writes; it needs --sglang")
     name = "loads" if isinstance(loads, Mapping) else str(loads)

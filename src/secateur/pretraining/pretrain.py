@@ -6,13 +6,13 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Unpack
 
 from secateur.decide.rules import RuleOptions, check_names, spelled_out
 from secateur.errors import SecateurError
-from secateur.files.given import StrPath, StrPaths, as_texts
+from secateur.files.given import StrPath, StrPaths, as_texts, check_given
 from secateur.files.progress import OnStage
 from secateur.plans import Plan
 from secateur.pretraining.options import DEVICES, PretrainOptions, option
@@ -54,7 +54,7 @@ class Pretrained(Result):
     out: Path
     model: Path
     page: Path
-    plan: Plan | None
+    plan: Plan | None = field(repr=False)
     events: tuple[Mapping[str, Any], ...]
     validation_loss: float | None
 
@@ -201,6 +201,7 @@ def pretrain(
         >>> run.events[0]["experts_after"]
         640
     """
+    check_given(pretrain, locals())
     given = _given(locals())
     check_names(rule)
     folder = RunFolder(Path(out))

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
-from secateur.files.given import StrPath
+from secateur.files.given import StrPath, check_given
 from secateur.files.json import read_object
 from secateur.files.progress import OnProgress, OnStage, counted, silent, stage
 from secateur.files.records import as_record
@@ -79,6 +79,7 @@ def verify(
         >>> secateur.verify("models/Qwen3-30B-A3B", "pruned").passed
         True
     """
+    check_given(verify, locals())
     check_tokens(tokens)
     source, pruned = Path(source), Path(pruned)
     sample = None if text is None else Path(text)

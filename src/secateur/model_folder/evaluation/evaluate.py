@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
-from secateur.files.given import StrPaths, as_texts
+from secateur.files.given import StrPaths, as_texts, check_given
 from secateur.files.progress import OnProgress, OnStage, stage
 from secateur.model_folder.evaluation.lm_harness import check_installed, run_tasks
 from secateur.model_folder.measure.data_choice import DataOptions, device_named
@@ -102,6 +102,7 @@ def evaluate(
         >>> found.losses
         (2.013, 2.021)
     """
+    check_given(evaluate, locals())
     folders = [Path(model) for model in as_texts(models)]
     asked = DataOptions(
         data=as_texts(data),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
-from secateur.files.given import StrPath, StrPaths, as_texts
+from secateur.files.given import StrPath, StrPaths, as_texts, check_given
 from secateur.files.new_file import check_new_file
 from secateur.files.progress import OnStage
 from secateur.model_folder.measure.data_choice import Activations, DataOptions, device_named
 from secateur.model_folder.measure.data_pass import prepare
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.results import Result
+from secateur.results import Written
 
 if TYPE_CHECKING:
     from secateur.observation.observation import Observation
@@ -23,7 +23,7 @@ FORMAT, VERSION = "secateur-observe", 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observed(Result):
+class Observed(Written):
     """What `observe` did, or in a dry run would do.
 
     Args:
@@ -33,7 +33,6 @@ class Observed(Result):
         never_routed: {layer: experts that no token reached}; layers without such experts are left out.
     """
 
-    out: Path
     model: Path
     observation: Observation | None = field(repr=False, compare=False)
     moe_layers: tuple[int, ...]
@@ -108,6 +107,7 @@ def observe(
         >>> seen.observation.stats.layers[0].num_tokens
         65536
     """
+    check_given(observe, locals())
     model, out = Path(model), Path(out)
     recording = None if sglang is None else Path(sglang)
     asked = DataOptions(

@@ -41,6 +41,8 @@ def read_applied(path: Path) -> tuple[Plan, str | None]:
     Raises:
         SecateurError: no such file, or not the report of `apply`.
     """
+    if not path.is_file():
+        raise SecateurError(f"{path.parent}: no {path.name} in it; expected a folder that `apply` or `prune` wrote")
     applied = as_record(read_object(path), Applied, str(path))
     try:
         plan = Plan.from_json(applied.plan)

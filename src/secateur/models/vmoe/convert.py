@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from secateur.files.atomic import atomic_write, refused_by_the_disk
-from secateur.files.given import StrPath
+from secateur.files.given import StrPath, check_given
 from secateur.files.new_folder import check_free, written_beside
 from secateur.files.progress import OnStage
 from secateur.models.vmoe.flax_checkpoint import read_vmoe
 from secateur.models.vmoe.pixels import FILE, default_pixels
-from secateur.results import Result
+from secateur.results import Written
 
 FORMAT, VERSION = "secateur-convert-vmoe", 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted(Result):
+class Converted(Written):
     """What `convert_vmoe` wrote.
 
     Args:
@@ -27,7 +27,6 @@ class Converted(Result):
         num_experts: of each of them. members: of the ensemble; 1 of a V-MoE.
     """
 
-    out: Path
     num_parameters: int
     num_layers: int
     moe_layers: tuple[int, ...]
@@ -70,6 +69,7 @@ def convert_vmoe(
         >>> secateur.convert_vmoe("vmoe_b16_imagenet21k_randaug_strong", "vmoe-b16", top_k=2).num_experts
         8
     """
+    check_given(convert_vmoe, locals())
     prefix, out = Path(prefix), Path(out)
     check_free(out)
     model = read_vmoe(
