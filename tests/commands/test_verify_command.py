@@ -174,7 +174,7 @@ def test_the_sample_may_be_a_text(folders: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "out/report.json").unlink(), "report.json: the file is missing"),
+        (lambda root: (root / "out/report.json").unlink(), "out: no report.json in it; expected a folder that `apply`"),
         (lambda root: (root / "out/report.json").write_text("{}"), "report.json: 'plan' is missing"),
         (lambda root: shutil.rmtree(root / "source"), "source: not a folder"),
         (lambda root: next((root / "out").glob("*.safetensors")).unlink(), "is missing"),
