@@ -124,7 +124,7 @@ def test_an_option_of_whole_numbers_takes_no_others() -> None:
     assert option.parse("2") == 2
     with pytest.raises(SecateurError, match=r"drop_count \(--drop-count\) is 2\.0, expected"):
         option.check(2.0)
-    with pytest.raises(ValueError, match="drop_count is '2.5', expected a number above 0"):
+    with pytest.raises(ValueError, match=r"drop_count is '2\.5', expected a number above 0"):
         option.parse("2.5")
 
 

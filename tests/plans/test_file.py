@@ -259,9 +259,11 @@ def test_a_truncated_side_file_is_refused(tmp_path: Path) -> None:
 def test_the_page_of_plans_runs_and_names_every_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(block, {})
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
     assert Plan.load("plan.json").layers[0].order == (3, 0, 5)
+    assert names["merged"].layers[0].absorbed == (1,)
     assert all(f"`{word}`" in page for word in (*MEANINGS, *ROWS, *WEIGHTS))
     sources = re.search(r'"sources": .*?\}\]\},\s+"width_before": 768, "solved": \["0.down_proj"\]', page, re.DOTALL)
     assert sources

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from secateur.criteria import CRITERIA, Criterion
+from secateur.decide.rules import OPTIONS
 from secateur.stats import DEFAULT_SUMS, SUMS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,6 +36,11 @@ def sums() -> list[str]:
     return _table(("sum", "shape", "of what", "recorded"), rows)
 
 
+def rules() -> list[str]:
+    rows = [(f"`{one.flag}`", one.row.help, one.row.range.expected) for one in OPTIONS.values()]
+    return _table(("option", "what goes", "accepts"), rows)
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return [first, "|" + "---|" * len(head), *others]
@@ -43,6 +49,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 TABLES: dict[tuple[str, str], Callable[[], list[str]]] = {
     ("prune.md", "criteria"): criteria,
     ("observe.md", "sums"): sums,
+    ("laep.md", "rules"): rules,
 }
 
 
