@@ -149,10 +149,11 @@ def test_a_rule_is_a_value() -> None:
         rule.max_rerouted = 0.2  # type: ignore[misc]
 
 
-def test_the_docstring_of_a_rule_lists_its_options() -> None:
-    assert secateur.Rule.__doc__
+@pytest.mark.parametrize("of", [secateur.Rule, LAEP, LAEPCallback], ids=lambda of: of.__name__)
+def test_the_docstring_lists_the_options_of_rules_among_its_arguments(of: Any) -> None:
+    listed = of.__doc__.partition("Args:")[2].partition("Raises:")[0]
     for name, option in OPTIONS.items():
-        assert f"{name}: {option.row.help}; {option.row.range.expected}" in secateur.Rule.__doc__
+        assert f"\n        {name}: {option.row.help}; {option.row.range.expected}" in listed
 
 
 def test_a_goal_is_the_default_only_where_no_rule_is_named() -> None:

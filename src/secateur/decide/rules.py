@@ -228,14 +228,14 @@ def spelled_out(
 
 
 def with_options_listed(cls: C) -> C:
-    """List the options in the docstring of a class, as the first of its arguments."""
+    """List the options in the docstring of a class, as the last of its arguments."""
     off = {name: f" Left out: {option.row.off:g}, off." for name, option in OPTIONS.items() if option.row.off}
     lines = [
         f"        {name}: {option.row.help}; {option.row.range.expected}.{off.get(name, '')}\n"
         for name, option in OPTIONS.items()
     ]
     if cls.__doc__:  # python -OO has none
-        cls.__doc__ = cls.__doc__.replace("    Args:\n", f"    Args:\n{''.join(lines)}")
+        cls.__doc__ = cls.__doc__.replace("\n    Raises:\n", f"{''.join(lines)}\n    Raises:\n", 1)
     return cls
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from secateur.decide.rules import RuleOptions, spelled_out
+from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
 from secateur.families import MoEModel
 from secateur.surgery.events import PruneEvent
@@ -20,6 +20,7 @@ from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import Pruning, as_prunings
 
 
+@with_options_listed
 class LAEPCallback(TrainerCallback, ExportableState):
     """Prunes the experts of the Trainer's model while it trains; takes the keyword arguments of `LAEP`.
 
@@ -32,13 +33,13 @@ class LAEPCallback(TrainerCallback, ExportableState):
         moe: as for `LAEP`, for the first training alone: a later one may begin with a pruned model.
         all others: see `LAEP`.
 
-    Attributes:
-        pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
-
     Raises:
         SecateurError: at construction for a schedule that cannot be, at the start of training for a model, optimizer or
             set of training arguments that is not supported.
         TypeError: an option that no rule has.
+
+    Attributes:
+        pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
     """
 
     @spelled_out

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.decide.rule import decide
-from secateur.decide.rules import RuleOptions, spelled_out
+from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.families import MoEModel, describe_moe, logits_of
@@ -45,6 +45,7 @@ from secateur.train.schedule import Pruning, as_prunings, check_count, check_goa
 from secateur.train.watch import LoadWatch
 
 
+@with_options_listed
 class LAEP:
     """Prunes the experts of a model while it trains.
 
