@@ -442,6 +442,8 @@ def test_a_run_is_resumed_with_its_own_settings_and_others_are_refused(tmp_path:
     ):
         with pytest.raises(SecateurError, match=r"--steps is 600, but the run in .* was started with 50"):
             again()
+    with pytest.raises(SecateurError, match="--ep 7: expected a multiple of 7 processes"):
+        secateur.pretrain(tmp_path, resume=True, preset=None, data=None, alpha=None, ep=7)
     with pytest.raises(SecateurError, match="--dry-run is for a new run"):
         secateur.pretrain(tmp_path, resume=True, dry_run=True)
     assert contents(tmp_path) == before

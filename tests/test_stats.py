@@ -522,3 +522,20 @@ def test_padding_adds_nothing_even_where_it_is_not_a_number(name: str) -> None:
     found = dataclasses.replace(layer, **values).stats(keep=keep)
     assert found.num_tokens == expected.num_tokens == int(keep.sum())
     torch.testing.assert_close(found.sums[name], expected.sums[name], rtol=1e-12, atol=1e-12)
+
+
+def test_equal_statistics_have_equal_digests_where_a_zero_is_below_0() -> None:
+    found = [
+        RouterStats(
+            layers={
+                0: LayerStats(
+                    num_tokens=1,
+                    token_count=torch.tensor([1]),
+                    output_sum=torch.tensor([[zero, 1.0]], dtype=torch.float64),
+                )
+            }
+        )
+        for zero in (0.0, -0.0)
+    ]
+    assert found[0] == found[1]
+    assert found[0].digest() == found[1].digest()

@@ -119,6 +119,8 @@ def test_sums_on_request_of_images_are_recorded_or_refused_before_the_model_is_l
     monkeypatch.setattr(on_images, "loaded", lambda *_: pytest.fail("loaded"))
     status, _, err = run(*words, "--force", "--sums", "neuron_gram")
     assert (status, "the activations in front of the down projection are seen in" in err) == (2, True)
+    status, _, err = run(*words, "--force", "--sums", "co_selection", "--dry-run")
+    assert (status, "not seen which experts a token has together" in err) == (2, True)
 
 
 def test_observe_records_the_model_and_its_images(made: Path, tmp_path: Path, run: Run) -> None:

@@ -214,6 +214,16 @@ def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the
     ), "a keyword that is not tried here"
 
 
+def test_a_schedule_may_be_any_iterable_of_prunings_and_of_nothing_else() -> None:
+    schedule = [Pruning(rule=Rule(alpha=0.3), at_step=step) for step in (3, 9)]
+    assert as_prunings(one for one in schedule) == tuple(schedule)
+    with pytest.raises(SecateurError, match=r"prunings: found 'stable alpha=0\.3', expected Pruning values"):
+        as_prunings(["stable alpha=0.3"])  # type: ignore[list-item]
+    for wrong in ({"multiple_of": 0}, {"multiple_of": None}, {"min_experts": 1.5}, {"max_experts": 0}):
+        with pytest.raises(SecateurError, match=f"{next(iter(wrong))} is .*, expected a whole number of at least 1"):
+            as_prunings(None, **wrong)  # type: ignore[arg-type]
+
+
 def test_an_unknown_keyword_is_a_type_error_whatever_else_is_given() -> None:
     for given in ({}, {"prunings": []}, {"alpha": 0.4}):
         for value in (1, None):

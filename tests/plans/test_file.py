@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -16,11 +19,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
 from secateur.files.records import as_record
 from secateur.plans import FREE, MAPPED, MEAN, ROWS, WEIGHTS, LayerPlan, Matrix, Neurons, Plan, Source
 from secateur.plans.file import SourcesEntry
 from secateur.plans.plan import MEANINGS
 from support.made_plans import plan_of, random_layer
+from support.model_folders import contents
 
 MERGED = Plan(
     layers={
@@ -79,17 +84,26 @@ def test_json_is_the_documented_format() -> None:
 def test_a_saved_plan_reads_back_equal_and_its_arrays_are_beside_it(tmp_path: Path) -> None:
     MERGED.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == MERGED
-    side = tmp_path / "plan.safetensors"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", side.name]
+    side = side_file(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
     assert {name: array.tolist() for name, array in load_file(side).items()} == {
         "layers.7.neurons": [[2, 0], [0, 1], [1, 2]],
         "layers.7.solved.0.down_proj": [[1, 2]],
         "layers.7.solved.router": [[1] * 4] * 2,
     }
-    assert json.loads((tmp_path / "plan.json").read_text())["side_sha256"] == _digest(side)
-    before = side.read_bytes()
+    digest = json.loads((tmp_path / "plan.json").read_text())["side_sha256"]
+    assert digest == _digest(side)
+    assert side.name == f"plan.{digest[:16]}.tensors"
+    before = contents(tmp_path)
     MERGED.save(tmp_path / "plan.json")
-    assert side.read_bytes() == before, "the same plan has the same bytes"
+    assert contents(tmp_path) == before, "the same plan has the same bytes"
+
+
+def test_a_link_to_a_plan_finds_its_arrays(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    MERGED.save(tmp_path / "runs" / "plan.json")
+    (tmp_path / "current.json").symlink_to("runs/plan.json")
+    assert Plan.load(tmp_path / "current.json") == MERGED
 
 
 def test_any_plan_reads_back_equal(tmp_path: Path) -> None:
@@ -113,7 +127,7 @@ def test_weights_alone_need_no_side_file(tmp_path: Path) -> None:
 
 def test_a_rule_that_version_1_does_not_know_is_written_as_version_2(tmp_path: Path) -> None:
     copies = plan_of(LayerPlan(experts_before=2, order=(1,)))
-    for rule in ({"removed": MAPPED}, {"rows": MEAN}, {"weights": FREE}):
+    for rule in ({"removed": MAPPED}, {"weights": FREE}):
         plan = replace(copies, **rule)  # type: ignore[arg-type]
         assert plan.to_json()["version"] == 2
         plan.save(tmp_path / "plan.json")
@@ -121,56 +135,90 @@ def test_a_rule_that_version_1_does_not_know_is_written_as_version_2(tmp_path: P
 
 
 def test_a_side_file_is_never_written_over_something_else(tmp_path: Path) -> None:
-    statistics = tmp_path / "plan.safetensors"
-    save_file({"x": np.ones(1)}, statistics)
-    before = statistics.read_bytes()
-    with pytest.raises(SecateurError, match=r"plan.safetensors: the arrays of the plan go there, but it is something"):
+    MERGED.save(tmp_path / "plan.json")
+    side = side_file(tmp_path)
+    save_file({"x": np.ones(1)}, side)
+    before = contents(tmp_path)
+    with pytest.raises(SecateurError, match=r"the arrays of the plan go there, but it is something else"):
         MERGED.save(tmp_path / "plan.json")
-    assert statistics.read_bytes() == before
-    assert not (tmp_path / "plan.json").exists()
-    with pytest.raises(SecateurError, match=r"its arrays would go into a file of that name"):
-        MERGED.save(tmp_path / "other.safetensors")
+    assert contents(tmp_path) == before
 
 
-def test_a_kill_between_the_two_files_leaves_no_plan_that_could_be_taken_for_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+OTHER = replace(MERGED, layers={7: replace(MERGED.layers[7], solved={"router": Matrix(np.zeros((2, 4)))})})
+
+
+def test_a_plan_that_is_written_over_another_is_whole_and_leaves_no_arrays_of_the_other(
+    tmp_path: Path,
 ) -> None:
+    for plan in (MERGED, OTHER, Plan.identity({0: 2}), MERGED):
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
+        assert len(list(tmp_path.iterdir())) == (1 if plan.is_copy else 2)
+    OTHER.save(tmp_path / "plan.reap")  # another plan whose name differs in its ending only
+    assert (Plan.load(tmp_path / "plan.json"), Plan.load(tmp_path / "plan.reap")) == (MERGED, OTHER)
+
+
+@pytest.mark.parametrize("old", [MERGED, Plan.identity({0: 2})], ids=["with arrays", "without"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_plan_stays_whole_until_the_new_one_is_there(
+    old: Plan, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, or a kill, at the arrays or at the JSON of the new plan."""
     path = tmp_path / "plan.json"
+    old.save(path)
+    calls = itertools.count(1)
+
+    def full(target: Path, content: bytes | str) -> None:
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, "no space left")
+        atomic_write(target, content)
+
+    monkeypatch.setattr("secateur.plans.file.atomic_write", full)
+    with pytest.raises(OSError, match="no space left"):
+        OTHER.save(path)
+    assert Plan.load(path) == old
+
+
+def test_two_who_write_one_plan_leave_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other writes both its files between the two of this one."""
+    path = tmp_path / "plan.json"
+
+    def interrupted(target: Path, content: bytes | str) -> None:
+        if target == path:
+            monkeypatch.undo()
+            OTHER.save(path)
+        atomic_write(target, content)
+
+    monkeypatch.setattr("secateur.plans.file.atomic_write", interrupted)
     MERGED.save(path)
-    other = replace(MERGED, layers={7: replace(MERGED.layers[7], order=(1, 0))})
-    written = []
-
-    def killed(target: Path, content: bytes | str) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(target)
-        target.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    monkeypatch.setattr("secateur.plans.file.atomic_write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        other.save(path)
-    assert written == [tmp_path / "plan.safetensors"]
-    assert not path.exists()
+    assert Plan.load(path) == MERGED
 
 
 def test_a_plan_whose_side_file_is_not_at_hand_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SecateurError, match="its arrays are in a side file, which is not at hand"):
+    with pytest.raises(SecateurError, match="it lists neurons or solved matrices, whose side file is not at hand"):
         Plan.from_json(MERGED.to_json())
     with pytest.raises(SecateurError, match="plan: the side file is another plan's"):
         Plan.from_json(MERGED.to_json(), side=b"")
     MERGED.save(tmp_path / "plan.json")
-    (tmp_path / "plan.safetensors").unlink()
-    with pytest.raises(SecateurError, match=r"plan file .*plan.json: its side file plan.safetensors cannot be read"):
-        Plan.load(tmp_path / "plan.json")
+    side = side_file(tmp_path)
+    side.rename(tmp_path / "elsewhere")
+    for make in (lambda: None, lambda: os.mkfifo(side), lambda: (side.unlink(), side.mkdir())):
+        make()
+        with pytest.raises(SecateurError, match=r"plan file .*plan.json: its side file plan\..*\.tensors is missing"):
+            Plan.load(tmp_path / "plan.json")
 
 
-def test_the_side_file_of_another_plan_is_refused(tmp_path: Path) -> None:
+def test_a_side_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     MERGED.save(tmp_path / "plan.json")
-    other = replace(MERGED.layers[7], solved={"router": Matrix(np.zeros((2, 4)))})
-    replace(MERGED, layers={7: other}).save(tmp_path / "other.json")
-    (tmp_path / "other.safetensors").replace(tmp_path / "plan.safetensors")
-    with pytest.raises(SecateurError, match=r"plan.safetensors beside it is the side file of another plan"):
+    side = side_file(tmp_path)
+    side.write_bytes(side.read_bytes()[:-1] + b"?")
+    with pytest.raises(SecateurError, match=r"plan\..*\.tensors beside it is not what it was written as"):
         Plan.load(tmp_path / "plan.json")
+
+
+def side_file(folder: Path) -> Path:
+    (found,) = folder.glob("plan.*.tensors")
+    return found
 
 
 def _digest(path: Path) -> str:
@@ -180,12 +228,19 @@ def _digest(path: Path) -> str:
 def _rewrite(tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], form: str | None = None) -> Path:
     """A plan whose two files were changed by hand, with the digest that belongs to them."""
     MERGED.save(tmp_path / "plan.json")
-    path, side = tmp_path / "plan.json", tmp_path / "plan.safetensors"
+    path, side = tmp_path / "plan.json", side_file(tmp_path)
     data, arrays = json.loads(path.read_text()), load_file(side)
     change(data, arrays)
     save_file(arrays, side, metadata={"format": form or "secateur-plan-arrays/1"})
-    path.write_text(json.dumps({**data, "side_sha256": _digest(side)}))
-    return path
+    return renamed(data, side)
+
+
+def renamed(data: dict[str, Any], side: Path) -> Path:
+    """The plan, saying and named by the digest that its side file has now."""
+    digest = _digest(side)
+    side.rename(side.with_name(f"plan.{digest[:16]}.tensors"))
+    (side.parent / "plan.json").write_text(json.dumps({**data, "side_sha256": digest}))
+    return side.parent / "plan.json"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +284,14 @@ def _rewrite(tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], 
             lambda data, arrays: data["layers"]["7"].update(width_before=2),
             "neuron 2 is out of range, expected 0 to 1",
         ),
+        (
+            lambda data, arrays: arrays.update({"layers.7.solved.router": np.ones([1] * 40)}),
+            "'layers.7.solved.router' has 40 axes, expected 2",
+        ),
+        (
+            lambda data, arrays: [one.update(weight=1e308) for one in data["layers"]["7"]["sources"]["0"]],
+            "weights .* sum up to inf, expected 1",
+        ),
         (lambda data, arrays: data.update(version=1), "'layers.7.solved' is unknown, expected experts_before, order"),
         (lambda data, arrays: data.update(version=3), "'version' is 3, expected one of 1, 2"),
     ],
@@ -248,12 +311,11 @@ def test_a_file_of_another_kind_is_no_side_file(tmp_path: Path) -> None:
 
 def test_a_truncated_side_file_is_refused(tmp_path: Path) -> None:
     MERGED.save(tmp_path / "plan.json")
-    side = tmp_path / "plan.safetensors"
+    side = side_file(tmp_path)
     side.write_bytes(side.read_bytes()[:-1])
-    data = {**json.loads((tmp_path / "plan.json").read_text()), "side_sha256": _digest(side)}
-    (tmp_path / "plan.json").write_text(json.dumps(data))
+    path = renamed(json.loads((tmp_path / "plan.json").read_text()), side)
     with pytest.raises(SecateurError, match="not a whole safetensors file"):
-        Plan.load(tmp_path / "plan.json")
+        Plan.load(path)
 
 
 def test_the_page_of_plans_runs_and_names_every_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,29 @@ def test_composing_is_associative_and_the_identity_changes_nothing() -> None:
         assert before.compose(first).layers == first.layers == first.compose(after).layers
 
 
+def test_what_merges_nothing_has_no_rule_for_rows() -> None:
+    pair = (Source(expert=0, weight=0.5), Source(expert=1, weight=0.5))
+    first = plan_of(LayerPlan(experts_before=3, order=(0, 2), sources={0: pair}), rows=MEAN)
+    drop, stay = plan_of(LayerPlan(experts_before=2, order=(1,))), plan_of(LayerPlan.identity(1))
+    assert first.compose(drop).compose(stay) == first.compose(drop.compose(stay))
+    assert first.compose(drop).rows == REPRESENTATIVE
+    thinned = {new: (Source(expert=new, neurons=Neurons([1])),) for new in range(3)}
+    thin = plan_of(LayerPlan(experts_before=3, order=(0, 1, 2), sources=thinned, width_before=2))
+    assert thin.compose(first).rows == MEAN
+
+
+def test_weights_of_a_softmax_in_float32_sum_up_to_one_and_stay_so_when_composed(tmp_path: Path) -> None:
+    weights = (np.float32([1, 2, 4]) / np.float32(7.0000003)).tolist()
+    sources = tuple(Source(expert=expert, weight=weight) for expert, weight in enumerate(weights))
+    plan = plan_of(LayerPlan(experts_before=3, order=(0, 1, 2), sources=dict.fromkeys(range(3), sources)))
+    again = plan
+    for _ in range(50):
+        again = again.compose(plan)
+    assert abs(sum(source.weight for source in again.layers[3].sources[0]) - 1) < 1e-12
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
 def test_a_permutation_of_experts_and_of_their_neurons_is_undone_by_its_inverse() -> None:
     rng = random.Random(2)
     for _ in range(100):
@@ -179,9 +202,9 @@ def test_a_slot_leads_to_one_expert_where_slots_are_mapped_or_rows_added_up(rest
 
 
 def test_rows_of_two_rules_are_mixed_and_a_plan_that_merges_nothing_has_no_rule() -> None:
-    merge, prune = mapped([[0, 1], [2]], removed="reroute"), plan_of(LayerPlan(experts_before=2, order=(1,)))
+    merge, prune = mapped([[0, 1], [2]], removed="reroute"), plan_of(LayerPlan(experts_before=2, order=(0,)))
     later = mapped([[0, 1]], removed="reroute", rows=MEAN)
-    assert merge.compose(later).rows == MIXED
+    assert replace(merge, rows=SUM).compose(later).rows == MIXED
     assert replace(merge, rows=SUM).compose(replace(later, rows=SUM)).rows == SUM
     assert replace(merge, rows=MEAN).compose(prune).rows == MEAN
 
@@ -234,6 +257,9 @@ def test_solved_matrices_do_not_compose() -> None:
             {"sources": {0: (Source(expert=0, neurons=Neurons([0])),)}, "width_before": 3},
             r"new experts of \['1', '3'\] neurons, expected one number for all",
         ),
+        ({"sources": [1]}, "expected a list in order, mappings in sources and solved"),
+        ({"solved": None}, "expected a list in order, mappings in sources and solved"),
+        ({"sources": {0: (Source(expert=0, weight=10**400),)}}, "a weight is 1000"),
         ({"width_before": 0}, "width_before is 0, expected 1 or more"),
         ({"solved": {"2.down_proj": Matrix(np.ones((1, 1)))}}, "solved for '2.down_proj', expected 'router', or NEW"),
         ({"solved": {"0.DOWN": Matrix(np.ones((1, 1)))}}, "solved for '0.DOWN', expected"),
@@ -251,6 +277,11 @@ def test_sources_that_do_not_fit_are_refused_by_name(layer: dict[str, object], m
         (lambda: Neurons([]), "expected a list of whole numbers"),
         (lambda: Neurons([0, 1, 0]), r"\[0\] are listed more than once"),
         (lambda: Neurons([-1]), "ids from -1 to -1"),
+        (lambda: Neurons(5), "expected a list of whole numbers"),  # type: ignore[arg-type]
+        (lambda: Neurons([[0], [1, 2]]), "expected an array of numbers"),  # type: ignore[list-item]
+        (lambda: Matrix([[1.0], [1.0, 2.0]]), "expected an array of numbers"),
+        (lambda: Plan(layers={10**6: LayerPlan.identity(2)}, criterion="x"), "layer id is 1000000, expected"),
+        (lambda: Plan(layers={0: LayerPlan.identity(2**20 + 1)}, criterion="x"), "experts_before is 1048577, expected"),
         (lambda: Neurons([0.5]), "float64 of shape"),
         (lambda: Matrix([1.0]), r"float64 of shape \(1,\)"),
         (lambda: Matrix([[1]]), "int64 of shape"),

@@ -105,7 +105,7 @@ def solver_apart() -> Iterator[None]:
             back.callback(os.close, kept)
             flush = ctypes.CDLL(None).fflush
             flush(None)  # what was printed before goes where it was printed to
-            os.dup2(2, 1)
-            back.callback(os.dup2, kept, 1)
+            back.callback(os.dup2, kept, 1)  # before it is needed: an interrupt may come at any moment
             back.callback(flush, None)
+            os.dup2(2, 1)
         yield

@@ -5,6 +5,7 @@ thinning one with fewer neurons; all are the same value.
 """
 
 from secateur.plans.arrays import Matrix, Neurons
+from secateur.plans.file import is_side_file
 from secateur.plans.layer import LayerPlan, Source
 from secateur.plans.plan import (
     CONVEX,
@@ -42,4 +43,5 @@ __all__ = [
     "Neurons",
     "Plan",
     "Source",
+    "is_side_file",
 ]

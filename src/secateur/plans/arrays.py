@@ -44,6 +44,15 @@ class _Array:
         return type(self), (self.array,)
 
 
+def _as_array(values: Any) -> NDArray[Any]:
+    import numpy as np
+
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, tensors that torch keeps
+        raise SecateurError(f"plan: found {values!r:.80}, expected an array of numbers ({error!s:.100})") from error
+
+
 class Neurons(_Array):
     """Which old neurons of an expert the new one has, in their new order: `ids[new] = old`, (F',) int32.
 
@@ -58,7 +67,7 @@ class Neurons(_Array):
     def __init__(self, ids: Iterable[int] | NDArray[np.integer[Any]]) -> None:
         import numpy as np
 
-        found = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        found = _as_array(ids if hasattr(ids, "__array__") else list(ids) if isinstance(ids, Iterable) else ids)
         if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
             raise SecateurError(
                 f"neurons: found {found.dtype} of shape {found.shape}, expected a list of whole numbers"
@@ -109,7 +118,7 @@ class Matrix(_Array):
     def __init__(self, values: Any) -> None:
         import numpy as np
 
-        found = np.array(values)
+        found = _as_array(values).copy()
         if found.ndim != 2 or not found.size or found.dtype not in (np.float32, np.float64):
             raise SecateurError(
                 f"a solved matrix: found {found.dtype} of shape {found.shape}, expected (rows, columns) float32 or "

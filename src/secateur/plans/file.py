@@ -1,4 +1,4 @@
-"""The files of a plan: JSON that people read and compare, and a safetensors file beside it for its arrays.
+"""The files of a plan: JSON that people read and compare, and a file of tensors beside it for its arrays.
 
 Version 1 has one source for each new expert and no side file. It is written wherever that is enough, so that other
 software, and earlier releases, read it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION, VERSION_WITH_SOURCES = "secateur-plan", 1, 2
 SIDE_FORMAT = "secateur-plan-arrays/1"
-SIDE = ".safetensors"  # in the place of .json
+# A safetensors file by another name: vLLM takes every *.safetensors beside a config.json for weights.
+SIDE, DIGITS = ".tensors", 16  # digits of the digest in its name
 DTYPES = {"I32": "<i4", "F32": "<f4", "F64": "<f8"}
 ONLY_IN_2 = ("rows", "weights")
 
@@ -128,23 +130,28 @@ def from_json(data: object, side: bytes | None) -> tuple[dict[str, Any], dict[in
 
 
 def save(path: Path, data: dict[str, Any], layers: Mapping[int, LayerPlan]) -> None:
-    """Write a plan as JSON, one line for each layer, and its side file first if it has one.
+    """Write a plan as JSON, one line for each layer, and before it the side file if it has one.
+
+    A side file has its digest in its name, so a plan that is written over stays whole until the new one is there; then
+    its side file goes.
 
     Raises:
         SecateurError: something else lies where the side file goes.
-        OSError: the disk refused.
+        OSError: the disk refused; an old plan is as it was.
     """
     head = dict(data)
     entries = head.pop("layers")
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
     start = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
-    if "side_sha256" in head:
-        beside = side_of(path)
+    old, new = _digest_in(path), head.get("side_sha256")
+    if new is not None:
+        beside = side_of(path, new)
         if beside.exists() and read_header(beside).metadata.get("format") != SIDE_FORMAT:
             raise SecateurError(f"{beside}: the arrays of the plan go there, but it is something else; take it away")
-        path.unlink(missing_ok=True)  # so that an old plan is never found beside new arrays
         atomic_write(beside, _packed(_arrays(layers)))
     atomic_write(path, f'{start},\n  "layers": {{\n{lines}\n  }}\n}}\n')
+    if old is not None and old != new:
+        side_of(path, old).unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[Any, bytes | None]:
@@ -156,27 +163,45 @@ def load(path: Path) -> tuple[Any, bytes | None]:
     where = f"plan file {path}"
     data = read_json(path, where=where, constants=False)
     digest = data.get("side_sha256") if isinstance(data, dict) else None
-    if digest is None:
+    if digest is None or not is_digest(digest):  # a wrong one is refused with the rest
         return data, None
-    beside = side_of(path)
+    beside = side_of(path, digest)
+    if not beside.is_file():
+        raise SecateurError(f"{where}: its side file {beside.name} is missing, expected it beside the plan")
     try:
         if sha256_of(beside) != digest:
-            raise SecateurError(f"{where}: {beside.name} beside it is the side file of another plan")
+            raise SecateurError(f"{where}: {beside.name} beside it is not what it was written as")
         return data, beside.read_bytes()
     except OSError as error:
         raise SecateurError(f"{where}: its side file {beside.name} cannot be read ({error.strerror})") from error
 
 
-def side_of(path: Path) -> Path:
-    """Where the arrays of a plan are: plan.json -> plan.safetensors. No file says so, the name does.
+def side_of(path: Path, digest: str) -> Path:
+    """Where the arrays of a plan are: plan.json -> plan.DIGEST.tensors, beside the file itself, not a link to it.
 
-    Raises:
-        SecateurError: the plan itself has that name.
+    No file says so: the name follows from the plan's and from the digest of what is in it.
     """
-    beside = path.with_suffix(SIDE)
-    if beside == path:
-        raise SecateurError(f"{path}: its arrays would go into a file of that name; expected a name such as plan.json")
-    return beside
+    path = path.resolve()
+    return path.with_name(f"{path.stem}.{digest[:DIGITS]}{SIDE}")
+
+
+def is_side_file(name: str, plan: str) -> bool:
+    """Whether a file beside a plan of this name, such as plan.json, would be a side file of it."""
+    return re.fullmatch(rf"{re.escape(Path(plan).stem)}\.[0-9a-f]{{{DIGITS}}}{re.escape(SIDE)}", name) is not None
+
+
+def is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _digest_in(path: Path) -> str | None:
+    """Of the side file of the plan that is there, if there is one."""
+    try:
+        data = read_json(path)
+    except SecateurError:
+        return None
+    found = data.get("side_sha256") if isinstance(data, dict) else None
+    return str(found) if is_digest(found) else None
 
 
 def _head(record: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -209,7 +234,7 @@ def _layer(layer: int, entry: SourcesEntry, arrays: dict[str, NDArray[Any]]) -> 
         source.neurons for sources in entry.sources.values() for source in sources if source.neurons is not None
     )
     rows = _taken(arrays, f"layers.{layer}.neurons", "I32", where) if named else None
-    if rows is not None and (rows.ndim != 2 or len(rows) != named.total()):
+    if rows is not None and len(rows) != named.total():
         raise SecateurError(f"{where}: neurons of shape {rows.shape}, expected {named.total()} lists of one length")
     if twice := [(row, times) for row, times in named.items() if times > 1]:
         raise SecateurError(
@@ -281,7 +306,7 @@ def _unpacked(digest: str | None, side: bytes | None) -> dict[str, NDArray[Any]]
     if digest is None:
         return {}
     if side is None:
-        raise SecateurError("plan: its arrays are in a side file, which is not at hand")
+        raise SecateurError("plan: it lists neurons or solved matrices, whose side file is not at hand")
     if hashlib.sha256(side).hexdigest() != digest:
         raise SecateurError("plan: the side file is another plan's")
     header = parse_header(side[: header_end(side)], len(side), Path("the side file"))
@@ -296,6 +321,8 @@ def _array(header: Header, name: str, side: bytes) -> NDArray[Any]:
     entry = header.entries[name]
     if entry.dtype not in DTYPES:
         raise SecateurError(f"the side file: {name!r:.100} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
+    if len(entry.shape) != 2:
+        raise SecateurError(f"the side file: {name!r:.100} has {len(entry.shape)} axes, expected 2")
     return np.frombuffer(side, DTYPES[entry.dtype], entry.length * 8 // _bits(entry.dtype), entry.start).reshape(
         entry.shape
     )

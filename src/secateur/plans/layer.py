@@ -9,14 +9,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.limits import MAX_EXPERTS, MAX_LAYER
 from secateur.plans.arrays import Matrix, Neurons
 
 # What is solved for: the matrix `down_proj` of the new expert 3, say, or the whole router.
 SOLVED = re.compile(r"(?:(?P<new>0|[1-9]\d*)\.[a-z_]+|router)")
-ROUNDING = 1e-9  # of the sum of an entry's weights
+ROUNDING = 1e-6  # of the sum of an entry's weights, such as those of a softmax in float32
+EXACT = 1e-12  # a sum that is nearer to 1 is left as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,11 @@ class LayerPlan:
     def is_copy(self) -> bool:
         """True when every new expert is one old expert as it was."""
         return not self.sources and not self.solved
+
+    @property
+    def merges(self) -> bool:
+        """True when a new expert is made of several old ones."""
+        return any(len({source.expert for source in entry}) > 1 for entry in self.sources.values())
 
     @property
     def is_identity(self) -> bool:
@@ -172,8 +180,8 @@ def layer_id(value: Any) -> int:
         SecateurError: it is none, or below 0.
     """
     layer = _index(value, "plan: a layer id")
-    if layer < 0:
-        raise SecateurError(f"plan: layer id is {layer}, expected 0 or more")
+    if not 0 <= layer <= MAX_LAYER:
+        raise SecateurError(f"plan: layer id is {layer}, expected 0 or more, and at most {MAX_LAYER}")
     return layer
 
 
@@ -187,7 +195,13 @@ def checked_layer(layer: Any, plan: LayerPlan, *, weights_are_free: bool = False
         SecateurError: an id out of range or listed twice, no expert, sources that do not fit; the message names it.
     """
     where = f"plan, layer {layer}"
+    if not isinstance(plan.order, list | tuple) or not all(
+        isinstance(part, Mapping) for part in (plan.sources, plan.solved)
+    ):
+        raise SecateurError(f"{where}: found {plan!r:.200}, expected a list in order, mappings in sources and solved")
     before = _index(plan.experts_before, f"{where}: experts_before")
+    if before > MAX_EXPERTS:
+        raise SecateurError(f"{where}: experts_before is {before}, expected at most {MAX_EXPERTS}")
     order = tuple(_index(old, f"{where}: an expert id in order") for old in plan.order)
     if not order:
         raise SecateurError(f"{where}: no expert is kept, expected at least one")
@@ -206,7 +220,7 @@ def checked_layer(layer: Any, plan: LayerPlan, *, weights_are_free: bool = False
         sources[number] = _checked_entry(here, entry, order[number], before, width, weights_are_free)
     tidy = LayerPlan(
         experts_before=before, order=order, sources=dict(sorted(sources.items())), width_before=width,
-        solved=dict(sorted(plan.solved.items())),
+        solved=dict(sorted(plan.solved.items(), key=lambda item: str(item[0]))),
     )  # fmt: skip
     _check_widths(where, tidy)
     _check_solved(where, tidy)
@@ -225,11 +239,8 @@ def _checked_entry(
             f"{where}: it takes the place of expert {representative}, which is not among its sources {experts!r:.200}"
         )
     weights = [_number(source.weight, f"{where}: a weight") for source in entry]
-    if not weights_are_free and (min(weights) < 0 or abs(math.fsum(weights) - 1) > ROUNDING):
-        raise SecateurError(
-            f"{where}: weights {weights!r:.200} sum up to {math.fsum(weights)}, expected 1 and none below 0, or a plan "
-            'that says weights="free"'
-        )
+    if not weights_are_free:
+        weights = _convex(where, weights)
     for neurons in (source.neurons for source in entry if source.neurons is not None):
         if not isinstance(neurons, Neurons):
             raise SecateurError(f"{where}: neurons are {neurons!r:.200}, expected Neurons")
@@ -248,6 +259,25 @@ def _checked_entry(
         if _place(one) == _place(other):
             raise SecateurError(f"{where}: expert {one.expert} is listed twice with the same neurons, expected once")
     return tuple(tidy)
+
+
+def _convex(where: str, weights: list[float]) -> list[float]:
+    """The weights, summing up to 1 to the last digits."""
+    total = _total(weights)
+    if min(weights) < 0 or abs(total - 1) > ROUNDING:
+        raise SecateurError(
+            f"{where}: weights {weights!r:.200} sum up to {total}, expected 1 and none below 0, or a plan that says "
+            'weights="free"'
+        )
+    return weights if abs(total - 1) <= EXACT else [weight / total for weight in weights]
+
+
+def _total(weights: Iterable[float]) -> float:
+    """The sum, rounded once; infinite where it is too large for a number."""
+    try:
+        return math.fsum(weights)
+    except OverflowError:
+        return math.inf
 
 
 def _check_widths(where: str, plan: LayerPlan) -> None:
@@ -298,7 +328,7 @@ def _combined(entry: Iterable[Source]) -> Iterator[Source]:
     """Each (expert, neurons) once, with the sum of its weights."""
     for _, same in itertools.groupby(sorted(entry, key=_place), key=_place):
         first, *rest = same
-        yield replace(first, weight=math.fsum(source.weight for source in (first, *rest)))
+        yield replace(first, weight=_total([first.weight, *(source.weight for source in rest)]))
 
 
 def _place(source: Source) -> tuple[int, bytes]:
@@ -315,9 +345,12 @@ def _check_ids(where: str, ids: Iterable[int], before: int) -> None:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SecateurError(f"{name} is {value!r:.100}, expected a finite number")
-    return float(value)
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number + 0.0  # no zero below 0
+    except OverflowError:
+        pass
+    raise SecateurError(f"{name} is {value!r:.100}, expected a finite number")
 
 
 def _index(value: Any, name: str) -> int:

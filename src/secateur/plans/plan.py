@@ -45,7 +45,8 @@ class Plan:
         stats_digest: `RouterStats.digest()` of the statistics the decision was made on.
         removed: what becomes of an expert whose slot goes, one of MEANINGS; None leaves it to who applies the plan, and
             is REROUTE in the end. MIXED for composed plans in which several happened, which can only be looked at.
-        rows: what the router row of a merged expert is, one of ROWS; MIXED as above.
+        rows: what the router row of a merged expert is, one of ROWS; MIXED as above. REPRESENTATIVE where nothing is
+            merged.
         weights: CONVEX, or FREE where entries may have weights that do not sum up to 1, or below 0.
 
     Raises:
@@ -75,6 +76,8 @@ class Plan:
             for layer, plan in self.layers.items()
         }
         object.__setattr__(self, "layers", dict(sorted(tidy.items())))
+        if not self.merges:  # then no row is merged
+            object.__setattr__(self, "rows", REPRESENTATIVE)
         object.__setattr__(self, "details", _as_json(self.details, "details"))
         self.validate()
 
@@ -99,6 +102,11 @@ class Plan:
             for name in layer_plan.solved:
                 return f"layer {layer}: {name} was solved for"
         return "slots of routers are mapped to the experts that absorbed theirs" if self.removed == MAPPED else None
+
+    @property
+    def merges(self) -> bool:
+        """True when a new expert is made of several old ones."""
+        return any(layer_plan.merges for layer_plan in self.layers.values())
 
     @property
     def leaves_zero_slots(self) -> bool:
@@ -156,7 +164,7 @@ class Plan:
 
     def _rows_with(self, later: Plan) -> str:
         """The rule for rows of both; a plan that merges nothing has none."""
-        said = {plan.rows for plan in (self, later) if not plan.is_copy}
+        said = {plan.rows for plan in (self, later) if plan.merges}
         return MIXED if len(said) > 1 else next(iter(said), REPRESENTATIVE)
 
     def _steps(self) -> list[JSON]:

@@ -228,7 +228,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     named = {"overrides": arguments["set"] or {}, **arguments, **arguments["rule"]}
     named |= {name: tuple(as_texts(named[name])) for name in ("data", "prune")}
     named |= {name: named[name] and os.fspath(named[name]) for name in ("config", "model", "tokenizer")}
-    names = {"overrides" if name == "set" else name for name in GIVEN.get()}
+    names = {"overrides" if name == "set" else name for name in GIVEN.get() if arguments.get(name, ()) is not None}
     return {one.name: named[one.name] for one in fields(PretrainOptions) if one.name in names}
 
 

@@ -73,15 +73,15 @@ class Seen:
             SecateurError: one call does not show all experts of a token.
         """
         if self.by_pairs:
-            raise SecateurError(
-                f"{self.name}: called with pairs of token and expert that found a place, so it is not seen which "
-                "experts a token has together"
-            )
+            raise SecateurError(f"{self.name}: {ONLY_PAIRS}")
         chosen = self.gates.new_zeros(len(self.inputs), self.num_experts + 1)
         chosen[self.tokens, self.experts] = 1
         return chosen[:, :-1]
 
 
+ONLY_PAIRS = (
+    "called with pairs of token and expert that found a place, so it is not seen which experts a token has together"
+)
 NO_NEURONS = (
     "the activations in front of the down projection are seen in transformers' grouped_mm and batched_mm experts "
     "functions only; where the family has them, call model.set_experts_implementation('grouped_mm')"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
 import torch
@@ -47,7 +47,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self,
         *,
         on_event: Callable[[PruneEvent], None] | None = None,
-        prunings: Sequence[Pruning] | None = None,
+        prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,
         multiple_of: int = 1,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -75,7 +75,7 @@ class LAEP:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        prunings: Sequence[Pruning] | None = None,
+        prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,
         multiple_of: int = 1,

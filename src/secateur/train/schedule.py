@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -33,14 +33,14 @@ class Pruning:
     def __post_init__(self) -> None:
         if self.at_step is not None and self.at_tokens is not None:
             raise SecateurError("a pruning takes at_step or at_tokens, not both")
-        for name in ("at_step", "at_tokens"):
-            if getattr(self, name) is not None:
+        for name in ("at_step", "at_tokens", "multiple_of", "min_experts", "max_experts"):
+            if getattr(self, name) is not None or name in ("multiple_of", "min_experts"):
                 check_count(name, getattr(self, name))
 
 
 @spelled_out
 def as_prunings(
-    prunings: Sequence[Pruning] | None,
+    prunings: Iterable[Pruning] | None,
     *,
     at_step: int | None = None,
     at_tokens: int | None = None,
@@ -65,11 +65,15 @@ def as_prunings(
     found += [name for name, value in limits.items() if value not in (None, 1)]
     if found:
         raise SecateurError(f"give a schedule (prunings) or the fields of one pruning, not both: found {found}")
+    schedule = tuple(prunings)
+    for pruning in schedule:
+        if not isinstance(pruning, Pruning):
+            raise SecateurError(f"prunings: found {pruning!r:.100}, expected Pruning values")
     for name in ("at_step", "at_tokens"):
-        times = [getattr(pruning, name) for pruning in prunings if getattr(pruning, name) is not None]
+        times = [getattr(pruning, name) for pruning in schedule if getattr(pruning, name) is not None]
         if times != sorted(set(times)):
             raise SecateurError(f"the prunings' {name} must increase, found {times}")
-    return tuple(prunings)
+    return schedule
 
 
 def check_goal(

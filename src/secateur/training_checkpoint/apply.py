@@ -15,7 +15,7 @@ from secateur.files.atomic import atomic_write
 from secateur.files.json import read_json
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnProgress, counted, silent
-from secateur.plans import JSON, Plan
+from secateur.plans import JSON, Plan, is_side_file
 from secateur.surgery.config_json import MODULE, has_expert_count, is_pruned, with_counts
 from secateur.surgery.fits import check_multiple, check_reroutes
 from secateur.training_checkpoint.changes import survey
@@ -170,7 +170,7 @@ def _other_files(source: Path, parts: list[Part]) -> list[PurePosixPath]:
         for name in [*names, *linked]:
             path = Path(folder) / name
             relative = PurePosixPath(path.relative_to(source).as_posix())
-            if relative in known or relative in made_here:
+            if relative in known or relative in made_here or is_side_file(str(relative), PLAN):
                 continue
             if not path.is_file() or not path.resolve().is_relative_to(root):
                 raise SecateurError(f"{path}: not a regular file of the folder; it cannot be copied")

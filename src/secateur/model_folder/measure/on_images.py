@@ -24,8 +24,8 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.observation.shown import needs_neurons
-from secateur.stats import DEFAULT_SUMS, recorded
-from secateur.stats.sums import NO_NEURONS, bytes_of
+from secateur.stats import DEFAULT_SUMS, SUMS, recorded
+from secateur.stats.sums import NO_NEURONS, ONLY_PAIRS, bytes_of
 
 
 class ImageObservation:
@@ -57,6 +57,8 @@ class ImageObservation:
         self._sums = [name for name in recorded(sums) if name not in DEFAULT_SUMS]
         if needs_neurons(self._sums):
             raise SecateurError(f"{folder.files.path}: {NO_NEURONS}")
+        if any(SUMS[name].axes == "EE" for name in self._sums):
+            raise SecateurError(f"{folder.files.path}: {ONLY_PAIRS}")
         width = int(folder.config.text.hidden_size)
         self.sums_bytes = sum(bytes_of(self._sums, {"E": count, "D": width}) for count in folder.counts.values())
         self.batches: ImageBatches = batches_for(folder, drawn.images, batch_size)

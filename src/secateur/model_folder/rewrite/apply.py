@@ -24,7 +24,7 @@ from secateur.model_folder.rewrite.report import REPORT, VERIFIED, describe, pag
 from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
-from secateur.plans import JSON, Plan
+from secateur.plans import JSON, Plan, is_side_file
 from secateur.surgery.config_json import MODULE, is_pruned
 from secateur.surgery.fits import check_multiple, check_plan_fits
 
@@ -165,7 +165,9 @@ def _check_model(folder: ModelFolder, plan: Plan) -> None:
 def _files_to_copy(folder: TensorFiles) -> list[PurePosixPath]:
     """All but what is about the source alone, or is made anew."""
     about_source = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS, FINETUNED)}
-    return [relative for relative in folder.others if relative not in about_source]
+    return [
+        relative for relative in folder.others if relative not in about_source and not is_side_file(str(relative), PLAN)
+    ]
 
 
 def _largest_file(folder: TensorFiles) -> int:
