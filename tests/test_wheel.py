@@ -59,7 +59,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(out)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     with tarfile.open(out / f"secateur-{__version__}.tar.gz") as archive:
-        archive.extractall(out, filter="data")
+        archive.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return out / f"secateur-{__version__}"
 
 

@@ -103,7 +103,7 @@ def refusal(
         ("--prune step=9,target_params=0.7 --prune step=20,target_params=0.7", ["target_params is 0.48", "0.5"]),
         ("--max-experts 1", ["--max-experts 1", "top-2"]),
         ("--min-experts 9", ["--min-experts 9", "8 experts"]),
-        ("--multiple-of 0", ["--multiple-of 0"]),
+        ("--multiple-of 0", ["--multiple-of is 0"]),
         ("--multiple-of 3 --max-experts 2", ["--multiple-of 3", "--max-experts 2"]),
         ("--prune nonsense", ["--prune 'nonsense'", "stable"]),
         ("--prune-at-step 40", ["step 40", "--steps 40"]),

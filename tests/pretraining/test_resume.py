@@ -113,6 +113,10 @@ def one_file_of_the_folder(remove: Callable[..., None], folder: Any, *args: Any,
     next(path for path in Path(folder).iterdir() if path.is_file()).unlink()
 
 
+def is_checkpoint(folder: Any, *args: Any, **kwargs: Any) -> bool:
+    return Path(folder).name.startswith("checkpoint-")
+
+
 STEP_END = "secateur.pretraining.run_log:RunLog.on_step_end"
 # moment -> (the run, how it is killed there). Checkpoints at 10, 20, 30, 40; pruning at 23.
 MOMENTS: dict[str, tuple[str, Kill]] = {
@@ -140,7 +144,7 @@ MOMENTS: dict[str, tuple[str, Kill]] = {
     "while a checkpoint is sealed": ("plain", Kill("secateur.train.checkpoints:atomic_write", 3)),
     "while an old checkpoint is deleted": (
         "plain",
-        Kill("transformers.trainer_utils:shutil.rmtree", 3, how=one_file_of_the_folder),
+        Kill("transformers.trainer_utils:shutil.rmtree", 2, how=one_file_of_the_folder, where=is_checkpoint),
     ),
     "while the model is saved": ("plain", Kill("secateur.pretraining.run:os.rename")),
     "between the model and the summary": ("plain", Kill("secateur.pretraining.run:run_summary")),

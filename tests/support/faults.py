@@ -26,10 +26,20 @@ def die() -> None:
 
 
 class Kill:
-    """Kill the process at the `nth` call of a function; `before` it, `after` it, or in the way that `how` says."""
+    """Kill the process at the `nth` call of a function; `before` it, `after` it, or in the way that `how` says.
 
-    def __init__(self, target: str, nth: int = 1, when: str = "before", how: Callable[..., None] | None = None) -> None:
-        self.target, self.nth, self.when, self.how = target, nth, when, how
+    With `where`, only calls count whose arguments it accepts: of a function that other code calls as well.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        nth: int = 1,
+        when: str = "before",
+        how: Callable[..., None] | None = None,
+        where: Callable[..., bool] = lambda *_, **__: True,
+    ) -> None:
+        self.target, self.nth, self.when, self.how, self.where = target, nth, when, how, where
 
     def __call__(self) -> None:
         calls = 0
@@ -37,8 +47,9 @@ class Kill:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             def counted(*args: Any, **kwargs: Any) -> Any:
                 nonlocal calls
-                calls += 1
-                if calls != self.nth:
+                is_meant = self.where(*args, **kwargs)
+                calls += is_meant
+                if not is_meant or calls != self.nth:
                     return original(*args, **kwargs)
                 if self.how is not None:
                     self.how(original, *args, **kwargs)

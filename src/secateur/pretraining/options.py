@@ -124,13 +124,15 @@ class PretrainOptions(RuleFields):
             "vocab_size",
             "ep",
             "tp",
+            "multiple_of",
+            "min_experts",
         )
         for name in positive:
             if getattr(self, name) < 1:
                 raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected at least 1")
         if self.sequence_length < 2:
             raise SecateurError(f"--sequence-length is {self.sequence_length}, expected at least 2")
-        for name in ("max_data_bytes", "threads", "fsdp"):
+        for name in ("max_data_bytes", "threads", "fsdp", "max_experts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SecateurError(f"{option(name)} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "validation_share"):
