@@ -37,7 +37,7 @@ class Kill:
         nth: int = 1,
         when: str = "before",
         how: Callable[..., None] | None = None,
-        where: Callable[..., bool] = lambda *_, **__: True,
+        where: Callable[..., bool] | None = None,
     ) -> None:
         self.target, self.nth, self.when, self.how, self.where = target, nth, when, how, where
 
@@ -47,7 +47,7 @@ class Kill:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             def counted(*args: Any, **kwargs: Any) -> Any:
                 nonlocal calls
-                is_meant = self.where(*args, **kwargs)
+                is_meant = self.where is None or self.where(*args, **kwargs)
                 calls += is_meant
                 if not is_meant or calls != self.nth:
                     return original(*args, **kwargs)
