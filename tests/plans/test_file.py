@@ -104,6 +104,8 @@ def test_a_link_to_a_plan_finds_its_arrays(tmp_path: Path) -> None:
     MERGED.save(tmp_path / "runs" / "plan.json")
     (tmp_path / "current.json").symlink_to("runs/plan.json")
     assert Plan.load(tmp_path / "current.json") == MERGED
+    OTHER.save(tmp_path / "current.json")  # takes the place of the link
+    assert (Plan.load(tmp_path / "current.json"), Plan.load(tmp_path / "runs" / "plan.json")) == (OTHER, MERGED)
 
 
 def test_any_plan_reads_back_equal(tmp_path: Path) -> None:

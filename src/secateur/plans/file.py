@@ -165,7 +165,7 @@ def load(path: Path) -> tuple[Any, bytes | None]:
     digest = data.get("side_sha256") if isinstance(data, dict) else None
     if digest is None or not is_digest(digest):  # a wrong one is refused with the rest
         return data, None
-    beside = side_of(path, digest)
+    beside = side_of(path.resolve(), digest)  # beside the file itself, not beside a link to it
     if not beside.is_file():
         raise SecateurError(f"{where}: its side file {beside.name} is missing, expected it beside the plan")
     try:
@@ -177,11 +177,10 @@ def load(path: Path) -> tuple[Any, bytes | None]:
 
 
 def side_of(path: Path, digest: str) -> Path:
-    """Where the arrays of a plan are: plan.json -> plan.DIGEST.tensors, beside the file itself, not a link to it.
+    """Where the arrays of a plan are: plan.json -> plan.DIGEST.tensors, beside it.
 
     No file says so: the name follows from the plan's and from the digest of what is in it.
     """
-    path = path.resolve()
     return path.with_name(f"{path.stem}.{digest[:DIGITS]}{SIDE}")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.plans import file
-from secateur.plans.layer import LayerPlan, checked_layer, layer_id
+from secateur.plans.checks import checked_layer, layer_id
+from secateur.plans.layer import LayerPlan
 
 # What becomes of an expert whose slot goes, beside its weights.
 REROUTE = "reroute"  # its rows of the router are cut: tokens go to the next experts, and other weights may change
