@@ -111,6 +111,15 @@ def test_weights_of_a_softmax_in_float32_sum_up_to_one_and_stay_so_when_composed
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
+def test_equal_plans_have_equal_files_where_a_weight_is_0() -> None:
+    plans = [
+        plan_of(LayerPlan(experts_before=2, order=(0,), sources={0: (Source(expert=0), Source(expert=1, weight=zero))}))
+        for zero in (0.0, -0.0)
+    ]
+    assert plans[0] == plans[1]
+    assert str(plans[0].to_json()) == str(plans[1].to_json())
+
+
 def test_a_permutation_of_experts_and_of_their_neurons_is_undone_by_its_inverse() -> None:
     rng = random.Random(2)
     for _ in range(100):

@@ -96,15 +96,18 @@ def test_a_report_and_an_undo_folder_of_a_later_release_are_refused_by_name(sour
     assert {name for name, data in contents(out).items() if data != before[name]} == {"report.json"}
 
 
-def test_the_arrays_of_an_earlier_plan_go_with_it_and_come_back(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("order", "num_side_files"), [([0, 2, 3, 4, 5, 6, 7], 1), ([1, 2, 3, 4, 5, 6, 7], 0)])
+def test_the_arrays_of_an_earlier_plan_go_with_it_and_come_back(
+    order: list[int], num_side_files: int, source: Path, tmp_path: Path
+) -> None:
     whole, out, undo = (tmp_path / name for name in ("whole", "out", "undo"))
     shutil.copytree(source, whole)
     earlier = _plan(sources={0: (Source(expert=0, neurons=Neurons([1, 0])),)}, width_before=2)
     earlier.save(whole / "plan.json")
-    plan = plan_of((1, [0, 2, 3, 4, 5, 6, 7]))
+    plan = plan_of((1, order))
     apply_to_model(whole, plan, out, undo=undo)
     assert Plan.load(out / "plan.json").layers == earlier.compose(plan).layers
-    assert len(list(out.glob("plan.*.tensors"))) == 1
+    assert len(list(out.glob("plan.*.tensors"))) == num_side_files
     restore(out, undo, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(whole)
 
