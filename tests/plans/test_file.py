@@ -199,7 +199,7 @@ def test_two_who_write_one_plan_leave_a_whole_one(tmp_path: Path, monkeypatch: p
 def test_a_plan_whose_side_file_is_not_at_hand_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="it lists neurons or solved matrices, whose side file is not at hand"):
         Plan.from_json(MERGED.to_json())
-    with pytest.raises(SecateurError, match="plan: the side file is another plan's"):
+    with pytest.raises(SecateurError, match="plan: its side file is not the one that was written with it"):
         Plan.from_json(MERGED.to_json(), side=b"")
     MERGED.save(tmp_path / "plan.json")
     side = side_file(tmp_path)
@@ -214,7 +214,9 @@ def test_a_side_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     MERGED.save(tmp_path / "plan.json")
     side = side_file(tmp_path)
     side.write_bytes(side.read_bytes()[:-1] + b"?")
-    with pytest.raises(SecateurError, match=r"plan\..*\.tensors beside it is not what it was written as"):
+    with pytest.raises(
+        SecateurError, match=r"plan file .*plan.json: plan: its side file is not the one that was written"
+    ):
         Plan.load(tmp_path / "plan.json")
 
 

@@ -64,7 +64,7 @@ class RuleOptions(TypedDict, total=False):
             decides="laep",
             range=ABOVE_0,
             off=math.inf,
-            help="an expert goes only if its load is at most so many times the layer's mean",
+            help="an expert goes only if its load is at most this many times the layer's mean",
         ),
     ]
     beta: Annotated[

@@ -19,7 +19,6 @@ from msgspec import Meta
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
-from secateur.files.digest import sha256_of
 from secateur.files.json import read_json
 from secateur.files.records import Count, Expert, Experts, Finite, Layer, Name, Positive, as_record
 from secateur.files.safetensors_header import Header, header_end, parse_header, read_header, with_sorted_metadata
@@ -95,15 +94,18 @@ def to_json(head: Mapping[str, Any], layers: Mapping[int, LayerPlan]) -> dict[st
     Args:
         head: what it says beside the layers, without what is as usual.
     """
+    return _document(head, layers, _side(layers))
+
+
+def _document(head: Mapping[str, Any], layers: Mapping[int, LayerPlan], side: bytes | None) -> dict[str, Any]:
     is_first = all(layer_plan.is_copy for layer_plan in layers.values()) and not (
         head.get("removed") == "mapped" or any(name in head for name in ONLY_IN_2)
     )
-    side = {} if is_first else _arrays(layers)
     return {
         "format": FORMAT,
         "version": VERSION if is_first else VERSION_WITH_SOURCES,
         **head,
-        **({"side_sha256": hashlib.sha256(_packed(side)).hexdigest()} if side else {}),
+        **({} if side is None else {"side_sha256": hashlib.sha256(side).hexdigest()}),
         "layers": {str(layer): _entry(layer_plan) for layer, layer_plan in layers.items()},
     }
 
@@ -129,36 +131,40 @@ def from_json(data: object, side: bytes | None) -> tuple[dict[str, Any], dict[in
     return _head(second, ("criterion", "details", "stats_digest", "removed", *ONLY_IN_2)), layers
 
 
-def save(path: Path, data: dict[str, Any], layers: Mapping[int, LayerPlan]) -> None:
+def save(path: Path, head: Mapping[str, Any], layers: Mapping[int, LayerPlan]) -> None:
     """Write a plan as JSON, one line for each layer, and before it the side file if it has one.
 
     A side file has its digest in its name, so a plan that is written over stays whole until the new one is there; then
     its side file goes.
 
+    Args:
+        head: see `to_json`.
+
     Raises:
         SecateurError: something else lies where the side file goes.
         OSError: the disk refused; an old plan is as it was.
     """
-    head = dict(data)
-    entries = head.pop("layers")
+    side = _side(layers)
+    data = _document(head, layers, side)
+    entries = data.pop("layers")
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
-    start = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
-    old, new = _digest_in(path), head.get("side_sha256")
-    if new is not None:
-        beside = side_of(path, new)
+    start = json.dumps(data, indent=2, allow_nan=False).removesuffix("\n}")
+    old, new = _digest_in(path), data.get("side_sha256")
+    if side is not None:
+        beside = side_of(path, str(new))
         if beside.exists() and read_header(beside).metadata.get("format") != SIDE_FORMAT:
             raise SecateurError(f"{beside}: the arrays of the plan go there, but it is something else; take it away")
-        atomic_write(beside, _packed(_arrays(layers)))
+        atomic_write(beside, side)
     atomic_write(path, f'{start},\n  "layers": {{\n{lines}\n  }}\n}}\n')
     if old is not None and old != new:
         side_of(path, old).unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[Any, bytes | None]:
-    """The JSON of a plan file, and the content of its side file if it names one.
+    """The JSON of a plan file, and the content of its side file if it names one; `from_json` compares the two.
 
     Raises:
-        SecateurError: a file cannot be read, or the side file is another plan's; the message names it.
+        SecateurError: a file cannot be read; the message names it.
     """
     where = f"plan file {path}"
     data = read_json(path, where=where, constants=False)
@@ -169,8 +175,6 @@ def load(path: Path) -> tuple[Any, bytes | None]:
     if not beside.is_file():
         raise SecateurError(f"{where}: its side file {beside.name} is missing, expected it beside the plan")
     try:
-        if sha256_of(beside) != digest:
-            raise SecateurError(f"{where}: {beside.name} beside it is not what it was written as")
         return data, beside.read_bytes()
     except OSError as error:
         raise SecateurError(f"{where}: its side file {beside.name} cannot be read ({error.strerror})") from error
@@ -295,10 +299,14 @@ def _arrays(layers: Mapping[int, LayerPlan]) -> dict[str, NDArray[Any]]:
     return found
 
 
-def _packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def _side(layers: Mapping[int, LayerPlan]) -> bytes | None:
+    """The content of the side file; None for a plan without arrays."""
+    if all(layer_plan.is_copy for layer_plan in layers.values()):
+        return None
     from safetensors.numpy import save as packed
 
-    return with_sorted_metadata(packed(dict(arrays), metadata={"format": SIDE_FORMAT}))
+    arrays = _arrays(layers)
+    return with_sorted_metadata(packed(arrays, metadata={"format": SIDE_FORMAT})) if arrays else None
 
 
 def _unpacked(digest: str | None, side: bytes | None) -> dict[str, NDArray[Any]]:
@@ -307,7 +315,7 @@ def _unpacked(digest: str | None, side: bytes | None) -> dict[str, NDArray[Any]]
     if side is None:
         raise SecateurError("plan: it lists neurons or solved matrices, whose side file is not at hand")
     if hashlib.sha256(side).hexdigest() != digest:
-        raise SecateurError("plan: the side file is another plan's")
+        raise SecateurError("plan: its side file is not the one that was written with it")
     header = parse_header(side[: header_end(side)], len(side), Path("the side file"))
     if header.metadata.get("format") != SIDE_FORMAT:
         raise SecateurError(f"the side file has format {header.metadata.get('format')!r:.60}, expected {SIDE_FORMAT!r}")

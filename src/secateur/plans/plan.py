@@ -171,8 +171,7 @@ class Plan:
     def _steps(self) -> list[JSON]:
         if self.criterion == "composed" and isinstance(self.details.get("steps"), list):
             return list(self.details["steps"])  # type: ignore[arg-type]
-        step = {"criterion": self.criterion, "details": self.details, "stats_digest": self.stats_digest}
-        return [step | self._said()]
+        return [self._head]
 
     def _said(self) -> dict[str, JSON]:
         """Only what the plan says beside the usual, so that other plans stay readable for earlier versions."""
@@ -210,13 +209,13 @@ class Plan:
 
     def to_json(self) -> dict[str, JSON]:
         """The plan as its file has it; arrays are in the side file, which is named by its digest."""
-        head: dict[str, JSON] = {
-            "criterion": self.criterion,
-            "details": self.details,
-            "stats_digest": self.stats_digest,
-            **self._said(),
-        }
-        return file.to_json(head, self.layers)
+        return file.to_json(self._head, self.layers)
+
+    @property
+    def _head(self) -> dict[str, JSON]:
+        """All that a file has beside the layers."""
+        about: dict[str, JSON] = {"criterion": self.criterion, "details": self.details}
+        return {**about, "stats_digest": self.stats_digest, **self._said()}
 
     @classmethod
     def from_json(cls, data: object, side: bytes | None = None) -> Plan:
@@ -241,7 +240,7 @@ class Plan:
             SecateurError: that file is there and is something else.
             OSError: the disk refused.
         """
-        file.save(Path(path), self.to_json(), self.layers)
+        file.save(Path(path), self._head, self.layers)
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
