@@ -150,7 +150,7 @@ def test_layers_with_different_counts_are_measured_too(made: Path, tmp_path: Pat
 
 def test_a_model_is_streamed_where_it_does_not_fit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluate_text([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is False
-    monkeypatch.setattr(load_module, "_free_memory", lambda: 1)
+    monkeypatch.setattr(load_module, "free_memory", lambda: 1)
     monkeypatch.setattr(evaluate_module, "loaded_losses", lambda *_: pytest.fail("loaded"))
     assert evaluate_text([made / "source"], batches(), ["a"] * 6)[0]["streamed"] is True
 

@@ -148,7 +148,7 @@ def test_what_was_not_looked_at_is_said(
     status, out, _ = run(capsys, monkeypatch, folders, "--tokens", "0")
     assert status == 0
     assert out.count("not checked: ") == 3
-    monkeypatch.setattr(load_module, "_free_memory", lambda: 1)
+    monkeypatch.setattr(load_module, "free_memory", lambda: 1)
     assert passed(folders) == [True, True, None, None, None]
 
 

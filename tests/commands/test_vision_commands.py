@@ -375,7 +375,7 @@ def test_a_folder_without_pixels_is_refused_before_it_is_run(made: Path, tmp_pat
 def test_a_model_that_does_not_fit_in_memory_is_refused(
     made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(load_module, "free_memory", lambda: 1000)
     for command in (("observe", "--out", tmp_path / "s"), ("eval",)):
         status, _, err = run(command[0], made / "source", "--data", made / "images", *command[1:])
         assert (status, "models of images are loaded whole; it needs" in err) == (2, True), err

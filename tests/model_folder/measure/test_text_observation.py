@@ -56,5 +56,5 @@ def test_auto_keeps_small_states_of_a_model_that_fits_in_memory_and_no_others(
     monkeypatch.setattr(on_text, "SMALL", hidden - 1)
     assert [found(), found("memory"), found("disk")] == [(hidden, False), (hidden, True), (hidden, False)]
     monkeypatch.setattr(on_text, "SMALL", hidden)
-    monkeypatch.setattr(load, "_free_memory", lambda: 1)
+    monkeypatch.setattr(load, "free_memory", lambda: 1)
     assert found() == (hidden, False)

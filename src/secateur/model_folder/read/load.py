@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.memory import free_memory
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.modeling_secateur import pruned_model_class
 
@@ -22,19 +22,10 @@ def why_not_loaded(folder: ModelFolder) -> str | None:
     """Why a model cannot be run here; None where it can."""
     if folder.files.is_quantised:
         return "it is quantised, and its experts are compared as bytes only"
-    need, free = folder.files.num_bytes, _free_memory()
+    need, free = folder.files.num_bytes, free_memory()
     if need > free:
         return f"it needs {in_words(need)} of memory, {in_words(free)} are free"
     return None
-
-
-def _free_memory() -> int:
-    """Bytes that a process can still have: of Linux, else all that the machine has."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager
