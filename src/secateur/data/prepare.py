@@ -20,12 +20,15 @@ from secateur.data.split import Corpus, Progress, build_corpus
 from secateur.data.tokenizer import load_tokenizer, separator, train_tokenizer
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.digest import sha256_of
 from secateur.files.json import read_json
-from secateur.files.new_folder import written_beside
+from secateur.files.new_folder import copy_file, written_beside
 from secateur.files.records import as_record
+from secateur.files.refused import refused_by_the_disk
 
 FORMAT = "secateur-data"
 VERSION = 1
+TOKENIZER = "tokenizer"  # the folder of it
 
 # A validation loss over fewer blocks is noise, and none is an error; tokenizers make 3 to 5 bytes of text into a token.
 MIN_VALIDATION_BLOCKS = 8
@@ -39,14 +42,21 @@ class TokenFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     digest: str
 
 
+TokenizerFile = Annotated[str, msgspec.Meta(pattern=r"^[^/\0]+$", description="a file in tokenizer/")]
+
+
 class DataRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """data.json: which files hold the tokens of a run, and how they were made."""
+    """data.json: which files hold the tokens of a run, and how they were made.
+
+    tokenizer: the SHA-256 of its files; None where an earlier release wrote it.
+    """
 
     format: Literal["secateur-data"]
     version: Literal[1]
     train: TokenFile
     validation: dict[str, TokenFile]
     report: dict[str, Any]
+    tokenizer: dict[TokenizerFile, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,9 +181,8 @@ def save_prepared(prepared: PreparedData, folder: Path | str) -> None:
 
 
 def _write(prepared: PreparedData, folder: Path) -> None:
-    prepared.tokenizer.save_pretrained(folder / "tokenizer")
-    for path in sorted((folder / "tokenizer").iterdir()):
-        atomic_write(path, path.read_bytes())  # flushed to the disk, which save_pretrained does not do
+    with refused_by_the_disk(folder / TOKENIZER):
+        prepared.tokenizer.save_pretrained(folder / TOKENIZER)
     prepared.train.save(folder / "train.safetensors")
     names = _file_names(prepared.validation)
     for domain, packed in prepared.validation.items():
@@ -186,6 +195,7 @@ def _write(prepared: PreparedData, folder: Path) -> None:
             domain: {"file": names[domain], "digest": packed.digest()} for domain, packed in prepared.validation.items()
         },
         "report": prepared.report,
+        "tokenizer": _digests(folder / TOKENIZER),
     }
     atomic_write(folder / "data.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -212,12 +222,44 @@ def load_prepared(folder: Path | str) -> PreparedData:
     """
     folder = Path(folder)
     record = read_record(folder / "data.json")
+    _check_tokenizer(folder, record)
     return PreparedData(
-        tokenizer=load_tokenizer(folder / "tokenizer"),
+        tokenizer=load_tokenizer(folder / TOKENIZER),
         train=_load_checked(folder, record.train),
         validation={domain: _load_checked(folder, entry) for domain, entry in record.validation.items()},
         report=record.report,
     )
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy the files of the tokenizer in the prepared data `folder`, byte for byte.
+
+    Raises:
+        SecateurError: they are not the ones that were saved. OSError: the disk refused.
+    """
+    _check_tokenizer(folder, read_record(folder / "data.json"))
+    for path in sorted((folder / TOKENIZER).iterdir()):
+        copy_file(path, target / path.name)
+
+
+def _check_tokenizer(folder: Path, record: DataRecord) -> None:
+    if not (folder / TOKENIZER).is_dir():
+        raise SecateurError(f"{folder / TOKENIZER}: the folder is missing, expected the tokenizer of the data")
+    found = _digests(folder / TOKENIZER)
+    for name in (record.tokenizer or {}).keys() | (found if record.tokenizer is not None else {}).keys():
+        expected = (record.tokenizer or {}).get(name)
+        if found.get(name) != expected:
+            raise SecateurError(
+                f"{folder / TOKENIZER / name}: found {_said(found.get(name))}, expected {_said(expected)}"
+            )
+
+
+def _said(digest: str | None) -> str:
+    return "no such file" if digest is None else f"SHA-256 {digest}"
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def read_record(path: Path) -> DataRecord:

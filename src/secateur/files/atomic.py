@@ -4,55 +4,84 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from secateur.files.lock import held, is_ours
 
 
 def atomic_write(path: Path | str, content: str | bytes | Iterable[bytes | memoryview]) -> None:
     """Write `content`, or its pieces one after another, beside `path`, flush it to the disk, then rename it into place.
 
+    What a killed process left beside the same `path` is removed first; a process that is still alive keeps its own.
+
     Raises:
-        OSError: the disk is full or the folder cannot be written; an existing `path` is untouched.
+        OSError: the disk is full or the folder cannot be written, and names `path`; an existing `path` is untouched.
     """
     path = Path(path)
     content = content.encode("utf-8") if isinstance(content, str) else content
     pieces = [content] if isinstance(content, bytes) else content
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    # Not tempfile, which would take the file from everybody but its owner.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    fsync_folder(path.parent)
+        remove_unfinished(path)
+        with _new_file(path) as (file, temporary):
+            try:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise _of_file(error, path) from error
+
+
+def remove_unfinished(path: Path) -> None:
+    """Take away what killed calls of `atomic_write` left beside `path`."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}")
+    with os.scandir(path.parent) as entries:
+        found = [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]
+    for leftover in found:
+        with held(leftover) as alone:
+            if alone and leftover.is_file():
+                leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def refused_by_the_disk(path: Path) -> Iterator[None]:
-    """Make of what safetensors raises where it cannot write to `path` what it is.
+def _new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside `path`, locked while it is open, so that nobody takes it for a leftover."""
+    while True:
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+        # Not tempfile, which would take the file from everybody but its owner.
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            if is_ours(file.fileno(), temporary):
+                yield file, temporary
+                return
 
-    Raises:
-        OSError: the disk refused.
-    """
-    from safetensors import SafetensorError
 
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+def _of_file(error: OSError, path: Path) -> OSError:
+    """The same error with the name of the file that was to be written, which `write` and `fsync` do not know."""
+    is_of_another = error.filename and not Path(str(error.filename)).name.startswith(f".{path.name}.")
+    return error if error.errno is None or is_of_another else type(error)(error.errno, error.strerror, str(path))
 
 
 def fsync_file(path: Path) -> None:
     """Put on the disk what another library wrote."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def fsync_tree(folder: Path) -> None:
+    """Put a folder with all files and folders in it on the disk, whoever wrote them."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            fsync_file(Path(path, name))
+        fsync_folder(Path(path))
 
 
 def fsync_folder(folder: Path) -> None:

@@ -44,6 +44,14 @@ def held(folder: Path) -> Iterator[bool]:
         yield alone
 
 
+def is_ours(descriptor: int, path: Path) -> bool:
+    """Lock a new file; True also where the disk knows no locks, False where another process took it for a leftover."""
+    try:
+        return _is_taken(descriptor, path)
+    except OSError:
+        return True
+
+
 def _is_taken(descriptor: int, path: Path) -> bool:
     """Try for the lock; False where another process has it, or has just left and taken away what was opened."""
     try:

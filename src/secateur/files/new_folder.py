@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import fsync_folder
+from secateur.files.atomic import fsync_folder, fsync_tree
 from secateur.files.lock import held
 
 
@@ -52,8 +52,7 @@ def written_beside(out: Path) -> Iterator[Path]:
         beside.mkdir()
         with held(beside):
             yield beside
-            for folder, _, _ in os.walk(beside):
-                fsync_folder(Path(folder))
+            fsync_tree(beside)
             os.rename(beside, out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

@@ -19,9 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.data.images import Images
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
-from secateur.files.atomic import atomic_write, fsync_file, refused_by_the_disk
+from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.dtypes import torch_dtypes
 from secateur.files.new_folder import copy_file
+from secateur.files.refused import refused_by_the_disk
 from secateur.files.safetensors_header import read_header
 from secateur.model_folder.read.load import load_whole
 from secateur.model_folder.read.modality import modality_of

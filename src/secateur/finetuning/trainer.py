@@ -14,9 +14,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write, refused_by_the_disk
+from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.records import Count, Finite, as_record
+from secateur.files.refused import refused_by_the_disk
 from secateur.finetuning.task import Task
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.training_log import Progress, TrainingLog

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from secateur.data.packing import BlockDataset
-from secateur.data.prepare import PreparedData, load_prepared, prepare, save_prepared
+from secateur.data.prepare import PreparedData, copy_tokenizer, load_prepared, prepare, save_prepared
 from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
+from secateur.files.atomic import atomic_write, fsync_folder, fsync_tree
 from secateur.files.json import read_object
 from secateur.files.progress import OnStage, Steps
+from secateur.files.refused import refusal_in_words, refused_by_the_disk
 from secateur.modeling_secateur import ExpertLayout
 from secateur.pretraining.arguments import training_arguments
 from secateur.pretraining.models import given_tokenizer, load_model, load_moe, make_model, model_config, model_facts
@@ -56,6 +57,7 @@ class Shared:
     """What a run and its control share. layout: of their model, where it is known already; see `describe_moe`."""
 
     data: PreparedData
+    data_folder: Path
     sizes: ParallelSizes
     layout: ExpertLayout | None
     on_progress: OnStage | None
@@ -95,7 +97,15 @@ def run_pretraining(options: PretrainOptions, out: Path, *, on_progress: OnStage
                     folder.run.unlink()  # nothing was begun, so nothing may block the next try
                 raise
             return _finish(
-                settings, folder, Shared(data=data, sizes=sizes, layout=found.moe.layout, on_progress=on_progress)
+                settings,
+                folder,
+                Shared(
+                    data=data,
+                    data_folder=folder.data,
+                    sizes=sizes,
+                    layout=found.moe.layout,
+                    on_progress=on_progress,
+                ),
             )
 
 
@@ -126,7 +136,8 @@ def resume(
         launch.join()
         with _alone_in(folder):
             data = _data(settings, folder, lambda: given_tokenizer(settings.model), on_progress)
-            return _finish(settings, folder, Shared(data=data, sizes=sizes, layout=None, on_progress=on_progress))
+            shared = Shared(data=data, data_folder=folder.data, sizes=sizes, layout=None, on_progress=on_progress)
+            return _finish(settings, folder, shared)
 
 
 def _sizes(settings: RunSettings) -> ParallelSizes:
@@ -166,7 +177,7 @@ def _threads(number: int | None) -> Iterator[None]:
 def _report(folder: RunFolder) -> Any:
     write_report(folder.path)
     for name in ("report.json", "plan.json"):
-        shutil.copyfile(folder.path / name, folder.model / name)
+        atomic_write(folder.model / name, (folder.path / name).read_bytes())
     return read_object(folder.path / "report.json")
 
 
@@ -226,7 +237,7 @@ def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
     # asked to resume after its last step, the Trainer would make one more
     if not checkpoint or checkpoints.step_of(checkpoint) < training.steps:
         _train_steps(settings, folder, shared, moe, checkpoint, run=run)
-    _save_model(folder, moe.model, shared.data.tokenizer)
+    _save_model(folder, moe.model, shared.data_folder)
     if launch.is_main():
         folder.whole_plan().save(folder.plan)
         summary = run_summary(
@@ -332,21 +343,31 @@ def _whole_steps(sequences_per_step: int, data: PreparedData) -> Dataset[Any]:
     return Subset(blocks, range(len(blocks) - len(blocks) % sequences_per_step))
 
 
-def _save_model(folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save_model(folder: RunFolder, model: PreTrainedModel, data: Path) -> None:
     """Write beside, then rename: a folder named `model` is whole. Shards are gathered on rank 0, which writes."""
-    beside = folder.path / ".model-unfinished"
+    beside, before = folder.path / ".model-unfinished", folder.path / ".model-before"
     if launch.is_main():
-        for path in (beside, folder.model):
+        for path in (beside, before):
             shutil.rmtree(path, ignore_errors=True)
     launch.barrier()
     try:
-        save_whole(model, beside)
-        if launch.is_main():
-            tokenizer.save_pretrained(beside)
-            os.rename(beside, folder.model)
-    except (OSError, SafetensorError) as error:
+        with refused_by_the_disk(beside):
+            save_whole(model, beside)
+            if launch.is_main():
+                copy_tokenizer(data, beside)
+                fsync_tree(beside)
+                if folder.model.exists():  # of a start that was killed before its summary
+                    os.rename(folder.model, before)
+                os.rename(beside, folder.model)
+                shutil.rmtree(before, ignore_errors=True)
+                fsync_folder(folder.path)
+    except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"{folder.model} could not be written: {error}. Make room and go on with --resume") from error
+        last = checkpoints.last_whole(folder.checkpoints)
+        raise OSError(
+            f"{folder.model} could not be written: {refusal_in_words(error)}. Make room and go on with --resume; the "
+            f"last whole checkpoint is {last.name if last else 'none'}"
+        ) from error
     launch.barrier()
 
 

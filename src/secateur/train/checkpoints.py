@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write, fsync_file, fsync_folder
+from secateur.files.atomic import atomic_write, fsync_folder, fsync_tree
 from secateur.files.json import read_json
 from secateur.files.records import Count, as_record
+from secateur.files.refused import refusal_in, refusal_in_words
 from secateur.train.distributed import launch
 
 COMPLETE = "complete.json"
@@ -39,12 +40,9 @@ def seal(checkpoint: Path, run: str) -> None:
     Raises:
         OSError: the disk refused; the checkpoint then counts as unfinished.
     """
-    sizes = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE):
-        fsync_file(path)
-        sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    for folder in {path.parent for path in checkpoint.rglob("*")}:
-        fsync_folder(folder)
+    fsync_tree(checkpoint)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     atomic_write(checkpoint / COMPLETE, json.dumps({"format": FORMAT, "run": run, "sizes": sizes}, indent=1))
     fsync_folder(checkpoint.parent)
 
@@ -108,9 +106,9 @@ def naming_the_last_whole(folder: Path) -> Iterator[None]:
         unfinished = [path for path in folder.glob("checkpoint-*") if not is_whole(path)]
         if not unfinished or isinstance(error, SecateurError) or launch.has_lost_contact(error):
             raise
-        last = last_whole(folder)
+        last, refusal = last_whole(folder), refusal_in(error, unfinished[0])
         raise OSError(
-            f"{unfinished[0]} could not be written: {error}. "
+            f"{unfinished[0]} could not be written: {refusal_in_words(refusal or error)}. "
             f"The last whole checkpoint is {last.name if last else 'none'}; make room and go on with --resume"
         ) from error
 

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from secateur.files.atomic import fsync_file, refused_by_the_disk
+from secateur.files.atomic import fsync_file
 from secateur.files.progress import OnChunk
+from secateur.files.refused import refused_by_the_disk
 from secateur.training_checkpoint.changes import Change
 from secateur.training_checkpoint.pieces import Piece, files, new_rows, new_shape, pieces
 from secateur.training_checkpoint.rows import read_bytes
@@ -102,9 +103,10 @@ def write_dcp(
     writer.set_up_storage_writer(True)
     writer.prepare_local_plan(plans[0])
     planner = _Planner(resolve)
-    results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
     paths = None if stored.paths is None else dict(stored.paths)
-    writer.finish(Metadata(state_dict_metadata=described, planner_data=paths), results)
+    with refused_by_the_disk(folder):
+        results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+        writer.finish(Metadata(state_dict_metadata=described, planner_data=paths), results)
 
 
 def write_shards(

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.files.atomic import atomic_write, refused_by_the_disk
+from secateur.files.atomic import atomic_write
 from secateur.files.given import StrPath, check_given
 from secateur.files.new_folder import check_free, written_beside
 from secateur.files.progress import OnStage
+from secateur.files.refused import refused_by_the_disk
 from secateur.models.vmoe.flax_checkpoint import read_vmoe
 from secateur.models.vmoe.pixels import FILE, default_pixels
 from secateur.results import Written

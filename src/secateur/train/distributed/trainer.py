@@ -17,6 +17,7 @@ from transformers.distributed.checkpoint import load_optimizer_distributed, save
 from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
+from secateur.files.refused import refused_by_the_disk
 from secateur.surgery.optimizer import unwrap
 from secateur.train.distributed.launch import barrier, is_main, rank, world_size
 from secateur.train.distributed.save import failures_as, save_sharded
@@ -47,7 +48,8 @@ class ResumableTrainer(Trainer):
         """
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+        with refused_by_the_disk(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
         barrier()  # the files of every rank are there
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
