@@ -124,7 +124,7 @@ def test_python_imports_the_package_of_the_new_environment_and_its_metadata_agre
     assert Path(file).is_relative_to(installed)
     assert Path(file).parent == Path(place)
     assert version == stated == __version__
-    assert entries == ["secateur.cli:main"]
+    assert entries == ["secateur.__main__:main"]
 
 
 def test_the_command_says_its_version(installed: Path, tmp_path: Path) -> None:

@@ -1,6 +1,36 @@
 """`python -m secateur` is the `secateur` command."""
 
-from secateur.cli import main
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from secateur.commands.interrupts import SIGNALS, interruptible, leave_interrupted
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process, at once where it was interrupted: threads may still be at work."""
+    status: object = 0
+    try:
+        with interruptible():
+            try:
+                from secateur.cli import main as run  # here: an interruption may come while it is imported
+
+                run()
+            except KeyboardInterrupt as error:
+                leave_interrupted(error)
+    except SystemExit as leaving:
+        status = leaving.code
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # all is done, and an end takes a moment
+    if status in [128 + number for number in SIGNALS]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)  # type: ignore[arg-type]
+
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -12,9 +13,10 @@ import typer
 from secateur.commands.apply import apply
 from secateur.commands.convert_vmoe import convert_vmoe
 from secateur.commands.eval import eval
-from secateur.commands.exits import fail, fail_without_the_others
+from secateur.commands.exits import fail, fail_refused, fail_without_the_others
 from secateur.commands.finetune import finetune
 from secateur.commands.inspect import inspect
+from secateur.commands.interrupts import interruptible, interruption_in, leave_interrupted
 from secateur.commands.observe import observe
 from secateur.commands.place import place
 from secateur.commands.plan import plan
@@ -56,16 +58,45 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message and status 2, a refused write with status 1."""
+    """Run the command line.
+
+    Bad input ends with one message and status 2, a refused write with status 1, an interruption with 130 or 143.
+    """
     atexit.register(gc.freeze)  # at the end nobody looks for garbage in all that torch and transformers have loaded
+    with interruptible():
+        try:
+            _run()
+        except BaseException as error:
+            if interruption := interruption_in(error):
+                leave_interrupted(interruption)
+            raise
+
+
+def _print_the_rest() -> None:
+    """A full disk or a reader that has left shows here, not when nobody looks any more."""
     try:
-        app(prog_name="secateur")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest has nowhere to go
+        raise type(error)(error.errno, error.strerror, "standard output") from error
+
+
+def _run() -> None:
+    try:
+        try:
+            app(prog_name="secateur")
+        finally:
+            _print_the_rest()
     except (SecateurError, OSError, RuntimeError) as error:
+        if interruption_in(error):
+            raise
         if os.environ.get("WORLD_SIZE", "1") != "1":
             from secateur.train.distributed.launch import has_lost_contact
 
             if has_lost_contact(error):
                 fail_without_the_others()
-        if isinstance(error, SecateurError | OSError):
-            fail(str(error), 2 if isinstance(error, SecateurError) else 1)
+        if isinstance(error, OSError):
+            fail_refused(error)
+        if isinstance(error, SecateurError):
+            fail(str(error), 2)
         raise

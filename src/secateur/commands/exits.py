@@ -28,6 +28,16 @@ def fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def fail_refused(error: OSError) -> NoReturn:
+    """The end where the disk refused: which file, what the system says, and of a full one what is safe, what to do."""
+    from secateur.files.refused import FULL, refusal_in_words
+
+    message = refusal_in_words(error)
+    if error.errno in FULL:
+        message += "; nothing half-written has the name of a result; make room and run the same command again"
+    fail(message, 1)
+
+
 def fail_without_the_others() -> NoReturn:
     """The end of a rank whose job has lost another one: rank 0 says so, in one line that leaves the cause to others."""
     message = "lost contact with another rank; its own message or torchrun's summary says why; go on with --resume"

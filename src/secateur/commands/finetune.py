@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.bars import run_bars
-from secateur.commands.exits import fail
 from secateur.commands.shown import show
 
 DATA, TRAINING, MODEL, RECORD = "Data", "Training", "Model", "Record"
@@ -61,48 +60,42 @@ def finetune(
 
     Example: `secateur finetune pruned --data chats.jsonl --eval-data held-out.jsonl --epochs 2 --out tuned`
     """
-    from secateur.files.work_folder import place_of_work
     from secateur.finetuning.finetune import finetune as function
-    from secateur.finetuning.run import WHAT
 
-    try:
-        with run_bars(quiet=quiet or as_json) as on_progress:
-            result = function(
-                model,
-                out,
-                data=data,
-                eval_data=eval_data,
-                text_key=text_key,
-                split=split,
-                sequence_length=sequence_length,
-                augment=augment,
-                steps=steps,
-                epochs=epochs,
-                batch_size=batch_size,
-                gradient_accumulation=gradient_accumulation,
-                optimizer=optimizer,  # type: ignore[arg-type]  # another one is refused by name
-                learning_rate=learning_rate,
-                schedule=schedule,  # type: ignore[arg-type]
-                warmup=warmup,
-                weight_decay=weight_decay,
-                max_grad_norm=max_grad_norm,
-                bf16=bf16,
-                seed=seed,
-                freeze=freeze,
-                router_aux_loss=router_aux_loss,
-                new_head=new_head,
-                log_steps=log_steps,
-                eval_steps=eval_steps,
-                save_steps=save_steps,
-                report_to=report_to,
-                resume=resume,
-                restart=restart,
-                dry_run=dry_run,
-                on_progress=on_progress,
-            )
-    except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
-        left = any(place_of_work(out, WHAT).glob("checkpoint-*"))
-        fail("interrupted; go on with --resume" if left else "interrupted", 130)
+    with run_bars(quiet=quiet or as_json) as on_progress:
+        result = function(
+            model,
+            out,
+            data=data,
+            eval_data=eval_data,
+            text_key=text_key,
+            split=split,
+            sequence_length=sequence_length,
+            augment=augment,
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            optimizer=optimizer,  # type: ignore[arg-type]  # another one is refused by name
+            learning_rate=learning_rate,
+            schedule=schedule,  # type: ignore[arg-type]
+            warmup=warmup,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            bf16=bf16,
+            seed=seed,
+            freeze=freeze,
+            router_aux_loss=router_aux_loss,
+            new_head=new_head,
+            log_steps=log_steps,
+            eval_steps=eval_steps,
+            save_steps=save_steps,
+            report_to=report_to,
+            resume=resume,
+            restart=restart,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
     show(result, "\n".join(_lines(result.to_json(), out, dry_run)), as_json=as_json, quiet=quiet)
 
 

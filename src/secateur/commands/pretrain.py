@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.bars import run_bars
-from secateur.commands.exits import fail
 from secateur.commands.rule_options import help_for_training, with_rule_options
 from secateur.commands.shown import show
 from secateur.errors import SecateurError
@@ -115,11 +114,8 @@ def pretrain(
     from secateur.pretraining.pretrain import pretrain as function
     from secateur.train.distributed.launch import is_main, leave
 
-    try:
-        with run_bars(quiet=quiet or not is_main()) as on_progress:
-            result = function(**settings, on_progress=on_progress)
-    except KeyboardInterrupt:  # caught here because typer would make "Aborted" of it
-        fail("interrupted; go on with --resume" if (out / "run.json").exists() else "interrupted", 130)
+    with run_bars(quiet=quiet or not is_main()) as on_progress:
+        result = function(**settings, on_progress=on_progress)
     must_speak = is_main()
     if not dry_run:
         leave()

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.going_on import told_how_to_go_on
 from secateur.files.json import read_object
 from secateur.files.lock import locked
 from secateur.files.records import as_record
@@ -55,13 +56,20 @@ def place_of_work(out: Path, what: str = "pruning") -> Path:
 
 @contextlib.contextmanager
 def work_folder(
-    path: Path, kind: type[T], refusal: str, *, restart: bool = False, note: str = NOTE
+    path: Path,
+    kind: type[T],
+    refusal: str,
+    *,
+    restart: bool = False,
+    note: str = NOTE,
+    going_on: str = "run the same command again to resume",
 ) -> Iterator[Work[T]]:
     """The work folder at `path`, for one process at a time; an empty one goes again.
 
     Args:
         kind: the type of what a start is asked for, see `as_record`. refusal: the message where another process is
             at it. restart: throw away what is in it. note: name of the file that says what a start was asked for.
+        going_on: what an interruption says, where something is left to go on from.
 
     Raises:
         SecateurError: another process is at it, or what lies in it is damaged.
@@ -72,7 +80,8 @@ def work_folder(
             found = Work[T](path=path, noted=path / note, before=None)
             if restart:
                 found.clear()
-            yield dataclasses.replace(found, before=_read(found.noted, kind))
+            with told_how_to_go_on(going_on, found.noted.exists):
+                yield dataclasses.replace(found, before=_read(found.noted, kind))
     finally:
         with contextlib.suppress(OSError):
             path.rmdir()  # of work that is finished, or of a start that was refused before it began

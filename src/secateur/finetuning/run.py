@@ -158,7 +158,7 @@ def _as_asked(asked: Mapping[str, Any]) -> Asked:
 def _work(out: Path, *, restart: bool = False) -> contextlib.AbstractContextManager[Work[Asked]]:
     place = place_of_work(out, WHAT)
     refusal = f"--out {out}: another process is {WHAT} into it (it holds {place})"
-    return work_folder(place, Asked, refusal, restart=restart)
+    return work_folder(place, Asked, refusal, restart=restart, going_on="go on with --resume")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -18,6 +19,7 @@ from secateur.placement.ranks import Solved, busiest_rank_lower_bound, experts_p
 from secateur.placement.swaps import greedy_with_swaps
 
 TIME_LIMIT = 60.0
+WAKE = 0.2  # seconds between looks at signals
 SOLVED = 0  # scipy's status of a proven optimum
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -76,20 +78,45 @@ def _solve(
     for place, expert in enumerate(np.argsort(-weights, kind="stable")[:R]):
         allowed[expert, place + 1 :] = 0
     with solver_apart():
-        result = milp(
-            np.append(np.zeros(E * R), 1),
-            constraints=LinearConstraint(table.tocsr(), low, high),
-            bounds=Bounds(
-                np.append(np.zeros(E * R), bound / mean), np.append(allowed.ravel(), reached / mean * (1 + 1e-9))
-            ),
-            integrality=np.append(np.ones(E * R), 0),
-            options={"time_limit": time_limit, "mip_rel_gap": 0},
+        result = _interruptible(
+            lambda: milp(
+                np.append(np.zeros(E * R), 1),
+                constraints=LinearConstraint(table.tocsr(), low, high),
+                bounds=Bounds(
+                    np.append(np.zeros(E * R), bound / mean), np.append(allowed.ravel(), reached / mean * (1 + 1e-9))
+                ),
+                integrality=np.append(np.ones(E * R), 0),
+                options={"time_limit": time_limit, "mip_rel_gap": 0},
+            )
         )
     dual = bound if result.mip_dual_bound is None else result.mip_dual_bound * mean
     if result.x is None:
         return None, result.status, dual
     rank_of = result.x[:-1].reshape(E, R).argmax(axis=1)
     return np.argsort(rank_of, kind="stable").tolist(), result.status, dual
+
+
+def _interruptible(solve: Callable[[], Any]) -> Any:
+    """Solve in a thread of its own: Python sees no signal while HiGHS runs in the thread that is to see it.
+
+    After an interruption HiGHS runs on until its time limit, or until the process ends.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(solve())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="milp", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(WAKE)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 @contextlib.contextmanager

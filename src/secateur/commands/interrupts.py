@@ -1,0 +1,65 @@
+"""How a command ends that is interrupted: by Ctrl-C, or by the SIGTERM that schedulers send before they kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+AGAIN = "run the same command again"
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "interrupted by SIGTERM"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal; what is being done cleans up after itself, as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While it lasts, SIGINT and SIGTERM raise `Interrupted`; one that was ignored, as by nohup, stays ignored."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def interruption_in(error: BaseException) -> KeyboardInterrupt | None:
+    """The interruption that led to an error; typer makes an exit of it, and cleaning up may fail with another error."""
+    if isinstance(error, SystemExit) and error.code != 128 + signal.SIGINT:
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def leave_interrupted(error: KeyboardInterrupt) -> NoReturn:
+    """Say in one line what happened and how to go on, which is what the error was told on its way (`add_note`)."""
+    number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # the line is about to come, and then the end
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(128 + number)  # one line a job
+    from secateur.commands.exits import fail
+
+    fail("; ".join([SIGNALS[signal.Signals(number)], *getattr(error, "__notes__", (AGAIN,))]), 128 + number)
