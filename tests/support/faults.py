@@ -62,6 +62,28 @@ class Kill:
         replace(self.target, make)
 
 
+class Signal:
+    """Send a signal to this process before the `nth` call of a function, which then goes on."""
+
+    def __init__(self, target: str, nth: int = 1, number: int = signal.SIGTERM) -> None:
+        self.target, self.nth, self.number = target, nth, number
+
+    def __call__(self) -> None:
+        calls = 0
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def signalled(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == self.nth:
+                    os.kill(os.getpid(), self.number)
+                return original(*args, **kwargs)
+
+            return signalled
+
+        replace(self.target, make)
+
+
 class LimitFileSize:
     """From the `nth` call on, no file can grow beyond `size`: writes end as on a full disk, with an OSError."""
 

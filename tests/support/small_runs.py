@@ -72,6 +72,8 @@ SMALL: Json = {
 LOOSE: Json = {"min_rank_correlation": -1.0, "max_total_variation": 1.0}
 # what a clock or the machine decides
 TIMINGS = {"seconds", "tokens_per_second", "surgery_seconds", "peak_memory_bytes"}
+STARTED = {"command"}  # by whom
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def corpus_in(factory: pytest.TempPathFactory) -> Path:
@@ -141,22 +143,32 @@ def _refuse(constant: str) -> None:
 
 def without_timings(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_timings(one) for key, one in value.items() if key not in TIMINGS}
+        return {key: without_timings(one) for key, one in value.items() if key not in TIMINGS | STARTED}
     return [without_timings(one) for one in value] if isinstance(value, list) else value
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Equal to the last bit in everything that no clock decides."""
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (one / "model" / name).read_bytes() == (other / "model" / name).read_bytes(), name
-    for part in ("", "control"):
-        if not (one / part).is_dir():
-            continue
-        for name in ("metrics.jsonl", "loads.jsonl"):
-            assert without_timings(lines(one / part / name)) == without_timings(lines(other / part / name)), name
-        for name in ("events.json", "plan.json", "summary.json"):
-            assert without_timings(strict(one / part / name)) == without_timings(strict(other / part / name)), name
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    """The same files, equal to the last bit in everything that no clock decides."""
+    files, others = files_of(one), files_of(other)
+    assert files.keys() == others.keys()
+    for name, content in files.items():
+        assert content == others[name], name
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """Content by name: bytes, or JSON without what a clock decides, who started the run, and pages that show clocks."""
+    found: dict[str, Any] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name.startswith("figures/") or path.suffix == ".html":
+            found[name] = ""
+        elif path.suffix == ".jsonl":
+            found[name] = without_timings(lines(path))
+        elif path.suffix == ".json" and not name.startswith("data/") and path.name not in MODEL_FILES:
+            found[name] = without_timings(strict(path))
+        else:
+            found[name] = path.read_bytes()
+    return found
 
 
 def in_child(target: Callable[..., None], *values: Any, stderr: Path | None = None) -> int:

@@ -91,6 +91,7 @@ def pretrain(
     save_steps: Annotated[int, _option("Steps between checkpoints.", RECORD)] = 200,
     report_to: Annotated[str, _option("Loggers of transformers: tensorboard, wandb, trackio, ... or none.", RECORD)] = "none",
     control: Annotated[bool, _option("Also train without pruning, for the report to compare with.", RECORD)] = False,
+    checkpoint_on_sigterm: Annotated[bool, _option("At SIGTERM, which schedulers send before they kill: finish the step, write a checkpoint, then leave.", RECORD)] = True,
     resume: Annotated[bool, _option("Go on with the run in --out, with its own settings.", RECORD)] = False,
     dry_run: Annotated[bool, _option("Print the plan of the run and its memory, and leave.", RECORD)] = False,
     as_json: Annotated[bool, _option("Print the result as JSON on standard output.", RECORD, "--json")] = False,

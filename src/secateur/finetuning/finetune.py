@@ -74,6 +74,7 @@ def finetune(
     eval_steps: int | None = None,
     save_steps: int = 500,
     report_to: str = "none",
+    checkpoint_on_sigterm: bool = True,
     resume: bool = False,
     restart: bool = False,
     dry_run: bool = False,
@@ -111,6 +112,8 @@ def finetune(
         eval_steps: steps between measurements on `eval_data`; before and after only without it.
         save_steps: steps between checkpoints, which `resume` goes on from; 0 for none.
         report_to: loggers of transformers: tensorboard, wandb, trackio, ... or none.
+        checkpoint_on_sigterm: hold SIGTERM, which schedulers send before they kill, until the step is done and its
+            checkpoint written; then the signal takes its course. Of the main thread, and while steps are made.
         resume: go on with a killed run of the same settings. restart: throw away what a killed run left.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("finetune", steps done, steps in all); the newest numbers, where there are some, stand
@@ -160,6 +163,7 @@ def finetune(
         Path(model),
         Path(out),
         options,
+        checkpoint_on_sigterm=checkpoint_on_sigterm,
         resume=resume,
         restart=restart,
         dry_run=dry_run,

@@ -43,6 +43,7 @@ from secateur.train import checkpoints
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.distributed.launch import world_size
 from secateur.train.progress import only_our_messages
+from secateur.train.stopping import StopAtSignal
 from secateur.train.trainer_arguments import trainer_arguments
 from secateur.train.training_log import Progress
 
@@ -67,6 +68,7 @@ def run_finetuning(
     out: Path,
     options: FinetuneOptions,
     *,
+    checkpoint_on_sigterm: bool = True,
     resume: bool = False,
     restart: bool = False,
     dry_run: bool = False,
@@ -78,6 +80,7 @@ def run_finetuning(
     writes the same weights, to the last bit, as one that was not.
 
     Args:
+        checkpoint_on_sigterm: see `StopAtSignal`.
         resume: go on with a killed run that had the same settings. restart: throw away what it left.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called after every step with (steps done, steps in all, "" or the newest numbers).
@@ -117,7 +120,15 @@ def run_finetuning(
             with _kept_for_resume(work):
                 run, checkpoint = _begin(work, asked, resume=resume)
                 record = known(folder, loaded, task, settings) | _train(
-                    loaded, folder, task, settings, work.path, run=run, checkpoint=checkpoint, on_progress=on_progress
+                    loaded,
+                    folder,
+                    task,
+                    settings,
+                    work.path,
+                    run=run,
+                    checkpoint=checkpoint,
+                    checkpoint_on_sigterm=checkpoint_on_sigterm,
+                    on_progress=on_progress,
                 )
                 with written_beside(out) as beside:
                     _write_all(loaded, folder, work, record, beside)
@@ -251,6 +262,7 @@ def _train(
     *,
     run: str,
     checkpoint: Path | None,
+    checkpoint_on_sigterm: bool,
     on_progress: Progress,
 ) -> dict[str, Any]:
     """Train the model in place; returns what finetune.json says of it."""
@@ -264,6 +276,7 @@ def _train(
         spent=spent,
         on_progress=on_progress,
     )
+    stop = StopAtSignal()
     sgd = (torch.optim.SGD, {"lr": training.learning_rate, "momentum": MOMENTUM})
     with _balanced(loaded, source, settings.model.router_aux_loss) as balance:
         trainer = FinetuneTrainer(
@@ -276,7 +289,7 @@ def _train(
             compute_metrics=accuracy if task.images else None,
             preprocess_logits_for_metrics=best_class if task.images else None,
             optimizer_cls_and_kwargs=sgd if training.optimizer == "sgd" else None,
-            callbacks=[*balance, log],
+            callbacks=[stop, *balance, log],
         )
         trainer.remove_callback(PrinterCallback)
         # asked to resume after its last step, the Trainer would make one more
@@ -284,7 +297,10 @@ def _train(
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            stop.trainer = trainer
+            last_whole = checkpoints.naming_the_last_whole(folder, without_any="run the same command again")
+            with stop.listening(wanted=checkpoint_on_sigterm), last_whole:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
     sizes = {name: size(dataset) for name, dataset in task.evaluation.items()}
     speed = spent.items * task.per_item / spent.seconds if spent.seconds else None

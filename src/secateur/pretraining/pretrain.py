@@ -126,6 +126,7 @@ def pretrain(
     save_steps: int = 200,
     report_to: str = "none",
     control: bool = False,
+    checkpoint_on_sigterm: bool = True,
     resume: bool = False,
     dry_run: bool = False,
     on_progress: OnStage | None = None,
@@ -180,6 +181,8 @@ def pretrain(
         eval_steps: steps between validations. save_steps: steps between checkpoints.
         report_to: loggers of transformers: tensorboard, wandb, trackio, ... or none.
         control: also train without pruning, for the report to compare with.
+        checkpoint_on_sigterm: hold SIGTERM, which schedulers send before they kill, until the step is done and its
+            checkpoint written; then the signal takes its course. Of the main thread, and while steps are made.
         resume: go on with the run in `out`, with its own settings; those that are given must be the same.
         dry_run: say what the run would be and what memory it takes; write nothing.
         on_progress: called with the stages of making the data, then after every step with ("pretrain", steps done,
@@ -214,12 +217,13 @@ def pretrain(
 
     from secateur.pretraining import run
 
+    how: Any = {"checkpoint_on_sigterm": checkpoint_on_sigterm, "on_progress": on_progress}
     if resume:
         _check_same(folder, given)
         devices = {name: given[name] for name in DEVICES if name in given}
-        report = run.resume(folder.path, devices=devices, on_progress=on_progress)
+        report = run.resume(folder.path, devices=devices, **how)
     else:
-        report = run.run_pretraining(PretrainOptions(**given), folder.path, on_progress=on_progress)
+        report = run.run_pretraining(PretrainOptions(**given), folder.path, **how)
     return _result(folder, report, plan=Plan.load(folder.plan) if folder.plan.is_file() else None)
 
 

@@ -28,6 +28,7 @@ from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
 from secateur.files.atomic import atomic_write, fsync_folder, fsync_tree
+from secateur.files.going_on import told_how_to_go_on
 from secateur.files.json import read_object
 from secateur.files.progress import OnStage, Steps
 from secateur.files.refused import refusal_in_words, refused_by_the_disk
@@ -50,6 +51,7 @@ from secateur.train.distributed.ranks import Ranks
 from secateur.train.distributed.save import save_for_ranks, save_whole
 from secateur.train.distributed.trainer import ResumableTrainer
 from secateur.train.progress import only_our_messages
+from secateur.train.stopping import StopAtSignal
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,13 +62,19 @@ class Shared:
     data_folder: Path
     sizes: ParallelSizes
     layout: ExpertLayout | None
+    checkpoint_on_sigterm: bool
     on_progress: OnStage | None
 
 
-def run_pretraining(options: PretrainOptions, out: Path, *, on_progress: OnStage | None = None) -> dict[str, Any]:
+def run_pretraining(
+    options: PretrainOptions, out: Path, *, checkpoint_on_sigterm: bool = True, on_progress: OnStage | None = None
+) -> dict[str, Any]:
     """Start a run in the new or empty folder `out` and finish it; under torchrun, on every rank.
 
     A job that torchrun restarts after a failure (--max-restarts) goes on with the run it finds.
+
+    Args:
+        checkpoint_on_sigterm: see `StopAtSignal`.
 
     Returns:
         The content of report.json.
@@ -77,7 +85,8 @@ def run_pretraining(options: PretrainOptions, out: Path, *, on_progress: OnStage
     """
     folder, settings = RunFolder(out), options.settings
     if launch.was_restarted() and folder.run.exists():
-        return resume(out, devices={name: getattr(options, name) for name in DEVICES}, on_progress=on_progress)
+        devices = {name: getattr(options, name) for name in DEVICES}
+        return resume(out, devices=devices, checkpoint_on_sigterm=checkpoint_on_sigterm, on_progress=on_progress)
     if launch.is_main():
         folder.require_new()
     with only_our_messages():
@@ -104,13 +113,18 @@ def run_pretraining(options: PretrainOptions, out: Path, *, on_progress: OnStage
                     data_folder=folder.data,
                     sizes=sizes,
                     layout=found.moe.layout,
+                    checkpoint_on_sigterm=checkpoint_on_sigterm,
                     on_progress=on_progress,
                 ),
             )
 
 
 def resume(
-    out: Path, *, devices: Mapping[str, Any] | None = None, on_progress: OnStage | None = None
+    out: Path,
+    *,
+    devices: Mapping[str, Any] | None = None,
+    checkpoint_on_sigterm: bool = True,
+    on_progress: OnStage | None = None,
 ) -> dict[str, Any]:
     """Go on with the run in `out` from its last whole checkpoint, with the settings it was started with.
 
@@ -118,6 +132,7 @@ def resume(
 
     Args:
         devices: other values for the settings in `DEVICES`: the run may go on with other numbers of processes.
+        checkpoint_on_sigterm: see `StopAtSignal`.
 
     Raises:
         SecateurError: `out` holds no run, or its checkpoint does not fit its settings.
@@ -136,7 +151,14 @@ def resume(
         launch.join()
         with _alone_in(folder):
             data = _data(settings, folder, lambda: given_tokenizer(settings.model), on_progress)
-            shared = Shared(data=data, data_folder=folder.data, sizes=sizes, layout=None, on_progress=on_progress)
+            shared = Shared(
+                data=data,
+                data_folder=folder.data,
+                sizes=sizes,
+                layout=None,
+                checkpoint_on_sigterm=checkpoint_on_sigterm,
+                on_progress=on_progress,
+            )
             return _finish(settings, folder, shared)
 
 
@@ -146,7 +168,13 @@ def _sizes(settings: RunSettings) -> ParallelSizes:
 
 def _alone_in(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
     """The lock of a run folder, held by rank 0 for the whole shared."""
-    return folder.locked() if launch.is_main() else contextlib.nullcontext()
+    return _locked(folder) if launch.is_main() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    with folder.locked(), told_how_to_go_on("go on with --resume", folder.run.exists):
+        yield
 
 
 def _finish(settings: RunSettings, folder: RunFolder, shared: Shared) -> dict[str, Any]:
@@ -309,7 +337,8 @@ def _train_steps(
         domain_sizes={domain: len(blocks) for domain, blocks in validation.items()},
         seconds=seconds,
     )
-    callbacks: list[TrainerCallback] = [laep, BalanceCallback(balance)]
+    stop = StopAtSignal()
+    callbacks: list[TrainerCallback] = [stop, laep, BalanceCallback(balance)]
     trainer = ResumableTrainer(
         model=model,
         args=training_arguments(training, settings.record, folder.checkpoints, data_ranks=shared.sizes.fsdp),
@@ -319,8 +348,8 @@ def _train_steps(
     )
     trainer.remove_callback(PrinterCallback)
     _keep_tensorboard(trainer, folder)
-    log.trainer = trainer
-    with checkpoints.naming_the_last_whole(folder.checkpoints):
+    log.trainer = stop.trainer = trainer
+    with stop.listening(wanted=shared.checkpoint_on_sigterm), checkpoints.naming_the_last_whole(folder.checkpoints):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     balance.detach()
 

@@ -98,8 +98,8 @@ def read_seal(checkpoint: Path) -> Seal:
 
 
 @contextlib.contextmanager
-def naming_the_last_whole(folder: Path) -> Iterator[None]:
-    """Add to the error of a failed save which checkpoint of `folder` is still whole."""
+def naming_the_last_whole(folder: Path, *, without_any: str = "go on with --resume") -> Iterator[None]:
+    """Add to the error of a failed save which checkpoint of `folder` is still whole, and what to do without any."""
     try:
         yield
     except Exception as error:
@@ -109,7 +109,8 @@ def naming_the_last_whole(folder: Path) -> Iterator[None]:
         last, refusal = last_whole(folder), refusal_in(error, unfinished[0])
         raise OSError(
             f"{unfinished[0]} could not be written: {refusal_in_words(refusal or error)}. "
-            f"The last whole checkpoint is {last.name if last else 'none'}; make room and go on with --resume"
+            f"The last whole checkpoint is {last.name if last else 'none'}; make room and "
+            f"{'go on with --resume' if last else without_any}"
         ) from error
 
 

@@ -93,6 +93,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether it is set on any rank; all ranks must call. In the host's memory, so that none waits for its GPU."""
+    return any(values_of_ranks(float(flag)))
+
+
+def values_of_ranks(value: float) -> list[float]:
+    """The value of every rank, by their numbers; all ranks must call."""
+    if world_size() == 1:
+        return [value]
+    values = torch.empty(world_size(), dtype=torch.float64)
+    dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float64))
+    return [float(one) for one in values]
+
+
 def has_lost_contact(error: BaseException) -> bool:
     """Whether an error, or what it was made from, is that another process of the job cannot be reached."""
     cause: BaseException | None = error
