@@ -98,7 +98,7 @@ def run_finetuning(
         raise SecateurError("--resume and --restart: give one of the two")
     settings = in_parts(options)
     check_logger(settings.record.report_to)
-    killed_last = resume and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
+    killed_last = not restart and (out / FINETUNED).is_file() and place_of_work(out, WHAT).is_dir()
     if not killed_last:
         check_target(model, out)
     folder = read_model_folder(model)

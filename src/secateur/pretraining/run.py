@@ -56,12 +56,16 @@ from secateur.train.stopping import StopAtSignal
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shared:
-    """What a run and its control share. layout: of their model, where it is known already; see `describe_moe`."""
+    """What a run and its control share.
+
+    layout: of their model, where it is known already; see `describe_moe`. command: what the run was started by.
+    """
 
     data: PreparedData
     data_folder: Path
     sizes: ParallelSizes
     layout: ExpertLayout | None
+    command: Any
     checkpoint_on_sigterm: bool
     on_progress: OnStage | None
 
@@ -113,6 +117,7 @@ def run_pretraining(
                     data_folder=folder.data,
                     sizes=sizes,
                     layout=found.moe.layout,
+                    command=_command(),
                     checkpoint_on_sigterm=checkpoint_on_sigterm,
                     on_progress=on_progress,
                 ),
@@ -156,6 +161,7 @@ def resume(
                 data_folder=folder.data,
                 sizes=sizes,
                 layout=None,
+                command=folder.read_run().get("command"),
                 checkpoint_on_sigterm=checkpoint_on_sigterm,
                 on_progress=on_progress,
             )
@@ -259,9 +265,8 @@ def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
     else:
         moe = _first_model(settings.model, folder, shared, seed=training.seed)
     if launch.is_main() and not checkpoint:
-        command = folder.read_run()["command"] if folder.run.exists() else _command()
         facts = {"model": model_facts(settings.model, moe), "data": shared.data.report}
-        write_json(folder.run, {"config": record.options, "command": command, **_environment(), **facts})
+        write_json(folder.run, {"config": record.options, "command": shared.command, **_environment(), **facts})
     # asked to resume after its last step, the Trainer would make one more
     if not checkpoint or checkpoints.step_of(checkpoint) < training.steps:
         _train_steps(settings, folder, shared, moe, checkpoint, run=run)

@@ -32,13 +32,14 @@ def prepare(
     device: str,
     restart: bool = False,
     sums: Sequence[str] = (),
+    is_new: bool = False,
     on_stage: OnStage | None = None,
 ) -> Pass:
     """The pass that writes the statistics file `out`.
 
     Args:
         restart: throw away what an interrupted pass left, which else is gone on with. sums: to record beside those by
-            default.
+            default. is_new: see `TextObservation`.
         on_stage: called with ("observing", batches done, batches in all); of text by layer, see `by_layer`.
 
     Raises:
@@ -46,7 +47,7 @@ def prepare(
     """
     from secateur.model_folder.read.modality import modality_of
 
-    return KINDS[modality_of(folder)](folder, asked, out, device, restart, sums, on_stage)
+    return KINDS[modality_of(folder)](folder, asked, out, device, restart, sums, is_new, on_stage)
 
 
 def by_layer(what: str, num_batches: int, on_stage: OnStage | None) -> OnProgress:
@@ -69,6 +70,7 @@ def _over_text(
     device: str,
     restart: bool,
     sums: Sequence[str],
+    is_new: bool,
     on_stage: OnStage | None,
 ) -> Pass:
     from secateur.model_folder.measure.on_text import TextObservation
@@ -82,6 +84,7 @@ def _over_text(
         activations=asked.activations or "auto",
         device=device,
         sums=sums,
+        is_new=is_new,
     )
     on_step = by_layer("observing", asked.num_batches, on_stage)
     data, costs = drawn.to_json(), run.costs
@@ -111,6 +114,7 @@ def _over_images(
     device: str,
     restart: bool,
     sums: Sequence[str],
+    is_new: bool,
     on_stage: OnStage | None,
 ) -> Pass:
     from secateur.model_folder.measure.image_batches import MOST

@@ -121,7 +121,8 @@ def observe(
         seed=seed,
         activations=activations,
     )
-    check_new_file(out, force, *(source for source in (model, recording) if source is not None))
+    is_ours = out.is_file() and not restart and recording is None and _is_of_a_killed_run(out)
+    check_new_file(out, force or is_ours, *(source for source in (model, recording) if source is not None))
     if recording is not None and asked.data:
         raise SecateurError("--sglang and --data: a recording needs no text")
     if recording is not None and sums:
@@ -140,6 +141,7 @@ def observe(
             device=device_named(device),
             restart=restart,
             sums=as_texts(sums),
+            is_new=not force,
             on_stage=on_progress,
         )
         about = ready.about
@@ -161,6 +163,13 @@ def observe(
             "dry_run": dry_run,
         },
     )
+
+
+def _is_of_a_killed_run(out: Path) -> bool:
+    """Whether a run for this file was killed; it may have been after the file was written."""
+    from secateur.model_folder.stream.resume import WorkFolder
+
+    return WorkFolder(out).is_begun
 
 
 def _recorded(folder: ModelFolder, path: Path) -> tuple[dict[str, Any], Observation]:

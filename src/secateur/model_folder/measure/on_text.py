@@ -68,13 +68,14 @@ class TextObservation:
         activations: Activations = "auto",
         device: str = "cpu",
         sums: Sequence[str] = (),
+        is_new: bool = False,
     ) -> None:
         """
         Args:
             out: the file that `observe` writes. activations: where hidden states wait between layers. In memory they
                 are lost with the process; auto takes that for a model that would fit in memory as a whole, where a run
                 is soon done again, and the disk for others. sums: names in `stats.SUMS` to record beside those by
-                default.
+                default. is_new: `out` is not written over, unless by an interrupted run that goes on.
 
         Raises:
             SecateurError: a family that cannot be observed, a quantised or damaged model, sequences longer than the
@@ -91,7 +92,7 @@ class TextObservation:
         for block in self._blocks.values():
             check_observable(block, self._sums)
         self._work = WorkFolder(out)
-        self._out = out
+        self._out, self._is_new = out, is_new
         self.costs = self._costs(activations)
 
     @property
@@ -119,10 +120,14 @@ class TextObservation:
             stats: dict[int, LayerStats] = {}
             self._streamed.run_layers(batches, MemoryStates(), visit=self._visit(stats.__setitem__), on_step=on_step)
             return self._written(stats)
-        with self._work.opened(self._identity()):
+        with self._work.opened(self._identity()) as on_written:
+            if on_written is None:
+                return Observation.load(self._out)
             states = DiskStates(self._work.states)
             self._streamed.run_layers(batches, states, visit=self._visit(self._work.save_layer), on_step=on_step)
-            return self._written({layer: self._work.load_layer(layer) for layer in self._blocks})
+            observation = self._written({layer: self._work.load_layer(layer) for layer in self._blocks})
+            on_written()
+            return observation
 
     def _visit(self, save: Callable[[int, LayerStats], None]) -> Any:
         @contextmanager
@@ -142,6 +147,8 @@ class TextObservation:
             model=model_facts(self._found),
             data={**self._data.to_json(), "batch_size": self._batch_size, "versions": versions()},
         )
+        if self._is_new and self._out.exists() and not _are_same(Observation.load(self._out), observation):
+            raise SecateurError(f"--out {self._out}: it is there already, and not from this run; take it away")
         observation.save(self._out)
         return observation
 
@@ -180,6 +187,10 @@ class TextObservation:
             in_memory=in_memory,
             sums_bytes=sums,
         )
+
+
+def _are_same(one: Observation, other: Observation) -> bool:
+    return one.stats.digest() == other.stats.digest() and one.model == other.model and one.data == other.data
 
 
 def _check_family(folder: ModelFolder) -> None:

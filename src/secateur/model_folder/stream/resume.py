@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.digest import sha256_of
 from secateur.files.work_folder import Work, as_noted, differing, work_folder
 from secateur.stats import LayerStats, RouterStats
 
 RUN = "run.json"
+WRITTEN = "written"  # in it, the SHA-256 of the result once that is there
 LISTED = 3  # differences in a message
 
 
@@ -19,6 +21,7 @@ class WorkFolder:
     """`.NAME.work` beside the file NAME: what the run is of, statistics of the layers that are done, hidden states."""
 
     def __init__(self, out: Path) -> None:
+        self._out = out
         self.path = out.parent / f".{out.name}.work"
         self.states = self.path / "states"
         self._layers = self.path / "layers"
@@ -28,10 +31,11 @@ class WorkFolder:
         return (self.path / RUN).exists()
 
     @contextlib.contextmanager
-    def opened(self, run: Mapping[str, Any]) -> Iterator[None]:
+    def opened(self, run: Mapping[str, Any]) -> Iterator[Callable[[], None] | None]:
         """Keep other processes out while it lasts, and keep what it has of a run that was interrupted.
 
-        When the block ends well, the result is written, and the folder goes away.
+        Gives what is called when the result is written, or None where it was written already by a process that was
+        killed afterwards. When the block ends well, the folder goes away.
 
         Args:
             run: what decides the result, as flat JSON; the run that was interrupted must have had the same.
@@ -41,14 +45,19 @@ class WorkFolder:
             OSError: the folder cannot be written.
         """
         with self._work() as work:
-            if work.before is None:
-                work.clear()
-                self._layers.mkdir()
-                work.note(run)
+            before = dict(work.before or {})
+            written = before.pop(WRITTEN, None)
+            if work.before is not None:
+                self._check(before, as_noted(run))
+            if written is not None and self._out.is_file() and sha256_of(self._out) == written:
+                yield None
             else:
-                self._check(work.before, as_noted(run))
-            yield
-            work.clear()  # not the note last: with half of its layers gone, the run cannot go on
+                if work.before is None or written is not None:  # a result that is gone again took the layers with it
+                    work.clear()
+                    self._layers.mkdir()
+                    work.note(run)
+                yield lambda: work.note({**run, WRITTEN: sha256_of(self._out)})
+            work.remove()
 
     def discard(self) -> None:
         """Throw away what an interrupted run left.
