@@ -121,7 +121,7 @@ STEP_END = "secateur.pretraining.run_log:RunLog.on_step_end"
 # moment -> (the run, how it is killed there). Checkpoints at 10, 20, 30, 40; pruning at 23.
 MOMENTS: dict[str, tuple[str, Kill]] = {
     "while the data is packed": ("plain", Kill("secateur.data.prepare:pack", 2)),
-    "while the data is written": ("plain", Kill("secateur.data.prepare:atomic_write", 3)),
+    "while the data is written": ("plain", Kill("secateur.data.prepare:atomic_write")),
     "before the first step": ("plain", Kill("secateur.pretraining.run:make_model")),
     "before the pruning": ("plain", Kill(STEP_END, 22)),
     "in the middle of the pruning, optimizer done and model not": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -10,9 +11,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from secateur.errors import SecateurError
-from secateur.files.atomic import fsync_folder, fsync_tree
+from secateur.files.atomic import atomic_write, fsync_folder, fsync_tree
+from secateur.files.json import read_object
 from secateur.files.lock import held
+from secateur.files.records import as_record
 
 
 def check_target(source: Path, out: Path, option: str = "--out") -> None:
@@ -45,19 +50,96 @@ def written_beside(out: Path) -> Iterator[Path]:
         OSError: the disk refused, or `out` has been filled meanwhile; nothing new is left.
     """
     out = out.resolve()  # "." has no name
+    with _hidden(out) as beside:
+        yield beside
+        fsync_tree(beside)
+        os.rename(beside, out)
+    fsync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def written_together(out: Path, side: Path) -> Iterator[tuple[Path, Path]]:
+    """The same for two folders: both get their names, or none does; see also `roll_back`."""
+    out, side = out.resolve(), side.resolve()
+    with _hidden(out) as beside, _hidden(side) as other:
+        yield beside, other
+        fsync_tree(beside)
+        fsync_tree(other)
+        note = _note_of_pair(out)
+        atomic_write(note, json.dumps({"side": str(side), "partial": beside.name}) + "\n")
+        try:
+            os.rename(other, side)
+            os.rename(beside, out)
+        except BaseException:
+            if beside.exists() and not other.exists():
+                os.rename(side, other)
+            raise
+        finally:
+            note.unlink(missing_ok=True)
+    for folder in {out.parent, side.parent}:
+        fsync_folder(folder)
+
+
+class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What lies beside `out` while two folders get their names.
+
+    side: the name of the other folder. partial: of the one that will be `out`, until then.
+    """
+
+    side: str
+    partial: str
+
+
+def roll_back(out: Path, side: Path) -> None:
+    """Take `side` away again if a process was killed when that had its name and `out` did not have its own yet.
+
+    Raises:
+        SecateurError: what such a process left is damaged. OSError: the disk refused.
+    """
+    out, side = out.resolve(), side.resolve()
+    note = _note_of_pair(out)
+    if not note.is_file():
+        return
+    pair = as_record(read_object(note), Pair, str(note))
+    partial = out.parent / pair.partial
+    if pair.side != str(side) or not _pattern(out).fullmatch(pair.partial):
+        return
+    if partial.is_dir():
+        with held(partial) as alone:
+            if not alone:
+                return
+            if side.is_dir() and not side.is_symlink():
+                gone = _new_name(side)
+                os.rename(side, gone)  # so that a kill leaves no half of it under its name
+                shutil.rmtree(gone)
+    note.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _hidden(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, gone afterwards unless it has got another name."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
-    beside = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
+    beside = _new_name(out)
     try:
         beside.mkdir()
         with held(beside):
             yield beside
-            fsync_tree(beside)
-            os.rename(beside, out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    fsync_folder(out.parent)
+
+
+def _new_name(out: Path) -> Path:
+    return out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
+
+
+def _pattern(out: Path) -> re.Pattern[str]:
+    return re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{16}\.partial")
+
+
+def _note_of_pair(out: Path) -> Path:
+    return out.parent / f".{out.name}.pair.json"
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -70,7 +152,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    pattern = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{16}\.partial")
+    pattern = _pattern(out)
     for folder in out.parent.iterdir():
         if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
             with held(folder) as alone:

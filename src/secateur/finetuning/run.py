@@ -132,6 +132,8 @@ def run_finetuning(
                 )
                 with written_beside(out) as beside:
                     _write_all(loaded, folder, work, record, beside)
+                    weights = folder.files.headers  # which are in memory since the begin
+                    folder.files.check_unchanged(read=[name for name in folder.files.carried if name not in weights])
                 work.remove()
     return record
 
@@ -189,19 +191,26 @@ def _begin(work: Work[Asked], asked: Mapping[str, Any], *, resume: bool) -> tupl
     Raises:
         SecateurError: a killed run lies there and nobody said what becomes of it, or it had other settings.
     """
+    run = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     last = checkpoints.last_whole(work.path)
     if last is not None and not resume:
         raise SecateurError(
             f"a fine-tuning into the same folder was interrupted after {last.name}: go on with --resume, or throw it "
             "away with --restart"
         )
-    if resume and work.before is not None:
+    if last is not None and work.before is None:
+        raise SecateurError(
+            f"--resume: {work.noted} is gone, so nothing says what {last} is of; begin anew with --restart"
+        )
+    if work.before is not None and resume:
         _check_same(work.before, _as_asked(asked))
+    if last is not None:
+        checkpoints.last_whole(work.path, run)
     if last is None:
         work.clear()
     work.note(asked)
     checkpoints.remove_unfinished(work.path)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(), last
+    return run, last
 
 
 def _check_same(before: Asked, now: Asked) -> None:

@@ -94,12 +94,12 @@ def apply(
     plan = _plan_in(plan) if isinstance(plan, Result) else plan
     source, out = Path(source), Path(out)
     side = None if undo is None else Path(undo)
-    check_target(source, out)
     on_bytes = stage("writing", on_progress)
     if not isinstance(plan, Plan) and holds_undo(Path(plan)):
         if dry_run or undo or mtp or removed or names != "auto" or ep != 1:
             raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
         return _restored(source, Path(plan), out, on_bytes)
+    check_target(source, out)
     write = _writer(source)
     decided = _meaning(plan if isinstance(plan, Plan) else Plan.load(Path(plan)), removed)
     report = write(

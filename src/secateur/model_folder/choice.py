@@ -156,7 +156,7 @@ def decide_plan(source: Source, choice: Choice, *, on_bytes: OnProgress = silent
             limits,
             stats=source.stats,
             weights=_weights(source, choice, on_bytes),
-            sizes=facts.sizes,
+            sizes=source.sizes,
             allocation=choice.allocation,
             seed=choice.seed,
             protect=choice.protect,
@@ -184,7 +184,7 @@ def check_choice(source: Source, choice: Choice) -> Plan | None:
         return None
     uniform = choice.allocation == "uniform"
     plan = plan_by_criterion(
-        ANY_SCORES, choice.keep, limits, sizes=source.facts.sizes, allocation="uniform" if uniform else "global"
+        ANY_SCORES, choice.keep, limits, sizes=source.sizes, allocation="uniform" if uniform else "global"
     )
     plan = dataclasses.replace(plan, removed=choice.removed)
     if uniform:
@@ -220,7 +220,7 @@ def outcome(source: Source, plan: Plan) -> dict[str, Any]:
         "experts_before": sum(layer_plan.experts_before for layer_plan in layers.values()),
         "experts_after": sum(layer_plan.experts_after for layer_plan in layers.values()),
         "bytes_before": facts.total_bytes,
-        "bytes_after": facts.total_bytes - saved,
+        "bytes_after": facts.total_bytes - source.left_out_bytes - saved,
         "rerouted_share": plan.details.get("rerouted_share"),
         "super_experts": plan.details.get("super_experts"),
         "never_routed": sum(map(len, never.values())) if source.stats is not None else None,
@@ -264,7 +264,9 @@ def _weights(source: Source, choice: Choice, on_bytes: OnProgress) -> Any:
         return _router_changes(source, choice)
     if source.found is None:
         raise SecateurError(f"criterion {choice.criterion!r} reads {needs}: name the folder of the model with --model")
-    return weight_stats(source.found, needs, on_bytes=on_bytes)
+    weights = weight_stats(source.found, needs, on_bytes=on_bytes)
+    source.found.files.check_unchanged(read=source.found.files.model_files)
+    return weights
 
 
 def _check_pretrained(source: Source, choice: Choice) -> None:

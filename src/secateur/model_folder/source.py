@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.decide.model_facts import ModelFacts
+from secateur.decide.model_facts import ModelFacts, Sizes
 from secateur.errors import SecateurError
 from secateur.model_folder.measure.adapter import holds_adapter
 from secateur.model_folder.read.facts import model_facts
@@ -22,6 +22,7 @@ class Source:
     facts: of the model to prune. stats: of its layers, where there are any, and the `data` they were taken on.
     found: its folder, where that is at hand; weights are read from it.
     finetuned, pretrained: the folder of the model or of its LoRA adapter, and the model it was fine-tuned from.
+    left_out_bytes: of tensors that go whatever the plan says.
     """
 
     facts: ModelFacts
@@ -30,6 +31,13 @@ class Source:
     found: ModelFolder | None = None
     finetuned: Path | None = None
     pretrained: ModelFolder | None = None
+    left_out_bytes: int = 0
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a plan has to make smaller."""
+        sizes = self.facts.sizes
+        return replace(sizes, total_bytes=sizes.total_bytes - self.left_out_bytes)
 
 
 def read_source(path: Path, model: Path | None = None, pretrained: Path | None = None) -> Source:

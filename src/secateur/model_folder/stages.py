@@ -97,6 +97,9 @@ def run_stages(
             f"layers {sorted(found.mtp_counts)} predict further tokens (MTP) and are not pruned with the others: say "
             "what becomes of them with --mtp whole or --mtp drop"
         )
+    if mtp == "drop":
+        mtp_bytes = sum(found.files.tensors[name].length for name in found.mtp)
+        source = dataclasses.replace(source, left_out_bytes=mtp_bytes)
     counts = check_choice(source, choice)
     place = place_of_work(out)
     if dry_run or not place.is_dir():
@@ -128,7 +131,8 @@ def run_stages(
             if set(choice.sums) - set(observed.stats.sums):  # kept by a start with another criterion
                 take()
                 observed = Observation.load(stats)
-            source = of_observation(observed, found, str(stats))
+            seen = of_observation(observed, found, str(stats))
+            source = dataclasses.replace(seen, left_out_bytes=source.left_out_bytes)
         try:
             plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
         except SecateurError:

@@ -32,6 +32,7 @@ from secateur.files.going_on import told_how_to_go_on
 from secateur.files.json import read_object
 from secateur.files.progress import OnStage, Steps
 from secateur.files.refused import refusal_in_words, refused_by_the_disk
+from secateur.files.seen import Seen
 from secateur.modeling_secateur import ExpertLayout
 from secateur.pretraining.arguments import training_arguments
 from secateur.pretraining.models import given_tokenizer, load_model, load_moe, make_model, model_config, model_facts
@@ -58,11 +59,13 @@ from secateur.train.stopping import StopAtSignal
 class Shared:
     """What a run and its control share.
 
-    layout: of their model, where it is known already; see `describe_moe`. command: what the run was started by.
+    seen: the files of the data. layout: of their model, where it is known already; see `describe_moe`. command: what
+    the run was started by.
     """
 
     data: PreparedData
     data_folder: Path
+    seen: Seen
     sizes: ParallelSizes
     layout: ExpertLayout | None
     command: Any
@@ -115,6 +118,7 @@ def run_pretraining(
                 Shared(
                     data=data,
                     data_folder=folder.data,
+                    seen=_seen(folder.data),
                     sizes=sizes,
                     layout=found.moe.layout,
                     command=_command(),
@@ -159,6 +163,7 @@ def resume(
             shared = Shared(
                 data=data,
                 data_folder=folder.data,
+                seen=_seen(folder.data),
                 sizes=sizes,
                 layout=None,
                 command=folder.read_run().get("command"),
@@ -166,6 +171,11 @@ def resume(
                 on_progress=on_progress,
             )
             return _finish(settings, folder, shared)
+
+
+def _seen(data: Path) -> Seen:
+    """On the rank that writes; others may not see the folder."""
+    return Seen.of(path for path in sorted(data.rglob("*")) if path.is_file()) if launch.is_main() else Seen()
 
 
 def _sizes(settings: RunSettings) -> ParallelSizes:
@@ -190,7 +200,7 @@ def _finish(settings: RunSettings, folder: RunFolder, shared: Shared) -> dict[st
         if settings.control is not None:
             folder.control.path.mkdir(exist_ok=True)
             _stage(settings.control, folder.control, shared)
-    report: dict[str, Any] = launch.once(lambda: _report(folder))
+    report: dict[str, Any] = launch.once(lambda: _report(folder, shared.seen))
     return report
 
 
@@ -208,7 +218,8 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _report(folder: RunFolder) -> Any:
+def _report(folder: RunFolder, data: Seen) -> Any:
+    data.check(advice=f"the model is whole; {_MADE_AGAIN.format(folder.data)}")
     write_report(folder.path)
     for name in ("report.json", "plan.json"):
         atomic_write(folder.model / name, (folder.path / name).read_bytes())
@@ -228,6 +239,7 @@ def _data(
             if on_progress is not None:
                 on_progress(what, done, total or 0)
 
+        began = _data_digest(folder)
         data = prepare(
             settings.data.data,
             tokenizer=tokenizer(),
@@ -240,11 +252,28 @@ def _data(
             progress=progress,
         )
         check_data(settings.model, settings.training, data)
+        if began not in (None, data.report["digest"]):
+            raise SecateurError(
+                f"{folder.data}: it is missing, and the text that it was made from is not the same any more; put the "
+                "folder back, or the text, or start a new run"
+            )
         save_prepared(data, folder.data)
         launch.barrier()
         return data
     launch.barrier()
-    return load_prepared(folder.data)
+    try:
+        return load_prepared(folder.data)
+    except SecateurError as error:
+        raise SecateurError(f"{error}; {_MADE_AGAIN.format(folder.data)}") from error
+
+
+_MADE_AGAIN = "take {} away and go on with --resume, which makes it again from the same text"
+
+
+def _data_digest(folder: RunFolder) -> str | None:
+    """Of the text that the run in a folder began with; None of a new one."""
+    told = folder.read_run().get("data") if folder.run.is_file() else None
+    return told.get("digest") if isinstance(told, dict) else None
 
 
 def _stage(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:

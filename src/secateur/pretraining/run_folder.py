@@ -52,7 +52,17 @@ class RunFolder:
             raise SecateurError(f"--out {self.path}: expected a folder, found a file")
         if self.path.is_dir() and any(entry != self.lock for entry in self.path.iterdir()):
             hint = "; go on with it by --resume" if self.run.exists() else ""
+            if not hint and (self.metrics.exists() or self.checkpoints.exists()):
+                hint = "; they are of a run whose run.json is gone, so nobody can go on with it: take the folder away"
             raise SecateurError(f"--out {self.path}: expected a new or empty folder, found files in it{hint}")
+
+    def require_there(self) -> None:
+        """Raises SecateurError: the folder was taken away, or emptied, while its run is going."""
+        if not self.run.exists():
+            raise SecateurError(
+                f"{self.run}: it is gone; the folder of the run was removed while the run was going. Take away what is "
+                "left of it, and start again"
+            )
 
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
@@ -95,7 +105,8 @@ class RunFolder:
             SecateurError: there is none, it cannot be read, or something is wrong in it.
         """
         if not self.run.is_file():
-            raise SecateurError(f"{self.path}: nothing to resume, found no run.json in it")
+            found = "found no run.json in it" if self.path.is_dir() else "there is no such folder"
+            raise SecateurError(f"{self.path}: nothing to resume, {found}")
         content = read_object(self.run)
         as_record(content, RunFile, str(self.run))
         return content

@@ -48,6 +48,7 @@ class RunLog(TrainingLog):
         self._folder.write_events(self._laep.events)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._folder.require_there()  # else a checkpoint would make it again, without what it began with
         super().on_step_end(args, state, control, **kwargs)
         pruner = self._laep.pruner
         assert pruner is not None

@@ -15,6 +15,7 @@ from secateur.files.atomic import atomic_write
 from secateur.files.json import read_json
 from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnProgress, counted, silent
+from secateur.files.seen import Seen
 from secateur.plans import JSON, Plan, is_side_file
 from secateur.surgery.config_json import MODULE, has_expert_count, is_pruned, with_counts
 from secateur.surgery.fits import check_multiple, check_reroutes
@@ -87,11 +88,13 @@ def apply_to_checkpoint(
         The report, which is also written as report.json.
 
     Raises:
-        SecateurError: the source is not such a checkpoint or is damaged, the plan does not fit, `out` is not free.
+        SecateurError: the source is not such a checkpoint or is damaged, or was changed meanwhile; the plan does not
+            fit, `out` is not free.
         OSError: the disk refused; nothing is left under the name of `out`.
     """
     check_target(source, out)
     check_reroutes(plan)
+    seen = Seen.of(path for path in sorted(source.rglob("*")) if path.is_file())
     parts = _parts(source, naming, plan)
     counts_before = _joint_counts(parts)
     filled = plan.filled(counts_before)  # lists every layer; what is saved is the plan that was given
@@ -118,6 +121,8 @@ def apply_to_checkpoint(
         for part in parts:
             verify_written(part.stored, FORMATS[part.format].read(beside / part.folder), part.survey.changes)
         atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
+        seen.check([*(source / part.folder / name for part in parts for name in part.stored.files),
+                    *(source / relative for relative in others)])  # fmt: skip
     return report
 
 

@@ -57,6 +57,7 @@ def evaluate_text(
     for model, found in surveys.items():
         streamed = why_not_loaded(found) is not None if stream is None else stream
         lost = (streamed_losses if streamed else loaded_losses)(found, batches, device, on_step(model))
+        found.files.check_unchanged(read=found.files.model_files)
         more = None if first is None else difference(lost, first, seed=seed)
         first = first or lost
         results.append({

@@ -80,6 +80,7 @@ class ImageObservation:
         observation = Observation(
             stats=observer.read(), model=model_facts(self._found), data={**self.data, "versions": versions()}
         )
+        self._found.files.check_unchanged(read=self._found.files.model_files)
         observation.save(self._out)
         return observation
 

@@ -147,6 +147,7 @@ class TextObservation:
             model=model_facts(self._found),
             data={**self._data.to_json(), "batch_size": self._batch_size, "versions": versions()},
         )
+        self._found.files.check_unchanged(read=self._found.files.model_files)
         if self._is_new and self._out.exists() and not _are_same(Observation.load(self._out), observation):
             raise SecateurError(f"--out {self._out}: it is there already, and not from this run; take it away")
         observation.save(self._out)

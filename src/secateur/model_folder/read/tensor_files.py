@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.json import read_object
 from secateur.files.safetensors_header import Header, read_header
+from secateur.files.seen import Seen
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # What `secateur prune` leaves in its result; not beside config.json, where vLLM takes every *.safetensors for weights
@@ -43,7 +44,7 @@ class TensorFiles:
 
     tensors: by name, in the order of the files and of the bytes in them. headers: of every file with weights of the
     model. index: the parsed index; None where the model is one file. others: files to carry along. left_out: files
-    with weights in other forms, which nobody opens.
+    with weights in other forms, which nobody opens. seen: all the others as they were before they were read.
     """
 
     path: Path
@@ -53,6 +54,28 @@ class TensorFiles:
     index: Mapping[str, Any] | None
     others: tuple[PurePosixPath, ...]
     left_out: tuple[PurePosixPath, ...]
+    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+
+    def check_unchanged(self, *, read: Collection[str] | None = None) -> None:
+        """Compare the files with what they were before they were read.
+
+        Args:
+            read: names of the files that matter; all but those that are left out without it.
+
+        Raises:
+            SecateurError: one is gone, or is not the same.
+        """
+        self.seen.check(None if read is None else [self.path / name for name in read])
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """All files but those that are left out."""
+        return (*self.model_files, *map(str, self.others))
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """config.json, the index where there is one, and the files with weights."""
+        return (CONFIG, *([] if self.index is None else [INDEX]), *self.headers)
 
     @property
     def config_digest(self) -> str:
@@ -102,8 +125,10 @@ def read_tensor_files(path: Path) -> TensorFiles:
     """
     if not path.is_dir():
         raise SecateurError(f"{path}: not a folder, expected a model in Hugging Face's form")
+    seen = Seen.of(path / name for name in (CONFIG, INDEX) if (path / name).is_file())
     config = read_object(path / CONFIG)
     index, listed, files = _weight_files(path)
+    seen |= Seen.of(path / name for name in files)
     headers = {name: read_header(path / name) for name in files}
     tensors: dict[str, StoredTensor] = {}
     for file, header in headers.items():
@@ -119,7 +144,14 @@ def read_tensor_files(path: Path) -> TensorFiles:
         raise SecateurError(f"{path}: its safetensors files hold no tensor")
     others, left_out = _other_files(path, files)
     return TensorFiles(
-        path=path, config=config, tensors=tensors, headers=headers, index=index, others=others, left_out=left_out
+        path=path,
+        config=config,
+        tensors=tensors,
+        headers=headers,
+        index=index,
+        others=others,
+        left_out=left_out,
+        seen=seen | Seen.of(path / relative for relative in others),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
-from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.new_folder import check_target, copy_file, roll_back, written_beside, written_together
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
@@ -63,9 +63,12 @@ def apply_to_model(
         The report, which is also written as report.json.
 
     Raises:
-        SecateurError: the source is damaged or is no such model, the plan does not fit, `out` or `undo` is not free.
+        SecateurError: the source is damaged or is no such model, or was changed meanwhile; the plan does not fit, `out`
+            or `undo` is not free.
         OSError: the disk refused; nothing is left under the names of `out` and `undo`.
     """
+    if undo is not None and not dry_run:
+        roll_back(out, undo)
     check_target(source, out)
     if undo is not None:
         check_target(source, undo, "--undo")
@@ -88,7 +91,7 @@ def apply_to_model(
     limit = None if folder.files.index is None else _largest_file(folder.files)
     shards = into_shards(kept, limit)
     on_chunk = counted(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
-    with written_beside(out) as beside, _maybe(undo) as side:
+    with _written(out, undo) as (beside, side):
         write_weights(folder.files, shards, beside, on_chunk)
         if limit is not None:
             write_index(beside, shards, _index_metadata(folder.files, shards))
@@ -108,6 +111,7 @@ def apply_to_model(
             write_undo(folder.files, plan, mtp, into_shards(dropped, _largest_file(folder.files), stem="dropped"), side,
                        copied, on_chunk)  # fmt: skip
         finish(beside)
+        folder.files.check_unchanged()
     return report
 
 
@@ -188,9 +192,11 @@ def _index_metadata(folder: TensorFiles, shards: list[Shard]) -> Mapping[str, An
 
 
 @contextlib.contextmanager
-def _maybe(out: Path | None) -> Iterator[Path | None]:
-    if out is None:
-        yield None
-        return
-    with written_beside(out) as beside:
-        yield beside
+def _written(out: Path, undo: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """A folder to fill, and one for what it lacks."""
+    if undo is None:
+        with written_beside(out) as beside:
+            yield beside, None
+    else:
+        with written_together(out, undo) as both:
+            yield both

@@ -22,6 +22,7 @@ from secateur.files.new_folder import check_target, copy_file, written_beside
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import Header, parse_header, read_header
+from secateur.files.seen import Seen
 from secateur.model_folder.read.model_folder import ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, dropped_tensors, kept_tensors
@@ -92,11 +93,16 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
             compared with the source by its SHA-256 before it gets its name.
         OSError: the disk refused.
     """
+    seen = Seen.of(path for path in sorted(undo.rglob("*")) if path.is_file())
+    record, plan = read_record(undo)
+    if _is_restored(out, record, undo):  # by a process that was killed afterwards
+        sizes = {name: (undo / HEADERS / name).stat().st_size for name in record.weights}
+        return _restored(record, sum(weights.bytes - sizes[name] for name, weights in record.weights.items()))
     for folder in (pruned, undo):
         check_target(folder, out)
-    record, plan = read_record(undo)
     source = understand(_source(record, undo))
-    parts = _parts(source, record, plan.filled(source.all_counts), read_tensor_files(pruned), undo)
+    found = read_tensor_files(pruned)
+    parts = _parts(source, record, plan.filled(source.all_counts), found, undo)
     total = sum(part.now.length for of_file in parts.values() for part in of_file)
     on_chunk = counted(total, on_bytes)
     with written_beside(out) as beside:
@@ -111,7 +117,25 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
         for name, digest in record.copied.items():
             copy_file(pruned / name, beside / name)
             _check_digest(beside / name, digest, "it was changed after the pruning")
-    return {"files": [*record.weights, *record.replaced, *record.copied], "bytes": total}
+        seen.check()
+        found.check_unchanged()
+    return _restored(record, total)
+
+
+def _restored(record: UndoFile, num_bytes: int) -> dict[str, Any]:
+    return {"files": [*record.weights, *record.replaced, *record.copied], "bytes": num_bytes}
+
+
+def _is_restored(out: Path, record: UndoFile, undo: Path) -> bool:
+    """Whether the folder holds the source already, byte for byte, and nothing else."""
+    if not out.is_dir() or out.is_symlink():
+        return False
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    if names != {*record.weights, *record.replaced, *record.copied}:
+        return False
+    digests = {name: weights.sha256 for name, weights in record.weights.items()} | record.copied
+    digests |= {name: sha256_of(undo / FILES / name) for name in record.replaced}
+    return all(sha256_of(out / name) == digest for name, digest in digests.items())
 
 
 @dataclass(frozen=True, kw_only=True)

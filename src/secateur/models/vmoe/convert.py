@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from secateur.files.given import StrPath, check_given
 from secateur.files.new_folder import check_free, written_beside
 from secateur.files.progress import OnStage
 from secateur.files.refused import refused_by_the_disk
+from secateur.files.seen import Seen
 from secateur.models.vmoe.flax_checkpoint import read_vmoe
 from secateur.models.vmoe.pixels import FILE, default_pixels
 from secateur.results import Written
@@ -73,8 +75,10 @@ def convert_vmoe(
     check_given(convert_vmoe, locals())
     prefix, out = Path(prefix), Path(out)
     check_free(out)
+    prefix = prefix.with_name(prefix.name.removesuffix(".index"))
+    seen = Seen.of(path for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.*")) if path.is_file())
     model = read_vmoe(
-        prefix.with_name(prefix.name.removesuffix(".index")),
+        prefix,
         num_experts_per_tok=top_k,
         members=members,
         capacity_factor=capacity_factor,
@@ -86,6 +90,7 @@ def convert_vmoe(
         with refused_by_the_disk(beside):
             model.save_pretrained(beside)
         atomic_write(beside / FILE, json.dumps(default_pixels(config), indent=2) + "\n")
+        seen.check()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Converted(
         out=out,
