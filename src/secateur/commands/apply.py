@@ -104,6 +104,7 @@ def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:
         for name in report["files_copied"]
         if Path(name).name == "config.json"
     ]
-    if left_out := report.get("files_left_out"):
-        lines.append(f"left out, weights of the unpruned model in other forms: {', '.join(left_out)}")
+    left_out = report.get("why_left_out", {})
+    for why in dict.fromkeys(left_out.values()):
+        lines.append(f"left out, {why}: {', '.join(name for name in left_out if left_out[name] == why)}")
     return "\n".join(lines)

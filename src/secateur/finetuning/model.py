@@ -28,8 +28,8 @@ from secateur.model_folder.read.load import load_whole
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
-from secateur.model_folder.rewrite.apply import PAGE
 from secateur.model_folder.rewrite.report import REPORT, VERIFIED
+from secateur.model_folder.rewrite.side_files import PAGE
 from secateur.models.vmoe import VMoEForImageClassification
 
 HEAD = "classifier"

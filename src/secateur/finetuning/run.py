@@ -38,7 +38,7 @@ from secateur.finetuning.trainer import (
 from secateur.model_folder.read.modality import Modality, modality_of
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import FINETUNED
-from secateur.model_folder.rewrite.apply import CARD
+from secateur.model_folder.rewrite.side_files import CARD
 from secateur.train import checkpoints
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.distributed.launch import world_size

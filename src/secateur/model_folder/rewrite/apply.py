@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from secateur import modeling_secateur
@@ -15,20 +15,20 @@ from secateur.files.new_folder import check_target, copy_file, roll_back, writte
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, STATS, TensorFiles
+from secateur.model_folder.read.tensor_files import CONFIG, TensorFiles
 from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.compare import verify_written
 from secateur.model_folder.rewrite.config_json import edited_config
 from secateur.model_folder.rewrite.pieces import dropped_tensors, kept_tensors
-from secateur.model_folder.rewrite.report import REPORT, VERIFIED, describe, page
+from secateur.model_folder.rewrite.report import REPORT, describe, page
+from secateur.model_folder.rewrite.side_files import CARD, CODE, PAGE, PLAN, side_files
 from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
-from secateur.plans import JSON, Plan, is_side_file
-from secateur.surgery.config_json import MODULE, is_pruned
+from secateur.plans import JSON, Plan
+from secateur.surgery.config_json import is_pruned
 from secateur.surgery.fits import check_multiple, check_plan_fits
 
-PLAN, PAGE, CARD, CODE = "plan.json", "report.html", "README.md", f"{MODULE}.py"
 MTP_CHOICES = ("whole", "drop")
 ENDS = 4096  # bytes compared at either end of every copied piece; `secateur verify` compares all
 
@@ -82,8 +82,8 @@ def apply_to_model(
     if plan.leaves_zero_slots:
         check_buildable(folder, config)
     kept = kept_tensors(folder, filled, left_out)
-    copied = _files_to_copy(folder.files)
-    report = describe(folder, plan, filled, kept, mtp, [str(relative) for relative in copied])
+    beside_weights = side_files(folder, filled)
+    report = describe(folder, plan, filled, kept, mtp, beside_weights)
     history = _history(source, plan)
     if dry_run:
         return report
@@ -95,8 +95,11 @@ def apply_to_model(
         write_weights(folder.files, shards, beside, on_chunk)
         if limit is not None:
             write_index(beside, shards, _index_metadata(folder.files, shards))
-        for relative in copied:
+        for relative in beside_weights.copied:
             copy_file(source / relative, beside / relative)
+        for relative, content in beside_weights.rewritten.items():
+            (beside / relative).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(beside / relative, content)
         atomic_write(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if is_pruned(config):
             atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
@@ -109,7 +112,7 @@ def apply_to_model(
         atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
         if side is not None:
             write_undo(folder.files, plan, mtp, into_shards(dropped, _largest_file(folder.files), stem="dropped"), side,
-                       copied, on_chunk)  # fmt: skip
+                       beside_weights.copied, on_chunk)  # fmt: skip
         finish(beside)
         folder.files.check_unchanged()
     return report
@@ -164,14 +167,6 @@ def _check_model(folder: ModelFolder, plan: Plan) -> None:
             f"plan: it was made for a {told.get('model_type')} model with other layers or routers "
             f"than those of {folder.files.path}, a {here.model_type}"
         )
-
-
-def _files_to_copy(folder: TensorFiles) -> list[PurePosixPath]:
-    """All but what is about the source alone, or is made anew."""
-    about_source = {PurePosixPath(name) for name in (PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS, FINETUNED)}
-    return [
-        relative for relative in folder.others if relative not in about_source and not is_side_file(str(relative), PLAN)
-    ]
 
 
 def _largest_file(folder: TensorFiles) -> int:

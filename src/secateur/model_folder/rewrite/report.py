@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
@@ -22,6 +22,9 @@ from secateur.reporting.html import document, section, table
 from secateur.surgery.fits import check_copies
 from secateur.surgery.report import FORMAT, VERSION
 from secateur.version import __version__
+
+if TYPE_CHECKING:
+    from secateur.model_folder.rewrite.side_files import SideFiles
 
 FORMAT_OF_FOLDER = "Hugging Face safetensors"
 REPORT = "report.json"
@@ -58,12 +61,13 @@ def describe(
     plan: Plan,
     kept: Sequence[NewTensor],
     mtp: str | None,
-    files_copied: Sequence[str],
+    files: SideFiles,
 ) -> dict[str, JSON]:
     """The report: layers, tensors, bytes and files, before and after.
 
     Args:
         given: the plan of this step, without earlier ones; the report holds it. plan: the same, listing every layer.
+        files: what becomes of those beside the weights.
     """
     left_out = folder.mtp if mtp == "drop" else frozenset()
     layers: dict[str, JSON] = {}
@@ -92,6 +96,7 @@ def describe(
         "bytes_before": folder.files.num_bytes,
         "bytes_after": after,
     }
+    why_left_out: JSON = {str(relative): why for relative, why in files.left_out.items()}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -106,9 +111,10 @@ def describe(
         "checkpoints": [checkpoint],
         "bytes_before": folder.files.num_bytes,
         "bytes_after": after,
-        "files_copied": list(files_copied),
-        "files_left_out": [str(relative) for relative in folder.files.left_out],
-        "configs_edited": ["config.json"],
+        "files_copied": [str(relative) for relative in files.copied],
+        "files_left_out": [str(relative) for relative in files.left_out],
+        **({"why_left_out": why_left_out} if why_left_out else {}),
+        "configs_edited": ["config.json", *map(str, files.rewritten)],
         "mtp": mtp,
     }
 
@@ -141,6 +147,6 @@ def page(report: dict[str, Any]) -> str:
             *(f'<p class="note">{escape(note)}</p>' for note in notes if note),
             section("How the experts were chosen", table(("what", "value"), recipe(report["plan"]))),
             section("Layers", table(("layer", "experts before", "kept", "dropped"), rows)),
-            section("Files left out", table(("file",), [(name,) for name in report["files_left_out"]])),
+            section("Files left out", table(("file", "why"), list(report.get("why_left_out", {}).items()))),
         ],
     )
