@@ -31,6 +31,7 @@ from secateur.observation.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats
 from secateur.surgery.oracle import barred_experts
+from support.claims import ALL, outcome
 from support.faults import Kill
 from support.made_up_sums import sums_like
 from support.model_folders import contents, loaded, saved
@@ -82,7 +83,7 @@ def test_the_chain_on_the_disk_ends_in_what_the_barred_source_computes(name: str
     result = run_stages(
         tmp_path / "source", tmp_path / "out", HALF, observe=observe, undo=tmp_path / "undo", verify_tokens=8
     )
-    assert [check["passed"] for check in result["verified"]["checks"]] == [True] * 5, result["verified"]
+    assert outcome(result["verified"]["checks"]) == dict.fromkeys(ALL, True), result["verified"]
     assert json.loads((tmp_path / "out/verify.json").read_text()) == result["verified"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "undo"]
 
@@ -345,7 +346,7 @@ def test_criteria_without_data_need_none(criterion: str, run: Run, folder: Path)
     status, out, err = run(folder, "--criterion", criterion, "--keep", "0.75")
     assert status == 0, err
     assert f"{criterion}: experts 24 -> 18 in 3 layers" in out
-    assert out.count("passed: ") == 5
+    assert out.count("passed: ") == len(ALL)
     assert not (folder / "out/observed").exists()
     details = Plan.load(folder / "out/plan.json").details
     assert details["zero_weights"] == ({} if criterion in ("aimer", "weight_norm") else None)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from secateur.cli import app
 from secateur.errors import SecateurError
 from secateur.plans import Plan
+from support.claims import ALL, outcome
 from support.tiny_models import tiny_model
 from support.tuned_folders import lora_of, routers, write_adapter
 
@@ -59,7 +60,7 @@ def test_prune_needs_no_data_and_its_result_passes_every_check(folders: Path, tm
         "prune", folders / "tuned", "--pretrained", folders / "base", "--keep", "0.5", "--out", tmp_path / "out"
     )
     assert result["verified"]["passed"]
-    assert [check["passed"] for check in result["verified"]["checks"]] == [True] * 5
+    assert outcome(result["verified"]["checks"]) == dict.fromkeys(ALL, True)
     assert Plan.load(tmp_path / "out" / "plan.json").layers[0].order == tuple(KEPT[4])
     assert not (tmp_path / "out" / "observed").exists()
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from secateur import cli
 from secateur.model_folder.checks import sample
+from secateur.model_folder.checks.check import Check
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read import load as load_module
 from secateur.model_folder.rewrite.apply import apply_to_model
+from support.claims import ALL, detail, fallen, not_checked, outcome
 from support.model_folders import plan_of, saved
 
 PLAN = plan_of((0, [1, 3, 6]), (2, [2, 5, 7]))
@@ -47,8 +49,8 @@ def run(
     return end.value.code, captured.out, captured.err
 
 
-def passed(folders: Path, **options: Any) -> list[bool | None]:
-    return [check.passed for check in verify_model(folders / "source", folders / "out", **options)]
+def checked(folders: Path, **options: Any) -> list[Check]:
+    return verify_model(folders / "source", folders / "out", **options)
 
 
 def change(folder: Path, ending: str, by: float = 1.0) -> str:
@@ -68,12 +70,12 @@ def test_a_right_folder_passes_with_every_claim_in_words(
 ) -> None:
     status, out, _ = run(capsys, monkeypatch, folders)
     assert status == 0
-    assert out.count("passed: ") == 5
+    assert out.count("passed: ") == len(ALL)
     assert "32 tokens, bit for bit" in out
     assert run(capsys, monkeypatch, folders, "--quiet") == (0, "", "")
     status, out, _ = run(capsys, monkeypatch, folders, "--json", "--tokens", "8", "--seed", "3")
     result = json.loads(out)
-    assert (status, result["passed"], len(result["checks"])) == (0, True, 5)
+    assert (status, result["passed"], len(result["checks"])) == (0, True, len(ALL))
 
 
 @pytest.mark.slow
@@ -90,28 +92,29 @@ def test_one_changed_number_fails_by_its_name(
 
 def test_a_change_in_the_last_places_is_seen_in_the_logits_as_well(folders: Path) -> None:
     change(folders / "out", "model.norm.weight", by=1e-6)
-    checks = verify_model(folders / "source", folders / "out")
-    assert [check.passed for check in checks] == [True, False, True, False, True]
-    assert "largest difference" in checks[3].detail
+    checks = checked(folders)
+    assert fallen(checks) == {"tensors", "logits"}
+    assert "largest difference" in detail(checks, "logits")
+    assert detail(checks, "logits").endswith("first after the last layer")
 
 
 def test_two_experts_that_changed_places_fail_though_the_function_is_the_same(folders: Path) -> None:
     report = json.loads((folders / "out/report.json").read_text())
     report["plan"]["layers"]["0"]["order"] = [3, 1, 6]
     (folders / "out/report.json").write_text(json.dumps(report))
-    assert passed(folders) == [True, False, True, True, True]
+    assert fallen(checked(folders)) == {"tensors", "records"}
 
 
 def test_another_source_fails(folders: Path) -> None:
     shutil.rmtree(folders / "source")
     saved("qwen3_moe", folders / "source")
     change(folders / "source", "layers.1.mlp.experts.4.down_proj.weight")
-    assert passed(folders)[:2] == [True, False]
+    assert {"tensors", "logits"} <= fallen(checked(folders))
     report = json.loads((folders / "out/report.json").read_text())
     report["plan"]["layers"]["0"] = {"experts_before": 16, "order": [1, 3, 6]}
     (folders / "out/report.json").write_text(json.dumps(report))
-    checks = verify_model(folders / "source", folders / "out")
-    assert [check.passed for check in checks] == [False]
+    checks = checked(folders)
+    assert outcome(checks) == {"counts": False}
     assert "the plan is for another source, layers [0]" in checks[0].detail
 
 
@@ -124,11 +127,11 @@ def test_a_missing_and_an_unexpected_tensor_fail(folders: Path) -> None:
             save_file(tensors, path, metadata={"format": "pt"})
             index["weight_map"]["model.extra.weight"] = index["weight_map"].pop("model.norm.weight")
     (folders / "out/model.safetensors.index.json").write_text(json.dumps(index))
-    checks = verify_model(folders / "source", folders / "out", num_tokens=4)
-    assert "model.extra.weight is unexpected; model.norm.weight is missing" in checks[1].detail
-    assert checks[2].passed is False
-    assert "model.norm.weight" in checks[2].detail
-    assert "model.extra.weight" in checks[2].detail
+    checks = checked(folders, num_tokens=4)
+    assert fallen(checks) == {"tensors", "loads"}
+    assert "model.extra.weight is unexpected; model.norm.weight is missing" in detail(checks, "tensors")
+    assert "'missing_keys': ['model.norm.weight']" in detail(checks, "loads")
+    assert "'unexpected_keys': ['model.extra.weight']" in detail(checks, "loads")
 
 
 def test_the_same_bytes_of_another_type_fail(folders: Path) -> None:
@@ -137,9 +140,9 @@ def test_the_same_bytes_of_another_type_fail(folders: Path) -> None:
         if "model.norm.weight" in tensors:
             tensors["model.norm.weight"] = tensors["model.norm.weight"].view(torch.int32)
             save_file(tensors, path, metadata={"format": "pt"})
-    checks = verify_model(folders / "source", folders / "out", num_tokens=0)
-    assert [check.passed for check in checks[:2]] == [True, False]
-    assert "1 tensors are not: model.norm.weight is I32 [32], unlike model.norm.weight" in checks[1].detail
+    checks = checked(folders, num_tokens=0)
+    assert fallen(checks) == {"tensors"}
+    assert "1 tensors are not: model.norm.weight is I32 [32], unlike model.norm.weight" in detail(checks, "tensors")
 
 
 def test_what_was_not_looked_at_is_said(
@@ -147,9 +150,13 @@ def test_what_was_not_looked_at_is_said(
 ) -> None:
     status, out, _ = run(capsys, monkeypatch, folders, "--tokens", "0")
     assert status == 0
-    assert out.count("not checked: ") == 3
+    assert out.count("not checked: ") == 2
+    assert out.count("(--tokens 0)") == 2
     monkeypatch.setattr(load_module, "free_memory", lambda: 1)
-    assert passed(folders) == [True, True, None, None, None]
+    checks = checked(folders)
+    assert (fallen(checks), not_checked(checks)) == (set(), {"speaks"})
+    assert detail(checks, "speaks").endswith("of memory, 1 bytes are free")
+    assert detail(checks, "logits") == "32 tokens, bit for bit, one layer in memory at a time"
 
 
 def test_the_sample_may_be_a_text(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +169,10 @@ def test_the_sample_may_be_a_text(folders: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sample.AutoTokenizer, "from_pretrained", lambda folder, **_: Tokenizer())
     (folders / "text.txt").write_text("one two three four five")
-    checks = verify_model(folders / "source", folders / "out", num_tokens=3, text=folders / "text.txt")
+    checks = checked(folders, num_tokens=3, text=folders / "text.txt")
     assert seen == [("one two three four five", "pt")]
     assert [check.passed for check in checks] == [True] * 5
-    assert checks[3].detail.startswith("3 tokens")
+    assert detail(checks, "logits").startswith("3 tokens")
     (folders / "text.txt").write_text("one")
     with pytest.raises(ValueError, match="1 tokens, expected at least 2"):
         verify_model(folders / "source", folders / "out", text=folders / "text.txt")

@@ -42,6 +42,7 @@ from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
 from secateur.plans import Plan
 from secateur.stats import DEFAULT_SUMS
+from support.claims import ALL, outcome
 from support.faults import Kill
 from support.flax_files import params, random_arrays, write
 from support.model_folders import contents, saved
@@ -201,7 +202,7 @@ def test_prune_does_all_and_the_result_is_verified(kind: str, made: Path, tmp_pa
     assert status == 0, err
     result = json.loads(out)
     # a V-MoE says nothing, so that it cannot be asked to go on is no failure
-    assert [check["passed"] for check in result["verified"]["checks"]] == [True] * 4 + [None], result["verified"]
+    assert outcome(result["verified"]["checks"]) == dict.fromkeys(ALL, True) | {"speaks": None}, result["verified"]
     stats = Observation.load(tmp_path / "out/observed/stats.safetensors")
     assert stats.data["images"] == 16
     limits = describe_moe(tiny_vmoe(kind)).limits()

@@ -79,7 +79,7 @@ def test_verify_passes_in_any_order_of_the_experts(name: str, tmp_path: Path) ->
     moe = describe_moe(saved(name, tmp_path / "source"))
     apply_to_model(tmp_path / "source", random_plan(moe, seed=3, ascending=False), tmp_path / "out")
     checks = verify_model(tmp_path / "source", tmp_path / "out", num_tokens=8)
-    assert [check.passed for check in checks] == [True] * 5, checks
+    assert {check.passed for check in checks} == {True}, checks
 
 
 @pytest.mark.parametrize("name", [one for one in PACKINGS if one.values[0] not in LIKE_ANOTHER])

@@ -87,8 +87,8 @@ ROOMS: dict[str, Room] = {
     "model_folder.checks": Room(
         question="Is the result what the plan makes of the source?",
         may_import=_rooms(
-            "model_folder.rewrite model_folder.read surgery observation families modeling_secateur plans results "
-            "files errors"
+            "model_folder.rewrite model_folder.stream model_folder.read surgery observation families "
+            "modeling_secateur data plans version results files errors"
         ),
     ),
     "model_folder.evaluation": Room(

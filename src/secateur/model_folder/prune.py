@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.files.given import StrPath, StrPaths, as_texts, check_given
 from secateur.files.progress import OnStage
 from secateur.model_folder import stages
-from secateur.model_folder.checks.claims import Check
+from secateur.model_folder.checks.check import Check
 from secateur.model_folder.choice import choice_of
 from secateur.model_folder.measure.data_choice import Activations, DataOptions, device_named
 from secateur.model_folder.measure.data_pass import prepare

@@ -10,29 +10,14 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from secateur.errors import SecateurError
-from secateur.files.bytes_in_words import in_words
 from secateur.files.given import StrPath, check_given
 from secateur.files.json import read_object
-from secateur.files.progress import OnProgress, OnStage, counted, silent, stage
+from secateur.files.progress import OnProgress, OnStage, silent, stage
 from secateur.files.records import as_record
-from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
-from secateur.model_folder.rewrite.compare import differences
+from secateur.model_folder.checks.check import Check
+from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.report import REPORT, read_applied
-from secateur.model_folder.rewrite.zero_slots import kept_slots
-from secateur.plans import Plan
 from secateur.results import Result
-
-SHOWN = 5  # failures of one check in a message
-WITHOUT = {False: "the dropped experts barred", True: "the dropped experts silent"}  # by Plan.leaves_zero_slots
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One claim. passed: None where it was not looked at, with the reason in `detail`."""
-
-    claim: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,83 +96,18 @@ def verify_model(
     Raises:
         SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
     """
-    plan, mtp = read_applied(pruned / REPORT)
+    given, mtp = read_applied(pruned / REPORT)
     before, after = read_model_folder(source), read_model_folder(pruned)
-    left_out = before.mtp if mtp == "drop" else frozenset()
-    plan = plan.filled(before.all_counts)
-    counts = _counts(before, after, plan)
+    plan = given.filled(before.all_counts)
+    # here: what headers alone refuse needs no model class
+    from secateur.model_folder.checks.computes import computing_checks
+    from secateur.model_folder.checks.contents import Pruning, content_checks, counts_check
+
+    pruning = Pruning(before=before, after=after, given=given, plan=plan, mtp=mtp)
+    counts = counts_check(pruning)
     if not counts.passed:
         return [counts]
-    return [counts, _bytes(before, after, plan, left_out, on_bytes), *_run(before, after, plan, num_tokens, text, seed)]
-
-
-def _counts(before: ModelFolder, after: ModelFolder, plan: Plan) -> Check:
-    expected = {layer: plan.layers[layer].experts_after for layer in before.counts}
-    wrong_plan = [
-        layer for layer, layer_plan in plan.layers.items() if before.all_counts.get(layer) != layer_plan.experts_before
-    ]
-    kept = kept_slots(before, plan) if plan.leaves_zero_slots and not wrong_plan else {}
-    slots = before.slots if plan.leaves_zero_slots else expected
-    passed = not wrong_plan and (expected, kept, slots) == (dict(after.counts), dict(after.config.kept), after.slots)
-    detail = f"{sum(expected.values())} experts in {len(expected)} layers"
-    detail += f", of {sum(slots.values())} slots" if kept else ""
-    if wrong_plan:
-        detail = f"the plan is for another source, layers {wrong_plan}"
-    elif not passed:
-        detail = f"found {dict(after.counts)}" + (f" at the slots {dict(after.config.kept)}" if kept else "")
-    claim = "every layer has the experts that the plan keeps, and config.json says so"
-    return Check(claim=claim, passed=passed, detail=detail)
-
-
-def _bytes(
-    before: ModelFolder, after: ModelFolder, plan: Plan, left_out: frozenset[str], on_bytes: OnProgress
-) -> Check:
-    on_chunk = counted(after.files.num_bytes, on_bytes)
-    found = [str(difference) for difference in differences(before, after, plan, left_out, on_chunk=on_chunk)]
-    detail = f"{len(after.files.tensors)} tensors, {in_words(after.files.num_bytes)}"
-    if found:
-        detail = f"{len(found)} tensors are not: " + "; ".join(found[:SHOWN])
-    return Check(claim="every kept tensor equals its source byte for byte", passed=not found, detail=detail)
-
-
-def _run(
-    before: ModelFolder, after: ModelFolder, plan: Plan, num_tokens: int, text: Path | None, seed: int
-) -> list[Check]:
-    import torch
-
-    from secateur.families import logits_of
-    from secateur.model_folder.checks.sample import NEW_TOKENS, ROUNDING, generated, logits_without_dropped, sample_for
-    from secateur.model_folder.read.load import load, why_not_loaded
-
-    loads = "it loads with no tensor missing, unexpected or newly initialised"
-    equal = f"its logits are those of the source with {WITHOUT[plan.leaves_zero_slots]}"
-    speaks = "it generates"
-    reason = "--tokens 0" if num_tokens == 0 else why_not_loaded(before)
-    if reason is not None:
-        return [Check(claim=claim, passed=None, detail=reason) for claim in (loads, equal, speaks)]
-    sample = sample_for(before.files.path, before, num_tokens, text, seed)
-    try:
-        expected = logits_without_dropped(before.files.path, before, plan, sample)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise SecateurError(f"{before.files.path}: the source itself cannot be run ({error})"[:500]) from error
-    try:
-        model, problems = load(after.files.path, after)
-        found = logits_of(model, sample)
-        said = generated(model, sample)
-    except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
-        return [Check(claim=loads, passed=False, detail=f"{type(error).__name__}: {error}"[:500])]
-    ascending = all(plan.layers[layer].is_ascending for layer in before.counts)
-    difference = float((found - expected).abs().max())
-    same = torch.equal(found, expected)
-    close = difference <= ROUNDING * max(float(expected.abs().max()), 1.0)
-    how = "bit for bit" if same else f"largest difference {difference:.3g}"
-    seen = f"{len(sample)} images" if sample.is_floating_point() else f"{sample.shape[1]} tokens"
-    speech = "it is no language model" if said is None else " ".join(map(str, said))
-    return [
-        Check(claim=loads, passed=not problems, detail=str(problems)[:500] if problems else type(model).__name__),
-        Check(claim=equal, passed=same if ascending else close, detail=f"{seen}, {how}"),
-        Check(claim=speaks, passed=None if said is None else len(said) == NEW_TOKENS, detail=speech),
-    ]
+    return [counts, *content_checks(pruning, on_bytes), *computing_checks(pruning, num_tokens, text, seed)]
 
 
 def as_json(source: Path, pruned: Path, checks: list[Check]) -> dict[str, Any]:

@@ -90,21 +90,31 @@ def barred(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterator[
 
 @contextmanager
 def _barred_router(router: nn.Module, layer_plan: LayerPlan) -> Iterator[None]:
-    """A router that gives (scores (T, E), logits (T, E)): it sees the kept rows, the others score 0."""
-    weight = router.weight
-    assert isinstance(weight, nn.Parameter)
-    kept = torch.tensor(layer_plan.order, device=weight.device)
+    """A router that gives (scores (T, E), logits (T, E)): it sees the kept rows, the others score 0.
+
+    Its weight is taken while it runs: of a model that is read layer by layer it is there only then.
+    """
+    whole: list[nn.Parameter] = []
+
+    def bar(module: nn.Module, args: Any) -> None:
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        whole.append(weight)
+        kept = torch.tensor(layer_plan.order, device=weight.device)
+        module.weight = nn.Parameter(weight.detach()[kept], requires_grad=False)
 
     def spread(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        module.weight = whole.pop()
+        kept = torch.tensor(layer_plan.order, device=output[0].device)
         return tuple(
             value.new_full((len(value), layer_plan.experts_before), fill).index_copy_(1, kept, value)
             for value, fill in zip(output, (0.0, float("-inf")), strict=True)
         )
 
-    router.weight = nn.Parameter(weight.detach()[kept], requires_grad=False)
-    handle = router.register_forward_hook(spread)
+    before = router.register_forward_pre_hook(bar)
+    after = router.register_forward_hook(spread)
     try:
         yield
     finally:
-        handle.remove()
-        router.weight = weight
+        before.remove()
+        after.remove()

@@ -1,24 +1,23 @@
-"""What a pruned folder and its source are run on, and what each of them says."""
+"""What a pruned folder and its source are run on, and what a model says after it."""
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from secateur.errors import SecateurError
-from secateur.families import logits_of
-from secateur.model_folder.checks.oracle import without_dropped
-from secateur.model_folder.read.load import load
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.plans import Plan
 
 NEW_TOKENS = 4  # that the pruned model generates
-ROUNDING = 1e-4  # of the largest logit, where experts changed places and sums are taken in another order
+
+
+def is_of_images(folder: ModelFolder) -> bool:
+    """Whether the model reads images and no text."""
+    return bool(folder.config.model_class.main_input_name == "pixel_values")
 
 
 def sample_for(folder: Path, source: ModelFolder, num_tokens: int, text: Path | None, seed: int) -> Tensor:
@@ -28,7 +27,7 @@ def sample_for(folder: Path, source: ModelFolder, num_tokens: int, text: Path | 
     """
     generator = torch.Generator().manual_seed(seed)
     config = source.config.text
-    if source.config.model_class.main_input_name == "pixel_values":
+    if is_of_images(source):
         if text is not None:
             raise SecateurError(f"--text {text}: a {source.config.model_type!r} model reads images; leave it out")
         num_images = -(-num_tokens // (config.image_size // config.patch_size) ** 2)
@@ -50,22 +49,19 @@ def _text_of(path: Path) -> str:
         raise SecateurError(f"--text {path}: not UTF-8 ({error})") from error
 
 
-def logits_without_dropped(folder: Path, source: ModelFolder, plan: Plan, sample: Tensor) -> Tensor:
-    """Logits of the source without the experts that the plan drops, in its meaning of that; it lists every layer."""
-    model, _ = load(folder, source)
-    with without_dropped(model, source, plan):
-        logits = logits_of(model, sample)
-    del model
-    gc.collect()
-    return logits
-
-
 def generated(model: PreTrainedModel, tokens: Tensor) -> list[int] | None:
-    """What the model says after the tokens, greedily; None for a model that does not speak."""
+    """What the model says after the tokens, greedily; None for a model that does not speak.
+
+    By settings of our own: those of a folder may ask for several sequences, for sampling, or for what needs more.
+    """
     if not model.can_generate():
         return None
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    model.generation_config = settings  # from which generate() takes what the settings that it is given do not say
     with torch.no_grad():
         found: Any = model.generate(  # type: ignore[operator]
-            tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
         )
     return [int(token) for token in found[0, tokens.shape[1] :]]

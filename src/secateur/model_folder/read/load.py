@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,58 @@ from transformers.utils import logging
 
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.dtypes import torch_dtypes
 from secateur.files.memory import free_memory
+from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.modeling_secateur import pruned_model_class
+from secateur.modeling_secateur import pruned_model_class, read_pruned_config
+
+DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
+WHILE_LOADING = 1.5  # times the bytes of a model: while experts are stacked, some of them are there twice
 
 
-def why_not_loaded(folder: ModelFolder) -> str | None:
-    """Why a model cannot be run here; None where it can."""
+def why_not_loaded(folder: ModelFolder, times: float = 1.0) -> str | None:
+    """Why a model cannot be loaded as a whole here; None where it can.
+
+    Args:
+        times: the bytes of its tensors that are needed.
+    """
     if folder.files.is_quantised:
         return "it is quantised, and its experts are compared as bytes only"
-    need, free = folder.files.num_bytes, free_memory()
+    need, free = int(folder.files.num_bytes * times), free_memory()
     if need > free:
         return f"it needs {in_words(need)} of memory, {in_words(free)} are free"
     return None
+
+
+def problems_by_names(folder: ModelFolder) -> dict[str, list[str]]:
+    """What transformers reports of loading the folder's tensors, by their names, types and shapes; none is read."""
+    native: Any = folder.config.model_class
+    loader, config = native, folder.config.config
+    if folder.config.is_pruned:
+        loader, config = pruned_model_class(native), read_pruned_config(floats(dict(folder.files.config)))
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
+        for name, tensor in folder.files.tensors.items()
+    }
+    with no_loading_bars():
+        _, info = loader.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=tensors,
+            device_map={"": "meta"},
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return _problems(info, folder)
+
+
+def _problems(info: Mapping[str, Iterable[Any]], folder: ModelFolder) -> dict[str, list[str]]:
+    """What transformers reports, without layers that predict further tokens: its classes have no place for them."""
+    found = {key: sorted(map(str, value)) for key, value in info.items()}
+    found["unexpected_keys"] = [name for name in found.get("unexpected_keys", []) if name not in folder.mtp]
+    return {key: value for key, value in found.items() if value}
 
 
 @contextlib.contextmanager
@@ -57,7 +97,7 @@ def load(
     with torch.no_grad():
         for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
             tensor.data = tensor.data.clone()
-    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
+    return model, _problems(info, source)
 
 
 def load_whole(source: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto") -> PreTrainedModel:

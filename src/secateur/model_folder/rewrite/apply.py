@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from secateur.model_folder.rewrite.pieces import dropped_tensors, kept_tensors
 from secateur.model_folder.rewrite.report import REPORT, describe, page
 from secateur.model_folder.rewrite.side_files import CARD, CODE, PAGE, PLAN, side_files
 from secateur.model_folder.rewrite.undo import write_undo
-from secateur.model_folder.rewrite.writer import Shard, into_shards, write_index, write_shard
+from secateur.model_folder.rewrite.writer import Shard, file_metadata, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan
 from secateur.surgery.config_json import is_pruned
@@ -84,7 +84,7 @@ def apply_to_model(
     kept = kept_tensors(folder, filled, left_out)
     beside_weights = side_files(folder, filled)
     report = describe(folder, plan, filled, kept, mtp, beside_weights)
-    history = _history(source, plan)
+    history = history_of(source, plan)
     if dry_run:
         return report
     dropped = [] if undo is None else dropped_tensors(folder, filled, left_out)
@@ -94,7 +94,7 @@ def apply_to_model(
     with _written(out, undo) as (beside, side):
         write_weights(folder.files, shards, beside, on_chunk)
         if limit is not None:
-            write_index(beside, shards, _index_metadata(folder.files, shards))
+            write_index(beside, shards, index_metadata(folder.files, sum(tensor.length for tensor in kept)))
         for relative in beside_weights.copied:
             copy_file(source / relative, beside / relative)
         for relative, content in beside_weights.rewritten.items():
@@ -118,7 +118,7 @@ def apply_to_model(
     return report
 
 
-def _history(source: Path, plan: Plan) -> Plan:
+def history_of(source: Path, plan: Plan) -> Plan:
     """What was done to the model so far, this plan included."""
     earlier = source / PLAN
     if not earlier.is_file():
@@ -138,8 +138,7 @@ def check_target_pair(out: Path, undo: Path) -> None:
 
 def write_weights(folder: TensorFiles, shards: list[Shard], target: Path, on_chunk: OnChunk) -> None:
     """Write files whose bytes come from the files of `folder`."""
-    texts = [set(header.metadata.items()) for header in folder.headers.values()]
-    metadata = {"format": "pt"} | dict(sorted(set.intersection(*texts)))
+    metadata = file_metadata(folder)
     for shard in shards:
         write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, on_chunk)
 
@@ -177,13 +176,12 @@ def _largest_file(folder: TensorFiles) -> int:
     return max(sizes.values())
 
 
-def _index_metadata(folder: TensorFiles, shards: list[Shard]) -> Mapping[str, Any]:
-    """That of the source's index, with the new numbers."""
+def index_metadata(folder: TensorFiles, num_bytes: int) -> dict[str, Any]:
+    """That of the source's index, with the new number of bytes."""
     found = folder.index.get("metadata") if folder.index is not None else None
     metadata = dict(found) if isinstance(found, dict) else {}
-    lengths = [tensor.length for shard in shards for tensor in shard.tensors]
     metadata.pop("total_parameters", None)  # nobody can count parameters packed into bytes; no reader asks
-    return metadata | {"total_size": sum(lengths)}
+    return metadata | {"total_size": num_bytes}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.progress import OnChunk
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
-from secateur.model_folder.read.tensor_files import INDEX
+from secateur.model_folder.read.tensor_files import INDEX, TensorFiles
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
@@ -79,6 +79,12 @@ def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, ob
     listed = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     index = {"metadata": dict(metadata), "weight_map": dict(sorted(listed.items()))}
     atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def file_metadata(folder: TensorFiles) -> dict[str, str]:
+    """Of every file written: what the headers of the source's files agree on."""
+    texts = [set(header.metadata.items()) for header in folder.headers.values()]
+    return {"format": "pt"} | dict(sorted(set.intersection(*texts)))
 
 
 class Writer:

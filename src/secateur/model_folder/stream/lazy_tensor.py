@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files.dtypes import torch_dtypes
+from secateur.model_folder.read.load import DTYPES
 from secateur.model_folder.read.tensor_files import StoredTensor
-
-DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
 
 
 class LazyTensor:

@@ -27,9 +27,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from secateur.errors import SecateurError
 from secateur.model_folder.read.config import floats
-from secateur.model_folder.read.load import no_loading_bars, text_model
+from secateur.model_folder.read.load import DTYPES, no_loading_bars, text_model
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.stream.lazy_tensor import DTYPES, LazyTensor
+from secateur.model_folder.stream.lazy_tensor import LazyTensor
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config, replace_tensor_
 
 RECORDS = ("output_router_logits", "output_hidden_states", "output_attentions")  # what a forward may keep of all layers

@@ -61,6 +61,18 @@ class MemoryStates:
         pass
 
 
+class KeptStates(MemoryStates):
+    """In memory, of one batch, and kept: handed_on has what each layer gave to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handed_on: list[Tensor] = []
+
+    def put(self, stage: int, index: int, hidden: Tensor) -> None:
+        super().put(stage, index, hidden)
+        self.handed_on.append(self.get(stage, index))
+
+
 class StageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """stage.json: the last stage that is finished, and the form of what its layers return."""
 
