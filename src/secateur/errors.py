@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
+LONGEST = 2000  # characters of a message; what a damaged file holds may have millions
+LINE_END = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
 
 class SecateurError(ValueError):
     """Something given to Secateur cannot be used.
 
-    The message names the thing, what was found and what was expected. The command line prints it without a
-    traceback and exits with status 2.
+    The message names the thing, what was found and what was expected, in one line that can be printed. The command
+    line prints it without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(as_line(str(message)))
+
+
+def as_line(text: str) -> str:
+    """A text in one line that every terminal shows as it is meant, whatever names and values of a file are in it.
+
+    >>> as_line("a\\n  b\\x1b[31m")
+    'a b\\\\x1b[31m'
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}"
+    if not text.isprintable():
+        text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in LINE_END.sub(" ", text).strip())
+    return text

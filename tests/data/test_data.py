@@ -179,7 +179,7 @@ def test_spec_that_names_nothing_readable_is_refused_at_once(
         ("a.txt", b" \n\t", r"a\.txt': found no text, expected at least one document that is not blank"),
         ("a.txt", b"caf\xe9 au lait", r"a\.txt: not UTF-8 \(byte 0xe9 at offset 3\), expected UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 \(byte 0xff"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not a valid JSON line"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not JSON in UTF-8"),
         ("a.jsonl", b"[1]", r"a\.jsonl:1: found a JSON list, expected an object"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: found the keys \['body'\], expected the text under 'text'"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: found int under 'text', expected a string"),

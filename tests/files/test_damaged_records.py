@@ -622,8 +622,9 @@ RECORDS = {
     ),
     "stage of an observation": Record(
         file="stage.json",
-        sample={"stage": 2, "form": "tuple 2"},
+        sample={"stage": 2, "form": "tuple 2", "sha256": {"0": "ab"}},
         read=lambda path: DiskStates(path.parent),
+        accepts={"sha256": GONE, "sha256.0": GONE | {"text"}},
         is_required=False,
     ),
     "a layer of an observation": Record(

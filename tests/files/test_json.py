@@ -109,7 +109,7 @@ def test_what_has_no_size_ahead_is_read_up_to_the_limit(tmp_path: Path, monkeypa
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match=rf"^{re.escape(str(tmp_path))}/none: cannot be read \(No such file or dir"):
         read_json(tmp_path / "none")
-    with pytest.raises(SecateurError, match=r"^the plan: cannot be read \(Is a directory\)$"):
+    with pytest.raises(SecateurError, match=r"^the plan: cannot be read \(it is a folder, expected a file\)$"):
         read_json(tmp_path, where="the plan")
     with pytest.raises(SecateurError, match=r"none: cannot be read"):
         list(read_lines(tmp_path / "none"))

@@ -95,7 +95,7 @@ def test_other_files_are_refused_and_run_nothing(
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"logical_count": 1})[:-3]])
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(SecateurError, match="cannot be read as tensors"):
+    with pytest.raises(SecateurError, match=r"a\.pt: not a whole zip archive"):
         read_recording(tmp_path / "a.pt")
-    with pytest.raises(SecateurError, match="no such file"):
+    with pytest.raises(SecateurError, match="No such file"):
         read_recording(tmp_path / "b.pt")

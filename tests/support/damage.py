@@ -109,19 +109,24 @@ def damaged_values(sample: Any, wrong: Mapping[str, Any] = WRONG | ALWAYS_WRONG)
 
 
 def damaged_json(sample: Any, wrong: Mapping[str, Any] = WRONG | ALWAYS_WRONG) -> Iterator[Damaged]:
-    """`damaged_values` as text, with a key twice in every object; and what can be wrong with a text itself."""
+    """`damaged_values` as text, and `damaged_text`."""
     for damage in damaged_values(sample, wrong):
         yield damage._replace(data=json.dumps(damage.data).encode())
+    yield from damaged_text(sample)
+
+
+def damaged_text(sample: Any) -> Iterator[Damaged]:
+    """What can be wrong with a JSON text itself: a key twice in an object, cuts, bytes, nesting."""
     for steps, value in places(sample):
         if isinstance(value, dict):
             twice = json.dumps({**value, "unheard of": 1}).replace('"unheard of"', json.dumps(next(iter(value), "")))
             text = json.dumps(replaced(sample, steps, "HERE")).replace('"HERE"', twice)
             yield Damaged(in_words(steps), "key twice", text.encode())
-    text = json.dumps(sample).encode()
-    for end in sorted({0, 1, len(text) - 1, *(len(text) * part // 8 for part in range(1, 8))}):
-        yield Damaged("", f"cut after {end} bytes", text[:end])
-        yield Damaged("", f"not UTF-8 at byte {end}", text[:end] + b"\xff" + text[end:])
-    yield Damaged("", "text after it", text + b"]")
+    whole = json.dumps(sample).encode()
+    for end in sorted({0, 1, len(whole) - 1, *(len(whole) * part // 8 for part in range(1, 8))}):
+        yield Damaged("", f"cut after {end} bytes", whole[:end])
+        yield Damaged("", f"not UTF-8 at byte {end}", whole[:end] + b"\xff" + whole[end:])
+    yield Damaged("", "text after it", whole + b"]")
     yield Damaged("", "nested without end", b"[" * 100_000)
     yield Damaged("", "objects without end", b'{"a":' * 100_000)
     yield Damaged("", "a number of 5000 digits", b"1" * 5000)
@@ -162,17 +167,15 @@ def damaged_safetensors(data: bytes, *, seed: int = 0, count: int = 40) -> Itera
     """The header with wrong values and a length that lies, and `damaged_bytes`."""
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
-    few = dict(list(header.items())[:3])
-    for damage in damaged_json(few, WRONG | ALWAYS_WRONG | HOSTILE):
-        try:
-            changed = json.loads(damage.data)
-            text = json.dumps({**header, **changed}).encode() if isinstance(changed, dict) else damage.data
-            if damage.what in ("missing", "key twice"):
-                others = {key: value for key, value in header.items() if key not in few}
-                text = damage.data if damage.what == "key twice" else json.dumps({**changed, **others}).encode()
-        except ValueError:
-            text = damage.data
-        yield Damaged(f"header {damage.place}", damage.what, struct.pack("<Q", len(text)) + text + rest)
+    few, others = dict(list(header.items())[:3]), dict(list(header.items())[3:])
+    of_header = [
+        damage._replace(
+            data=json.dumps(damage.data | others if isinstance(damage.data, dict) else damage.data).encode()
+        )
+        for damage in damaged_values(few, WRONG | ALWAYS_WRONG | HOSTILE)
+    ]
+    for place, what, text in (*of_header, *damaged_text(header)):
+        yield Damaged(f"header {place}", what, struct.pack("<Q", len(text)) + text + rest)
     for wrong in (0, 1, 7, length - 1, length + 1, len(data), 2**31, 2**32, 2**62, 2**64 - 1):
         yield Damaged("length of the header", str(wrong), struct.pack("<Q", wrong) + data[8:])
     yield from damaged_bytes(data, seed=seed, count=count)
@@ -250,7 +253,9 @@ def hostile_pickles(marker: str) -> Iterator[Damaged]:
     yield Damaged("", "nested", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
     yield Damaged("", "marks", b"\x80\x02" + b"(" * 1_000_000 + b".")
     yield Damaged("", "a frame", b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.")
-    yield Damaged("", "a number of a million digits", b"\x80\x02\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20 + b".")
+    yield Damaged(
+        "", "a number of a million digits", b"\x80\x02\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20 + b"."
+    )
     yield Damaged("", "nothing on the stack", b"\x80\x02.")
     yield Damaged("", "another value", pickle.dumps([1, "x", {"a": None}]))
 

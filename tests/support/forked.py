@@ -32,7 +32,9 @@ class Outcome:
     num_bytes: int = 0
 
 
-def outcomes(read: Callable[[Any], object], inputs: Sequence[Any], refusals: tuple[type[Exception], ...] = (SecateurError,)) -> list[Outcome]:
+def outcomes(
+    read: Callable[[Any], object], inputs: Sequence[Any], refusals: tuple[type[Exception], ...] = (SecateurError,)
+) -> list[Outcome]:
     """Call `read` on each input; a child goes on after the one that killed the last."""
     found: list[Outcome] = []
     context = multiprocessing.get_context("fork")
@@ -55,7 +57,9 @@ def outcomes(read: Callable[[Any], object], inputs: Sequence[Any], refusals: tup
     return found
 
 
-def _work(read: Callable[[Any], object], inputs: Iterable[Any], there: Any, refusals: tuple[type[Exception], ...]) -> None:
+def _work(
+    read: Callable[[Any], object], inputs: Iterable[Any], there: Any, refusals: tuple[type[Exception], ...]
+) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

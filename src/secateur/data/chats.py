@@ -6,8 +6,8 @@ plain text. A folder or a glob holds chats when all text files in it are .jsonl 
 
 from __future__ import annotations
 
+import codecs
 import glob
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.corpus import READERS
 from secateur.errors import SecateurError
+from secateur.files.json import parse_json
+from secateur.files.limits import MAX_JSON
+from secateur.files.opened import opened
 
 MESSAGES = "messages"
+BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,29 +78,26 @@ def _split(spec: str) -> tuple[str | None, str]:
 
 def _is_chat(file: Path, text_key: str) -> bool:
     """By its first line; what is wrong with a line is said when it is read."""
-    with file.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
+    with opened(file) as lines:
+        first = next((line for line in iter(lambda: lines.readline(MAX_JSON + 1), b"") if line.strip()), b"")
     try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
+        row = parse_json(first.removeprefix(BOM), str(file))
+    except SecateurError:
         return False
     return isinstance(row, dict) and MESSAGES in row and text_key not in row
 
 
 def _chats(files: list[Path], domain: str) -> Iterator[Chat]:
     for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with opened(file) as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_JSON + 1), b""), start=1):
                 if line.strip():
                     source = f"{file}:{number}"
                     yield Chat(messages=_messages(line, source), source=source, domain=domain)
 
 
 def _messages(line: bytes, source: str) -> Any:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SecateurError(f"{source}: not a valid JSON line ({error})") from error
+    row = parse_json(line.removeprefix(BOM), source)
     messages = row.get(MESSAGES) if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise SecateurError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import importlib
 import io
-import json
 import os
 import re
 import sysconfig
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.json import parse_json
+from secateur.files.limits import MAX_JSON
+from secateur.files.opened import opened
 
 Texts = Iterator[tuple[str, str]]  # (text, source)
 HUB_PREFIX = "hf:"
@@ -185,20 +187,18 @@ def _file_texts(files: Sequence[Path], text_key: str) -> Texts:
 
 
 def _whole_file(path: Path, text_key: str) -> Texts:
-    yield _decode(path.read_bytes(), str(path)), str(path)
+    with opened(path, where=f"data file {path}") as file:
+        yield _decode(file.read(), str(path)), str(path)
 
 
 def _json_lines(path: Path, text_key: str) -> Texts:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with opened(path, where=f"data file {path}") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_JSON + 1), b""), start=1):
             source = f"{path}:{number}"
             text = _decode(line, source)
             if not text or text.isspace():
                 continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise SecateurError(f"{source}: not a valid JSON line ({error})") from error
+            row = parse_json(text, source)
             if not isinstance(row, dict):
                 raise SecateurError(f"{source}: found a JSON {type(row).__name__}, expected an object")
             if "messages" in row and text_key not in row:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from secateur.errors import SecateurError
+from secateur.files.archive import DAMAGED, members_of
+from secateur.files.opened import opened
 
 Pixels8: TypeAlias = NDArray[np.uint8]
 # suffix -> the reader of Pillow, which goes by the content: it is offered no others, some of which start programs
@@ -23,6 +26,10 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif"
 # mode of an image file -> the one it is read in: grey or colour, 8 bits
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB", "RGBX": "RGB",
          "CMYK": "RGB", "YCbCr": "RGB"}  # fmt: skip
+
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MAX_PIXELS = 40_000_000  # of an image file, whatever it says: a pixel takes six bytes while it is read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,14 +173,19 @@ def _check_suffixes(path: Path, files: Sequence[Path]) -> None:
 
 def _read(file: Path) -> Pixels8:
     try:
-        with Image.open(file, formats=sorted(set(FORMATS.values()))) as opened:
-            if opened.mode not in MODES:
-                raise SecateurError(f"{file}: an image of mode {opened.mode!r}, expected one of {', '.join(MODES)}")
-            upright = ImageOps.exif_transpose(opened)
+        with opened(file) as data, Image.open(data, formats=sorted(set(FORMATS.values()))) as image:
+            if image.mode not in MODES:
+                raise SecateurError(f"{file}: an image of mode {image.mode!r}, expected one of {', '.join(MODES)}")
+            if math.prod(image.size) > MAX_PIXELS:
+                width, height = image.size
+                raise SecateurError(
+                    f"{file}: {width} x {height} pixels, expected at most {MAX_PIXELS} in all; make it smaller first"
+                )
+            upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data and upright.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 raise SecateurError(f"{file}: parts of it are transparent; put it on a background first")
             pixels = np.asarray(upright.convert(MODES[upright.mode]))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DAMAGED, OSError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, SecateurError):
             raise
         raise SecateurError(f"{file}: cannot be read as an image ({type(error).__name__}: {error})") from error
@@ -197,13 +209,35 @@ def _of_arrays(path: Path) -> Images:
 
 
 def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    with opened(path) as file:
+        archive, members = members_of(file, str(path))
+        missing = [name for name in ("images", "labels") if f"{name}.npy" not in members]
+        if missing:
+            found = ", ".join(name.removesuffix(".npy") for name in members)
+            raise SecateurError(f"{path}: no array {' and '.join(missing)}, found {found}")
+        images, labels = (_array(archive, members[f"{name}.npy"], f"{path}: {name}") for name in ("images", "labels"))
+        return images, labels
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> NDArray[Any]:
+    """An array of numbers; its header is compared with what the archive holds before there is room for it."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            missing = sorted({"images", "labels"} - set(stored.files))
-            if missing:
-                raise SecateurError(f"{path}: no array {' and '.join(missing)}, found {', '.join(stored.files)}")
-            return stored["images"], stored["labels"]
-    except SecateurError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SecateurError(f"{path}: cannot be read as .npz without pickle ({error})") from error
+        with archive.open(member) as packed:
+            header = HEADERS.get(np.lib.format.read_magic(packed))
+            if header is None:
+                raise SecateurError("a form that arrays of numbers do not have")
+            shape, by_columns, dtype = header(packed)
+            length = math.prod(shape) * dtype.itemsize
+            if dtype.kind not in "biufc" or any(size < 0 for size in shape):
+                raise SecateurError(f"{dtype} {shape}, expected numbers")
+            if length != member.file_size - packed.tell():
+                raise SecateurError(f"{dtype} {shape}, but there are {member.file_size - packed.tell()} bytes of it")
+            array = np.empty(length, dtype=np.uint8)
+            view, done = memoryview(array), 0
+            while count := packed.readinto(view[done:]):
+                done += count
+    except (*DAMAGED, OSError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise SecateurError(f"{where} cannot be read as an array without pickle ({error})") from error
+    if done != length:
+        raise SecateurError(f"{where}: {done} of {length} bytes; it is truncated")
+    return array.view(dtype).reshape(shape, order="F" if by_columns else "C")

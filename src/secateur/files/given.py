@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any
 
@@ -42,14 +42,20 @@ def check_least(least: int, **options: float | None) -> None:
 
 
 def check_given(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Refuse a number, a text or a flag of another type than a function's annotations say, by its option.
+    """Refuse a number, a text or a flag of another type than a function's annotations say, and what is no path.
 
     Args:
-        arguments: by name; those that the annotations say more of, such as paths and mappings, are left alone.
+        arguments: by name; those that the annotations say more of, such as mappings of numbers, are left alone.
 
     Raises:
-        SecateurError: names the first one.
+        SecateurError: names the option of the first one.
     """
+    for name, kinds in _path_hints(function).items():
+        for given in _each(arguments[name]):
+            if not _is_path_like(given, kinds):
+                raise SecateurError(
+                    f"--{name.replace('_', '-')}: found {given!r:.80}, expected the path of a file or folder"
+                )
     for name, kinds in _plain_hints(function).items():
         value = arguments[name]
         if any(isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool)) for kind in kinds):
@@ -62,8 +68,32 @@ def check_given(function: Callable[..., Any], arguments: Mapping[str, Any]) -> N
 def _plain_hints(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
     """{parameter: what its annotation is made of}, where that is in KINDS alone."""
     hints = {name: hint for name, hint in typing.get_type_hints(function).items() if name != "return"}
-    parts = {
-        name: typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-        for name, hint in hints.items()
-    }
+    parts = {name: _parts(hint) for name, hint in hints.items()}
     return {name: kinds for name, kinds in parts.items() if all(kind in KINDS for kind in kinds)}
+
+
+@functools.cache
+def _path_hints(function: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+    """{parameter: the types that it may have beside paths}, where it may be a path."""
+    hints = {name: _parts(hint) for name, hint in typing.get_type_hints(function).items() if name != "return"}
+    return {
+        name: tuple(typing.get_origin(part) or part for part in parts)
+        for name, parts in hints.items()
+        if os.PathLike[str] in parts
+    }
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def _each(given: Any) -> Iterator[Any]:
+    yield from given if isinstance(given, list | tuple) else (given,)
+
+
+def _is_path_like(given: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether it is one of these types; a path must be one that a file can have, and "" is the folder one is in."""
+    if isinstance(given, str | os.PathLike):
+        path = os.fspath(given)
+        return isinstance(path, str) and path != "" and "\0" not in path
+    return isinstance(given, kinds) and not isinstance(given, bytes | bytearray)

@@ -12,6 +12,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.limits import MAX_DEPTH, MAX_JSON, SHOWN
+from secateur.files.opened import opened
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character; two make a whole one
 TOO_LARGE = f"more than {MAX_JSON} bytes, which is no record and no description of a model"
@@ -57,7 +58,7 @@ def read_json(path: Path, *, where: str | None = None, constants: bool = True) -
     """
     where = str(path) if where is None else where
     try:
-        with path.open("rb") as file:
+        with opened(path, where=where, pipes=True) as file:
             if os.fstat(file.fileno()).st_size > MAX_JSON:
                 raise SecateurError(f"{where}: {TOO_LARGE}")
             data = file.read(MAX_JSON + 1)  # a pipe has no size
@@ -68,7 +69,7 @@ def read_json(path: Path, *, where: str | None = None, constants: bool = True) -
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds. Raises as `read_json`, and when the file holds another value."""
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise SecateurError(f"{path}: the file is missing")
     value = read_json(path)
     if not isinstance(value, dict):
@@ -88,7 +89,7 @@ def read_lines(path: Path, *, until_cut: bool = False) -> Iterator[tuple[str, An
         SecateurError: the file cannot be read, or as `parse_json` for another line.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_JSON + 1), b""), start=1):
                 try:
                     value = parse_json(line, f"{path}:{number}")

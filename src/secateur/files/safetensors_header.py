@@ -13,6 +13,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.files.json import parse_json
+from secateur.files.opened import opened
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LENGTH = struct.Struct("<Q")  # of the header, in front of it
@@ -51,10 +52,10 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file.
 
     Raises:
-        SecateurError: the file is truncated, is no such file, or its tensors overlap, leave gaps or do not fit.
-        OSError: it cannot be read.
+        SecateurError: the file cannot be read, is truncated, is no such file, or its tensors overlap, leave gaps or do
+            not fit.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else 0

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.files.archive import load_plain
 from secateur.files.digest import sha256_of
+from secateur.files.limits import MAX_COUNT
+from secateur.files.opened import opened
 from secateur.stats import LayerStats, RouterStats
 
 KEY = "logical_count"
+WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def read_recording(path: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -30,28 +34,38 @@ def read_recording(path: Path) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         SecateurError: no such file, not a recording, or counts that are not whole numbers of 0 or more.
     """
-    if not path.is_file():
-        raise SecateurError(f"recording {path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the archive, of the pickle in it, or of what that asks for
-        message = str(error).strip().partition("\n")[0]
-        raise SecateurError(f"recording {path}: cannot be read as tensors and plain values ({message:.200})") from error
+    with opened(path, where=f"recording {path}") as file:
+        content = load_plain(file, f"recording {path}")
     if isinstance(content, dict) and "records" in content:
         raise SecateurError(
             f"recording {path}: written by the mode per_pass or per_token; expected one of the mode stat or stat_approx"
         )
     count = content.get(KEY) if isinstance(content, dict) else None
-    if not isinstance(count, Tensor) or count.ndim not in (2, 3) or count.is_floating_point() or count.is_complex():
-        found = f"{count.dtype} {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+    if type(count) is not Tensor or not _is_plain(count) or count.ndim not in (2, 3) or not count.numel():
         raise SecateurError(
-            f"recording {path}: {KEY} is {found}, expected whole numbers of shape (steps, layers, experts)"
+            f"recording {path}: {KEY} is {_described(count)}, expected whole numbers of shape (steps, layers, experts)"
         )
     if bool((count < 0).any()):
         raise SecateurError(f"recording {path}: {KEY} has negative counts, such as {int(count.min())}")
+    if float(count.double().sum()) >= MAX_COUNT:
+        raise SecateurError(f"recording {path}: {KEY} counts more than {MAX_COUNT} tokens")
     steps = count.shape[0] if count.ndim == 3 else 1
     about = {"format": "sglang", "digest": sha256_of(path), "steps": steps}
     return count.reshape(-1, *count.shape[-2:]).sum(dim=0), about
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether whole numbers lie in memory one by one: it is not quantised, sparse, or one that is repeated."""
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    return is_dense and tensor.dtype in WHOLE and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    shape = "of several shapes" if value.is_nested else tuple(value.shape)
+    form = "" if value.layout is torch.strided and value.device.type == "cpu" else f" {value.layout} {value.device}"
+    return f"{value.dtype} {shape}{form}"
 
 
 def stats_of_recording(recorded: Tensor, counts: Mapping[int, int], *, num_layers: int, top_k: int) -> RouterStats:

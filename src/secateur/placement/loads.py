@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from secateur.errors import SecateurError
 from secateur.files.json import parse_json, read_json
+from secateur.files.opened import opened
 from secateur.files.records import Count, Finite, Layer, as_record
 
 Loads = dict[int, list[float]]
@@ -44,10 +45,8 @@ def _stored(path: Path) -> Loads:
 
 def _last_line(path: Path) -> bytes:
     """The last window. A line without an end is what a killed writer leaves: it does not count."""
-    try:
-        complete = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise SecateurError(f"{path}: cannot be read ({error.strerror})") from error
+    with opened(path, pipes=True) as file:
+        complete = file.read().split(b"\n")[:-1]
     if not complete:
         raise SecateurError(f"{path}: no line in it, expected at least one window of loads")
     return complete[-1]

@@ -20,6 +20,7 @@ from msgspec import Meta
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_json
+from secateur.files.opened import opened
 from secateur.files.records import Count, Expert, Experts, Finite, Layer, Name, Positive, as_record
 from secateur.files.safetensors_header import Header, header_end, parse_header, read_header, with_sorted_metadata
 from secateur.plans.arrays import Matrix, Neurons
@@ -172,12 +173,10 @@ def load(path: Path) -> tuple[Any, bytes | None]:
     if digest is None or not is_digest(digest):  # a wrong one is refused with the rest
         return data, None
     beside = side_of(path.resolve(), digest)  # beside the file itself, not beside a link to it
-    if not beside.is_file():
+    if not beside.exists() and not beside.is_symlink():
         raise SecateurError(f"{where}: its side file {beside.name} is missing, expected it beside the plan")
-    try:
-        return data, beside.read_bytes()
-    except OSError as error:
-        raise SecateurError(f"{where}: its side file {beside.name} cannot be read ({error.strerror})") from error
+    with opened(beside, where=f"{where}: its side file {beside.name}") as file:
+        return data, file.read()
 
 
 def side_of(path: Path, digest: str) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.files.atomic import atomic_write
-from secateur.files.given import StrPath
+from secateur.files.given import StrPath, check_given
 from secateur.files.progress import OnStage, stage
 from secateur.reporting.gallery import gallery
 from secateur.reporting.numbers import report_json
@@ -47,6 +47,7 @@ def report(run: StrPath, *, on_progress: OnStage | None = None) -> RunReport:
         >>> secateur.report("run").page
         PosixPath('run/report.html')
     """
+    check_given(report, locals())
     folder, on_figure = Path(run), stage("drawing", on_progress)
     data = read_run(folder)
     entries = gallery(data)

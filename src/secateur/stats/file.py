@@ -23,6 +23,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import parse_json
 from secateur.files.limits import MAX_LAYER
+from secateur.files.opened import opened
 from secateur.files.safetensors_header import Entry, Header, header_bytes, read_header, with_sorted_metadata
 from secateur.stats.layer import LayerStats
 from secateur.stats.sums import SUMS
@@ -77,10 +78,9 @@ def read_layers(path: Path) -> tuple[dict[int, LayerStats], Any]:
     """
     try:
         header = read_header(path)
-        file = path.open("rb")
-    except (OSError, SecateurError) as error:
+    except SecateurError as error:
         raise SecateurError(f"cannot be read ({error})") from error
-    with file:
+    with opened(path) as file:
         entries = _checked_entries(header)
         about = parse_json(header.metadata.get("about", "null"), "about")
         return {layer: _read_layer(file, layer, entries[layer]) for layer in sorted(entries)}, about

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from secateur.errors import SecateurError
+from secateur.files.limits import MAX_JSON
+from secateur.files.opened import read_bytes
 from secateur.training_checkpoint.stored import (
     Chunk,
     StoredBytes,
@@ -35,7 +37,7 @@ def read_dcp(folder: Path) -> StoredCheckpoint:
     """
     path = file_inside(folder, FILE)
     try:
-        top = _fields(read_stubs(path.read_bytes()), "Metadata")
+        top = _fields(read_stubs(read_bytes(path, most=MAX_JSON)), "Metadata")
         places, files = _places(folder, _typed(top.get("storage_data"), dict, "storage_data"))
         tensors: dict[str, StoredTensor] = {}
         blobs: dict[str, StoredBytes] = {}

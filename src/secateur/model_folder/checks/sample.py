@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from secateur.errors import SecateurError
+from secateur.files.opened import opened
 from secateur.model_folder.read.model_folder import ModelFolder
 
 NEW_TOKENS = 4  # that the pruned model generates
@@ -44,7 +45,8 @@ def sample_for(folder: Path, source: ModelFolder, num_tokens: int, text: Path | 
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with opened(path, where=f"--text {path}", pipes=True) as file:
+            return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise SecateurError(f"--text {path}: not UTF-8 ({error})") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.files.given import StrPath
+from secateur.files.given import StrPath, check_given
 from secateur.files.progress import OnStage
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.results import Result
@@ -57,6 +57,7 @@ def inspect(model: StrPath, *, on_progress: OnStage | None = None) -> Inspection
         >>> found.experts[0], found.top_k
         (128, 8)
     """
+    check_given(inspect, locals())
     folder = read_model_folder(Path(model))
     limits, sizes = _limits(folder), bytes_per_expert(folder)
     return Inspection(

@@ -76,10 +76,15 @@ def understand(files: TensorFiles) -> ModelFolder:
         SecateurError: the names fit none or two of the layouts, a name sounds like an expert's or a router's and no
             rule covers it, a tensor is missing, or holds another number of experts than the config says.
     """
-    from secateur.model_folder.read.config import read_config  # here: what headers alone refuse needs no model class
+    # here: what headers alone refuse needs no model class
+    from secateur.model_folder.read.config import read_config
+    from secateur.model_folder.read.plausible import check_plausible, no_more_modules_than
 
     try:
-        return _understand(files, read_config(files.config))
+        check_plausible(files.config, files.tensors)
+        with no_more_modules_than(files.tensors):
+            config = read_config(files.config)
+        return _understand(files, config)
     except SecateurError as error:
         raise SecateurError(f"{files.path}: {error}") from error
 

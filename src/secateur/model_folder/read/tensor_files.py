@@ -121,7 +121,6 @@ def read_tensor_files(path: Path) -> TensorFiles:
     Raises:
         SecateurError: no config.json, no safetensors files or only pickled ones, a missing or truncated file, an index
             that disagrees with the files or leads out of the folder, a tensor that is there twice.
-        OSError: a file cannot be read.
     """
     if not path.is_dir():
         raise SecateurError(f"{path}: not a folder, expected a model in Hugging Face's form")

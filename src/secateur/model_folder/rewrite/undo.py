@@ -19,9 +19,10 @@ from secateur.files.atomic import atomic_write
 from secateur.files.digest import sha256_of
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.opened import read_bytes
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.files.records import Count, as_record
-from secateur.files.safetensors_header import Header, parse_header, read_header
+from secateur.files.safetensors_header import LENGTH, MAX_HEADER, Header, parse_header, read_header
 from secateur.files.seen import Seen
 from secateur.model_folder.read.model_folder import ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
@@ -108,7 +109,7 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
     with written_beside(out) as beside:
         for name, weights in record.weights.items():
             with Writer(beside / name, Path, on_chunk) as writer:
-                writer.put((undo / HEADERS / name).read_bytes())
+                writer.put(read_bytes(undo / HEADERS / name, most=LENGTH.size + MAX_HEADER))
                 for part in parts[name]:
                     writer.append(part.now)
             _check_digest(beside / name, weights.sha256, "the folders do not belong together")
@@ -193,7 +194,7 @@ def _source(record: UndoFile, undo: Path) -> TensorFiles:
     tensors: dict[str, StoredTensor] = {}
     for name, weights in record.weights.items():
         path = undo / HEADERS / name
-        headers[name] = parse_header(_read(path), weights.bytes, path)
+        headers[name] = parse_header(read_bytes(path, most=LENGTH.size + MAX_HEADER), weights.bytes, path)
         for tensor, entry in headers[name].entries.items():
             tensors[tensor] = StoredTensor(
                 file=name, dtype=entry.dtype, shape=entry.shape, start=entry.start, length=entry.length
@@ -241,9 +242,3 @@ def _check_digest(path: Path, digest: str, why: str) -> None:
     found = sha256_of(path)
     if found != digest:
         raise SecateurError(f"{path.name}: SHA-256 {found}, expected {digest}; {why}")
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise SecateurError(f"{path}: the file is missing")
-    return path.read_bytes()

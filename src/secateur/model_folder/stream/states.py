@@ -5,6 +5,7 @@ A stage is what one layer is given; stage L, after the last of L layers, is what
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
-from secateur.files.records import Layer, as_record
+from secateur.files.opened import opened
+from secateur.files.records import Count, Layer, Name, as_record
 from secateur.files.safetensors_header import with_sorted_metadata
 
 FORM = r"^(tensor|tuple [1-9][0-9]{0,5})\Z"
@@ -74,10 +76,11 @@ class KeptStates(MemoryStates):
 
 
 class StageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """stage.json: the last stage that is finished, and the form of what its layers return."""
+    """stage.json: the last stage that is finished, the form of what its layers return, SHA-256 of each batch's file."""
 
     stage: Layer
     form: Annotated[str, msgspec.Meta(pattern=FORM, description="'tensor' or 'tuple N'")]
+    sha256: dict[Count, Name] = {}
 
 
 class DiskStates:
@@ -94,6 +97,7 @@ class DiskStates:
         """
         self._folder, self._record = folder, folder / "stage.json"
         self.first, self.form = 0, None
+        self._digests: dict[int, dict[int, str]] = {}  # by stage and batch
         folder.mkdir(parents=True, exist_ok=True)
         if self._record.exists():
             try:
@@ -101,19 +105,33 @@ class DiskStates:
             except SecateurError as error:
                 raise SecateurError(f"{error}; not what an unfinished run writes, use --restart") from error
             self.first, self.form = found.stage, found.form
+            self._digests[found.stage] = found.sha256
         self._keep_only(self.first)
 
     def get(self, stage: int, index: int) -> Tensor:
-        tensor = safetensors.torch.load_file(self._path(stage, index))["hidden"]
-        return tensor.clone()  # a mapped file begins at any address, and matrix products round by that
+        """
+        Raises:
+            SecateurError: the file is not the one that was written.
+        """
+        path = self._path(stage, index)
+        with opened(path) as file:
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != self._digests[stage].get(index):
+            raise SecateurError(f"{path}: not what an unfinished run writes, use --restart")
+        tensor = safetensors.torch.load(content)["hidden"]
+        return tensor.clone()  # it begins at any address, and matrix products round by that
 
     def put(self, stage: int, index: int, hidden: Tensor) -> None:
         path = self._path(stage, index)
         path.parent.mkdir(exist_ok=True)
-        atomic_write(path, with_sorted_metadata(safetensors.torch.save({"hidden": _plain(hidden)})))
+        content = with_sorted_metadata(safetensors.torch.save({"hidden": _plain(hidden)}))
+        self._digests.setdefault(stage, {})[index] = hashlib.sha256(content).hexdigest()
+        atomic_write(path, content)
 
     def finish(self, stage: int) -> None:
-        atomic_write(self._record, json.dumps({"stage": stage, "form": self.form}))
+        digests = self._digests[stage]
+        atomic_write(self._record, json.dumps({"stage": stage, "form": self.form, "sha256": digests}))
+        self._digests = {stage: digests}
         self._keep_only(stage)
 
     def _path(self, stage: int, index: int) -> Path:

@@ -19,6 +19,10 @@ AT_LEAST_ONE = (
     "image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "intermediate_size", "num_experts", "num_experts_per_tok", "ensemble_size",
 )  # fmt: skip
+NOT_NEGATIVE = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "router_noise_std",
+    "importance_loss_coef", "load_loss_coef",
+)  # fmt: skip
 
 
 class VMoEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -116,6 +120,10 @@ def check(config: VMoEConfig) -> None:
             raise SecateurError(f"VMoEConfig: {name} is {factor!r}, expected a number above 0, or None")
         if factor is None and config.router_type == "expert_choice" and config.expert_capacity is None:
             raise SecateurError(f"VMoEConfig: {name} is None, but experts that choose tokens need a number of places")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise SecateurError(f"VMoEConfig: {name} is {value!r:.40}, expected a number of at least 0")
     _check_members(config)
 
 

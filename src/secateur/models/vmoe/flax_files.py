@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.files.opened import opened
 
 VERSION = "20220622"
 CHUNKS_KEY = "__msgpack_array_chunk_a87ca2__"  # says that a map holds chunks of arrays
@@ -228,7 +229,8 @@ def _unpack(path: Path, types: Mapping[int, Any]) -> dict[str, Any]:
         import msgpack
     except ImportError as error:
         raise SecateurError("V-MoE checkpoints need the package msgpack: pip install secateur[vision]") from error
-    data = path.read_bytes()
+    with opened(path) as file:
+        data = file.read()
 
     def extension(code: int, value: bytes) -> Any:
         return types[code](value) if code in types else msgpack.ExtType(code, value)
