@@ -13,6 +13,7 @@ from typing import Any
 
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
+LAYERS = "transformers.modeling_layers"  # it imports MODELS, and our models import it
 MODEL_TYPE = "secateur_moe"
 MODEL_MODULES = ("secateur.models.vmoe.modeling",)  # each registers its classes when it is imported
 
@@ -20,7 +21,7 @@ MODEL_MODULES = ("secateur.models.vmoe.modeling",)  # each registers its classes
 def when_auto_classes_load() -> None:
     """Register now what is loaded of transformers' auto classes, and the rest at the moment it is."""
     waiting = {}
-    for name, register in {CONFIGS: _register_configs, MODELS: _register_models}.items():
+    for name, register in {CONFIGS: _register_configs, MODELS: _register_models, LAYERS: _register_models}.items():
         if name in sys.modules:
             register()
         else:
@@ -51,7 +52,9 @@ def _register_configs() -> None:
 
 
 def _register_models() -> None:
-    for name in MODEL_MODULES:
+    """Once MODELS is loaded, and LAYERS is not half loaded, as it is for a while where a model class comes first."""
+    half = LAYERS in sys.modules and not hasattr(sys.modules[LAYERS], "GradientCheckpointingLayer")
+    for name in MODEL_MODULES if MODELS in sys.modules and not half else ():
         importlib.import_module(name)
 
 

@@ -25,6 +25,7 @@ from secateur.modeling_secateur import (
     find_expert_layout,
     is_of_experts,
     layer_of,
+    most,
     native_config,
     probe_counts,
 )
@@ -148,7 +149,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_s
         layout = layout or find_expert_layout(native, config, probe_counts(config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SecateurError(f"model type {model_type!r}: cannot find its experts: {error}") from error
-    top_k = _first_int(config, TOP_K_KEYS)
+    top_k = top_k_in(config)
     if top_k is None:
         raise SecateurError(f"model type {model_type!r}: no top-k in its config (looked for {', '.join(TOP_K_KEYS)})")
     num_groups, min_experts = (1, 1) if has_some else router_needs(config, top_k)
@@ -302,13 +303,14 @@ def plain_class(model: nn.Module) -> Any:
     return bases[2] if bases[1].__name__ == "FSDPModule" else bases[0]
 
 
-def _first_int(config: PreTrainedConfig, keys: tuple[str, ...]) -> int | None:
-    for dotted in keys:
+def top_k_in(config: PreTrainedConfig) -> int | None:
+    """Experts a token, the most of any layer where the config has a list; None where it does not say."""
+    for dotted in TOP_K_KEYS:
         value: Any = config
         for key in dotted.split("."):
             value = getattr(value, key, None)
-        if isinstance(value, int):
-            return value
+        if found := most(value):
+            return found
     return None
 
 

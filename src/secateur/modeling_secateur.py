@@ -44,7 +44,7 @@ COUNT_KEYS = (
     "moe_num_experts",
     "ffn_config.moe_num_experts",
 )
-TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "ffn_config.moe_top_k")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "ffn_config.moe_top_k")
 # What `experts` modules are called with, each by one of these names: (T, D) tokens, (T, K) slots, (T, K) gates.
 CALL = (
     ("hidden_states",),
@@ -84,6 +84,8 @@ def expert_count_key(config: PreTrainedConfig) -> str:
     """
     aliases = config.attribute_map
     found = {aliases.get(key, key) for key in COUNT_KEYS if isinstance(_get(config, key), int)}
+    # What a class does not declare it does not read: some files say their count under a second name.
+    found = {key for key in found if hasattr(type(config), key.partition(".")[0])} or found
     if len(found) != 1:
         raise ValueError(
             f"model type {config.model_type!r}: expected one config key with the number of routed experts "
@@ -146,10 +148,16 @@ def find_expert_layout(
 def probe_counts(config: PreTrainedConfig) -> tuple[int, int]:
     """Two small expert counts that routers of this config accept (top-k, router groups, ensemble members respected)."""
     groups = max(1, *(int(_get(config, key) or 1) for key in ("n_group", "num_expert_groups", "ensemble_size")))
-    top_k = max(1, *(int(_get(config, key) or 1) for key in TOP_K_KEYS))
+    top_k = max(1, *(most(_get(config, key)) or 1 for key in TOP_K_KEYS))
     top_k *= int(_get(config, "ensemble_size") or 1)  # each member has experts of its own
     first = max(2 * groups, -(-top_k // groups) * groups)
     return first, first + groups
+
+
+def most(value: Any) -> int | None:
+    """A whole number of a config, or the largest of a list by layer; None for anything else."""
+    values = value if isinstance(value, list) else [value]
+    return max(values) if values and all(type(one) is int for one in values) else None
 
 
 def counts_in(config: PreTrainedConfig) -> dict[int, int]:
@@ -352,10 +360,21 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
 
 
 def class_named(name: str) -> Any:
-    """The class of transformers that has this name, or one that its auto classes were told of; None without either."""
+    """The class of transformers that has this name, or one that its auto classes were told of; None without either.
+
+    Names are also found in other letters: a PhiMoEForCausalLM is transformers' PhimoeForCausalLM.
+    """
     told = [*_content(CONFIG_MAPPING), *(one for auto in _auto_classes() for one in _content(auto._model_mapping))]
     native = {one.__name__: one for one in told if isinstance(one, type) and not hasattr(one, "native_class")}
-    return getattr(transformers, name, native.get(name))
+    found = getattr(transformers, name, native.get(name))
+    spelled = None if found is not None else _small_letters().get(name.lower())
+    return found if spelled is None else getattr(transformers, spelled)
+
+
+@functools.cache
+def _small_letters() -> dict[str, str]:
+    """{a name of transformers in small letters: the name}."""
+    return {name.lower(): name for name in dir(transformers)}
 
 
 def auto_class(native: Any) -> Any:

@@ -452,7 +452,7 @@ def typed(root: Path, words: list[object], *hooks: Callable[[], None]) -> None:
         (["--keep", "1KB", "--data", "x"], "bytes must go, but at most"),
         (["--criterion", "aimer"], "--keep says how many experts stay; it is missing"),
         (["--keep", "6", "--criterion", "aimer", "--verify-tokens", "1"], "expected 0, or 2 and more"),
-        (["--keep", "6", "--criterion", "aimer", "--mtp", "maybe"], "--mtp maybe: expected whole or drop"),
+        (["--keep", "6", "--criterion", "aimer", "--mtp", "maybe"], "--mtp maybe: expected whole, drop or prune"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_read(

@@ -16,6 +16,7 @@ ORDERS = {
     "Secateur first": f"import secateur; {AUTO}",
     "between configs and models": f"from transformers import AutoConfig; import secateur; {AUTO}",
     "the module of V-MoE first": f"import secateur.models.vmoe.modeling; {AUTO}",
+    "a model class first": f"import secateur; from transformers import MixtralForCausalLM; {AUTO}",
 }
 BUILD = """
 sizes = dict(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.bars import stage_bars
+from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.plan_options import Removed
 from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
@@ -43,6 +44,7 @@ def apply(
             "whole (they stay as they are, and config.json no longer fits them) or drop.",
         ),
     ] = None,
+    experts_from: ExpertsFrom = "config",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
     ] = False,
@@ -72,6 +74,7 @@ def apply(
             ep=ep,
             undo=undo,
             mtp=mtp,  # type: ignore[arg-type]
+            experts_from=experts_from,  # type: ignore[arg-type]
             dry_run=dry_run,
             on_progress=on_progress,
         )

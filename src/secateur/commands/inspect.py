@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="The folder of a Hugging Face model.")],
+    experts_from: ExpertsFrom = "config",
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a model holds and what can be pruned: family, experts, routers, bytes. Only headers are read.
@@ -21,7 +23,7 @@ def inspect(
     """
     from secateur.model_folder.read.inspect import inspect as function
 
-    result = function(model)
+    result = function(model, experts_from=experts_from)  # type: ignore[arg-type]  # others are refused by name
     show(result, _summary(result.to_json()), as_json=as_json, quiet=False)
 
 
@@ -39,6 +41,8 @@ def _summary(found: dict[str, Any]) -> str:
         + ", ".join(f"{part} {in_words(size[part])} ({100 * size[part] / total:.1f} %)" for part in size),
         f"dtypes {', '.join(found['dtypes'])}; quantised: {found['quantisation'] or 'no'}; names {found['names']}",
     ]
+    if found["read_as"]:
+        lines.insert(1, found["read_as"])
     if found["zero_slots"]:
         zero = sum(found["zero_slots"].values())
         lines.append(f"{zero} zero slots in {len(found['zero_slots'])} layers, of experts that were removed")

@@ -9,6 +9,7 @@ import typer
 
 from secateur.commands import data_options
 from secateur.commands.bars import stage_bars
+from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
 
@@ -34,6 +35,7 @@ def observe(
         Path | None,
         typer.Option("--sglang", help="Run nothing; take the counts that SGLang recorded in this .pt file."),
     ] = None,
+    experts_from: ExpertsFrom = "config",
     force: Annotated[bool, typer.Option("--force", help="Write over --out if it is there.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what it takes.")] = False,
@@ -67,6 +69,7 @@ def observe(
             device=device,
             sums=sums,
             sglang=sglang,
+            experts_from=experts_from,  # type: ignore[arg-type]  # others are refused by name
             force=force,
             restart=restart,
             dry_run=dry_run,

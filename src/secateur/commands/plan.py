@@ -9,6 +9,7 @@ import typer
 
 from secateur.commands import plan_options as options
 from secateur.commands.bars import stage_bars
+from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.shown import show
 from secateur.errors import SecateurError
@@ -40,6 +41,15 @@ def plan(
     min_experts: options.MinExperts = 1,
     seed: options.Seed = 0,
     protect: options.Protect = None,
+    mtp: Annotated[
+        str | None,
+        typer.Option(
+            "--mtp",
+            help="prune: also the layers that predict further tokens, by their weights. Left out: `apply` is told what "
+            "becomes of them.",
+        ),
+    ] = None,
+    experts_from: ExpertsFrom = "config",
     force: Annotated[bool, typer.Option("--force", help="Write over --out if it is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the plan would do; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and what it does as JSON.")] = False,
@@ -75,6 +85,8 @@ def plan(
             min_experts=min_experts,
             seed=seed,
             protect=protect,
+            mtp=mtp,  # type: ignore[arg-type]
+            experts_from=experts_from,  # type: ignore[arg-type]
             force=force,
             dry_run=dry_run,
             on_progress=on_progress,

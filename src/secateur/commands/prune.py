@@ -10,6 +10,7 @@ import typer
 from secateur.commands import data_options
 from secateur.commands import plan_options as options
 from secateur.commands.bars import stage_bars
+from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.plan import outcome_lines
 from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.shown import show
@@ -43,8 +44,13 @@ def prune(
     ] = None,
     mtp: Annotated[
         str | None,
-        typer.Option("--mtp", help="What becomes of layers that predict further tokens: whole (as they are) or drop."),
+        typer.Option(
+            "--mtp",
+            help="What becomes of layers that predict further tokens: whole (as they are), drop, or prune (by their "
+            "weights, with the others).",
+        ),
     ] = None,
+    experts_from: ExpertsFrom = "config",
     verify_tokens: Annotated[
         int,
         typer.Option(
@@ -97,6 +103,7 @@ def prune(
             protect=protect,
             undo=undo,
             mtp=mtp,  # type: ignore[arg-type]
+            experts_from=experts_from,  # type: ignore[arg-type]
             verify_tokens=verify_tokens,
             restart=restart,
             dry_run=dry_run,

@@ -55,6 +55,7 @@ def apply(
     ep: int = 1,
     undo: StrPath | None = None,
     mtp: Literal["whole", "drop"] | None = None,
+    experts_from: Literal["config", "files"] = "config",
     dry_run: bool = False,
     on_progress: OnStage | None = None,
 ) -> Applied:
@@ -74,6 +75,8 @@ def apply(
         undo: of a model: a new folder for the dropped experts, to restore the source.
         mtp: of a model: what becomes of layers that predict further tokens and that the plan does not name: whole (they
             stay as they are, and config.json no longer fits them) or drop.
+        experts_from: of a model: what says how many experts a layer has: config (config.json), or files, for a model
+            that a tool pruned without updating its config.json; the result has the right one.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("writing", bytes written, bytes to write).
 
@@ -96,7 +99,7 @@ def apply(
     side = None if undo is None else Path(undo)
     on_bytes = stage("writing", on_progress)
     if not isinstance(plan, Plan) and holds_undo(Path(plan)):
-        if dry_run or undo or mtp or removed or names != "auto" or ep != 1:
+        if dry_run or undo or mtp or removed or names != "auto" or ep != 1 or experts_from != "config":
             raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
         return _restored(source, Path(plan), out, on_bytes)
     check_target(source, out)
@@ -109,6 +112,7 @@ def apply(
         names=names,
         undo=side,
         mtp=mtp,
+        experts_from=experts_from,
         expert_parallel=ep,
         dry_run=dry_run,
         on_bytes=on_bytes,
@@ -176,12 +180,20 @@ def _writer(source: Path) -> Callable[..., dict[str, Any]]:
 
 
 def _apply_to_checkpoint(
-    source: Path, plan: Plan, out: Path, *, names: str, undo: Path | None, mtp: str | None, **options: Any
+    source: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    names: str,
+    undo: Path | None,
+    mtp: str | None,
+    experts_from: str,
+    **options: Any,
 ) -> dict[str, Any]:
     from secateur.training_checkpoint.apply import apply_to_checkpoint
 
-    if undo is not None or mtp is not None:
-        raise SecateurError(f"--undo and --mtp: for a model, but {source} is a training checkpoint")
+    if undo is not None or mtp is not None or experts_from != "config":
+        raise SecateurError(f"--undo, --mtp and --experts-from: for a model, but {source} is a training checkpoint")
     return apply_to_checkpoint(source, plan, out, naming=_naming(names), **options)
 
 

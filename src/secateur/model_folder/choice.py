@@ -264,7 +264,7 @@ def _weights(source: Source, choice: Choice, on_bytes: OnProgress) -> Any:
         return _router_changes(source, choice)
     if source.found is None:
         raise SecateurError(f"criterion {choice.criterion!r} reads {needs}: name the folder of the model with --model")
-    weights = weight_stats(source.found, needs, on_bytes=on_bytes)
+    weights = weight_stats(source.found, needs, layers=source.facts.num_experts, on_bytes=on_bytes)
     source.found.files.check_unchanged(read=source.found.files.model_files)
     return weights
 
@@ -280,7 +280,7 @@ def _router_changes(source: Source, choice: Choice) -> Any:
             f"criterion {choice.criterion!r} compares a fine-tuned model with the one it was made from: give the "
             "folder of the former, and name the latter with --pretrained"
         )
-    return router_changes(source.finetuned, source.pretrained)
+    return router_changes(source.found or source.finetuned, source.pretrained)
 
 
 def _origin(source: Source, plan: Plan) -> dict[str, JSON]:

@@ -14,6 +14,7 @@ from secateur.files.given import StrPath, check_given
 from secateur.files.new_file import check_new_file
 from secateur.files.progress import OnStage, stage
 from secateur.model_folder.choice import choice_of, decide_plan, outcome
+from secateur.model_folder.mtp import PRUNE, check_mtp
 from secateur.model_folder.source import Source, of_loads, read_source
 from secateur.placement.loads import read_loads
 from secateur.plans import Plan
@@ -66,6 +67,8 @@ def plan(
     min_experts: int = 1,
     seed: int = 0,
     protect: bool | None = None,
+    mtp: Literal["prune"] | None = None,
+    experts_from: Literal["config", "files"] = "config",
     force: bool = False,
     dry_run: bool = False,
     on_progress: OnStage | None = None,
@@ -91,6 +94,10 @@ def plan(
         ep: expert-parallel ranks to serve on: every layer's count is a multiple.
         min_experts: every layer keeps at least so many. seed: of the criterion random.
         protect: keep super-experts, whatever their score; without it, wherever the statistics show them.
+        mtp: prune: also the layers that predict further tokens, by their weights. Without it `apply` is told what
+            becomes of them.
+        experts_from: what says how many experts a layer has: config (config.json), or files, for a model that a tool
+            pruned without updating its config.json.
         force: write over `out` if it is there. dry_run: write nothing.
         on_progress: called with ("reading weights", bytes read, bytes to read), where weights are read.
         rule: for laep, the options of one rule, which also decides how many go; see `Rule`.
@@ -127,7 +134,11 @@ def plan(
         protect=protect,
         removed=removed,
     )
-    read = _read(path, whole, base)
+    if mtp not in (None, PRUNE):
+        raise SecateurError(f"--mtp {mtp}: expected {PRUNE}; `apply` takes what else can become of such layers")
+    read = _read(path, whole, base, experts_from, with_mtp=mtp == PRUNE)
+    if mtp == PRUNE:
+        check_mtp(read, choice)
     decided = decide_plan(read, choice, on_bytes=stage("reading weights", on_progress))
     if target is not None and not dry_run:
         decided.save(target)
@@ -144,12 +155,12 @@ def plan(
     )
 
 
-def _read(source: Path, model: Path | None, pretrained: Path | None) -> Source:
+def _read(source: Path, model: Path | None, pretrained: Path | None, experts_from: str, *, with_mtp: bool) -> Source:
     if (source / LOADS).is_file():
         if pretrained is not None:
             raise SecateurError(f"--pretrained {pretrained}: for a fine-tuned model, but {source} is a training run")
         return of_loads(read_loads(source / LOADS), model or source / "model")
-    return read_source(source, model, pretrained)
+    return read_source(source, model, pretrained, experts_from=experts_from, with_mtp=with_mtp)
 
 
 def _default(source: Path, *, has_rule: bool, has_base: bool) -> str:

@@ -72,7 +72,8 @@ def prune(
     seed: int = 0,
     protect: bool | None = None,
     undo: StrPath | None = None,
-    mtp: Literal["whole", "drop"] | None = None,
+    mtp: Literal["whole", "drop", "prune"] | None = None,
+    experts_from: Literal["config", "files"] = "config",
     verify_tokens: int = 32,
     restart: bool = False,
     dry_run: bool = False,
@@ -102,7 +103,10 @@ def prune(
         seed: of the choice of data, and of the criterion random.
         protect: keep super-experts, whatever their score; without it, wherever the statistics show them.
         undo: a new folder for the dropped experts, to restore the source; see `apply`.
-        mtp: what becomes of layers that predict further tokens: whole (as they are) or drop.
+        mtp: what becomes of layers that predict further tokens: whole (as they are), drop, or prune (by their weights,
+            with the others).
+        experts_from: what says how many experts a layer has: config (config.json), or files, for a model that a tool
+            pruned without updating its config.json.
         verify_tokens: length of the sample that both models are run on at the end; 0 loads neither.
         restart: throw away what an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
@@ -165,6 +169,7 @@ def prune(
         observe=observe,
         undo=side,
         mtp=mtp,
+        experts_from=experts_from,
         verify_tokens=verify_tokens,
         dry_run=dry_run,
         on_progress=on_progress,

@@ -11,7 +11,7 @@ from secateur.decide.model_facts import ModelFacts, Sizes
 from secateur.errors import SecateurError
 from secateur.model_folder.measure.adapter import holds_adapter
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.model_folder import BY_CONFIG, ModelFolder, read_model_folder
 from secateur.observation.observation import Observation
 from secateur.stats import RouterStats
 
@@ -40,13 +40,22 @@ class Source:
         return replace(sizes, total_bytes=sizes.total_bytes - self.left_out_bytes)
 
 
-def read_source(path: Path, model: Path | None = None, pretrained: Path | None = None) -> Source:
+def read_source(
+    path: Path,
+    model: Path | None = None,
+    pretrained: Path | None = None,
+    *,
+    experts_from: str = BY_CONFIG,
+    with_mtp: bool = False,
+) -> Source:
     """A statistics file, or the folder of a model or of a LoRA adapter.
 
     Args:
         pretrained: the folder of the model that it was fine-tuned from.
         model: the folder of the model that the statistics are of; needed where the file does not say which, and for
             criteria that read weights.
+        experts_from: see `understand`. with_mtp: of a folder, whether layers that predict further tokens are to be
+            pruned with the others.
 
     Raises:
         SecateurError: neither of the two, a damaged one, or statistics that are not of `model`.
@@ -54,24 +63,31 @@ def read_source(path: Path, model: Path | None = None, pretrained: Path | None =
     if path.is_dir():
         if model is not None:
             raise SecateurError(f"--model {model}: {path} is a folder and taken as the model itself; give one of them")
-        return of_folder(path, pretrained)
+        return of_folder(path, pretrained, experts_from=experts_from, with_mtp=with_mtp)
     if pretrained is not None:
         raise SecateurError(f"--pretrained {pretrained}: for the folder of a fine-tuned model, but {path} is none")
     if not path.exists():
         raise SecateurError(f"{path}: not there, expected a statistics file or the folder of a model")
-    return of_observation(Observation.load(path), None if model is None else read_model_folder(model), str(path))
+    folder = None if model is None else read_model_folder(model, experts_from)
+    return of_observation(Observation.load(path), folder, str(path))
 
 
-def of_folder(path: Path, pretrained: Path | None = None) -> Source:
+def of_folder(
+    path: Path, pretrained: Path | None = None, *, experts_from: str = BY_CONFIG, with_mtp: bool = False
+) -> Source:
     """The folder of a model or of a LoRA adapter, and of the model it was fine-tuned from.
+
+    Args:
+        experts_from, with_mtp: see `read_source`.
 
     Raises:
         SecateurError: neither of the two, a damaged one, or an adapter without `pretrained`.
     """
-    base = None if pretrained is None else read_model_folder(pretrained)
+    base = None if pretrained is None else read_model_folder(pretrained, experts_from)
     if not holds_adapter(path):
-        folder = read_model_folder(path)
-        return Source(facts=model_facts(folder), found=folder, finetuned=path, pretrained=base)
+        folder = read_model_folder(path, experts_from)
+        facts = model_facts(folder, with_mtp=with_mtp)
+        return Source(facts=facts, found=folder, finetuned=path, pretrained=base)
     if base is None:
         raise SecateurError(f"{path}: a LoRA adapter; name the folder of the model that it is for with --pretrained")
     return Source(facts=model_facts(base), finetuned=path, pretrained=base)

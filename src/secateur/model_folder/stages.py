@@ -20,9 +20,10 @@ from secateur.files.records import as_record
 from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
 from secateur.model_folder.checks.claims import as_json, check_tokens, read_verified, verify_model
 from secateur.model_folder.choice import Choice, check_choice, decide_plan, outcome, who_needs_data
-from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.mtp import PRUNE, check_mtp
+from secateur.model_folder.read.model_folder import BY_CONFIG, ModelFolder
 from secateur.model_folder.read.tensor_files import STATS
-from secateur.model_folder.rewrite.apply import apply_to_model, check_target_pair
+from secateur.model_folder.rewrite.apply import MTP_CHOICES, apply_to_model, check_target_pair
 from secateur.model_folder.rewrite.report import REPORT, VERIFIED, read_applied
 from secateur.model_folder.rewrite.undo import holds_undo, read_record
 from secateur.model_folder.source import Source, of_folder, of_observation
@@ -54,6 +55,7 @@ def run_stages(
     observe: Observe | None = None,
     undo: Path | None = None,
     mtp: str | None = None,
+    experts_from: str = BY_CONFIG,
     verify_tokens: int = 32,
     restart: bool = False,
     dry_run: bool = False,
@@ -68,7 +70,7 @@ def run_stages(
     Args:
         pretrained: the folder of the model that this one was fine-tuned from, where `choice` compares the two.
         observe: prepares the pass over data, where `choice` needs one.
-        undo, mtp: see `apply_to_model`. verify_tokens: see `verify_model`.
+        undo, mtp, experts_from: see `apply_to_model`. verify_tokens: see `verify_model`.
         restart: begin anew, whatever an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("reading weights" | "writing" | "comparing", bytes done, bytes in all).
@@ -83,7 +85,9 @@ def run_stages(
         OSError: the disk refused.
     """
     check_tokens(verify_tokens)
-    source = of_folder(model, pretrained)
+    if mtp not in (None, *MTP_CHOICES, PRUNE):
+        raise SecateurError(f"--mtp {mtp}: expected {', '.join(MTP_CHOICES)} or {PRUNE}")
+    source = of_folder(model, pretrained, experts_from=experts_from, with_mtp=mtp == PRUNE)
     found = source.found
     if found is None:
         raise SecateurError(
@@ -95,27 +99,32 @@ def run_stages(
     if found.mtp_counts and mtp is None:
         raise SecateurError(
             f"layers {sorted(found.mtp_counts)} predict further tokens (MTP) and are not pruned with the others: say "
-            "what becomes of them with --mtp whole or --mtp drop"
+            "what becomes of them with --mtp whole, --mtp drop, or --mtp prune where their weights can decide"
         )
     if mtp == "drop":
         mtp_bytes = sum(found.files.tensors[name].length for name in found.mtp)
         source = dataclasses.replace(source, left_out_bytes=mtp_bytes)
+    asked_of_mtp = mtp
+    if mtp == PRUNE:
+        check_mtp(source, choice)
+        mtp = None
     counts = check_choice(source, choice)
     place = place_of_work(out)
     if dry_run or not place.is_dir():
         _check_targets(model, out, undo)
         stand_in = counts or _without_one_expert(found, choice)
         multiple = 1 if counts is None else choice.multiple_of
-        apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, dry_run=True)
+        apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, experts_from=experts_from,
+                       dry_run=True)  # fmt: skip
     if dry_run:
         if choice.needs_data and observe is not None:
             observe(found, place / KEPT_STATS)
-        return _foreseen(source, choice, counts, out, undo, mtp, on_progress)
+        return _foreseen(source, choice, counts, out, undo, mtp, experts_from, on_progress)
     refusal = f"--out {out}: another process is pruning into it (it holds {place})"
     with work_folder(place, Asked, refusal, restart=restart) as work:
         stats = work.path / KEPT_STATS  # once they are finished; an unfinished pass keeps what it has beside them
         data, take = observe(found, stats) if choice.needs_data and observe is not None else (None, None)
-        asked = _asked(source, choice, data, undo, mtp)
+        asked = _asked(source, choice, data, undo, asked_of_mtp)
         if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
             work.remove()
             return _finished(out, source)
@@ -153,6 +162,7 @@ def run_stages(
             expert_parallel=choice.multiple_of,
             undo=undo,
             mtp=mtp,
+            experts_from=experts_from,
             on_bytes=stage("writing", on_progress),
             finish=finish,
         )
@@ -174,6 +184,7 @@ def _foreseen(
     out: Path,
     undo: Path | None,
     mtp: str | None,
+    experts_from: str,
     on_progress: OnStage | None,
 ) -> dict[str, Any]:
     """Of a dry run: everything where no data decide, else what is known without them."""
@@ -183,7 +194,7 @@ def _foreseen(
     assert source.found is not None
     plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
     report = apply_to_model(source.found.files.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
-                            dry_run=True)  # fmt: skip
+                            experts_from=experts_from, dry_run=True)  # fmt: skip
     return {"outcome": outcome(source, plan), "report": report}
 
 

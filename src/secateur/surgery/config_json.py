@@ -9,7 +9,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
-from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX, auto_class, class_named
+from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX, auto_class, class_named, most
 
 MODULE = "modeling_secateur"
 
@@ -22,6 +22,24 @@ def is_pruned(config: Mapping[str, Any]) -> bool:
 def has_expert_count(config: Mapping[str, Any]) -> bool:
     """True for a transformers config with a routed-expert count."""
     return isinstance(config.get("model_type"), str) and bool(_count_places(config))
+
+
+def with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` that says the routed-expert count as one number, where it lists one for each layer.
+
+    Raises:
+        SecateurError: it says several numbers; the message names them and where they are.
+    """
+    changed = copy.deepcopy(dict(config))
+    said: dict[int, str] = {}
+    for place, key in _count_places(changed):
+        for count in place[key] if isinstance(place[key], list) else [place[key]]:
+            said.setdefault(count, key)
+        place[key] = most(place[key])
+    if len(said) > 1:
+        listed = " and ".join(f"{count} ({key})" for count, key in said.items())
+        raise SecateurError(f"config.json: it says {listed} for the number of routed experts, expected one number")
+    return changed
 
 
 def with_counts(
@@ -41,14 +59,15 @@ def with_counts(
         SecateurError: the config does not say `before`, or lacks what the `Pruned...` class needs.
     """
     changed = copy.deepcopy(dict(config))
-    largest = max(before.values())
+    largest, now = max(before.values()), max(after.values())
+    pruned = is_pruned(changed)
     for place, key in _count_places(changed):
-        if place[key] != largest:
+        if most(place[key]) != largest:
             raise SecateurError(
                 f"config.json: {key} is {place[key]}, but the checkpoint holds {largest} experts a layer"
             )
-        place[key] = max(after.values())
-    pruned = is_pruned(changed)
+        is_list = isinstance(place[key], list) and len(set(after.values())) == 1  # a `Pruned...` class reads a number
+        place[key] = [now] * len(place[key]) if is_list else now
     if not pruned and len(set(before.values())) > 1:
         raise SecateurError(f"config.json: it has one count for all layers, but the checkpoint holds {dict(before)}")
     num_layers = changed.get("num_hidden_layers") if num_layers is None else num_layers
@@ -128,6 +147,6 @@ def _count_places(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]
             place: Any = root
             for parent in parents:
                 place = place.get(parent) if isinstance(place, dict) else None
-            if isinstance(place, dict) and type(place.get(key)) is int:
+            if isinstance(place, dict) and most(place.get(key)) is not None:
                 found.append((place, key))
     return found

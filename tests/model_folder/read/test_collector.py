@@ -38,7 +38,7 @@ def test_a_collector_that_somebody_switched_off_stays_off() -> None:
 
 def test_a_folder_is_read_with_the_collector_at_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(model_folder, "understand", lambda files: seen.append((files, gc.isenabled())))
+    monkeypatch.setattr(model_folder, "understand", lambda files, *more: seen.append((files, gc.isenabled())))
     monkeypatch.setattr(model_folder, "read_tensor_files", lambda path: (path, gc.isenabled()))
     gc.enable()
     model_folder.read_model_folder(tmp_path)

@@ -305,6 +305,12 @@ class Leaving(Plain):
         return hidden + self.number
 
 
+class Listing(Plain):
+    def forward(self, hidden: Tensor, other: Any = None, shared: Any = None) -> Any:
+        other.append(hidden)
+        return hidden + self.number
+
+
 def relayed(trunk: Trunk, start: Tensor) -> Tensor:
     """What the last layer returns, by one run a layer and one for the end."""
     relay, hidden = Relay(trunk.layers, None), start
@@ -330,7 +336,8 @@ def test_what_the_model_does_between_neighbouring_layers_is_kept(layer: type[nn.
         (lambda number, seen: (seen[-1], {"a": [seen[-2]]} if number == 2 else None), Plain, "gets `1` from earlier"),
         (lambda number, seen: (seen[-1], object()), Plain, "decoder layer 0 gets `1`, a object"),
         (lambda number, seen: (seen[-1],), Generous, "decoder layer 0 also returns Tensor"),
-        (lambda number, seen: (seen[-1],), Leaving, "decoder layer 0 leaves values for later layers"),
+        (lambda number, seen: (seen[-1],), Leaving, "decoder layer 0 leaves 1 in `shared`, a Tensor; lay"),
+        (lambda number, seen: (seen[-1], []), Listing, "decoder layer 0 leaves values for later layers"),
         (lambda number, seen: (None,), Plain, "decoder layer 0 is called with NoneType"),
     ],
 )

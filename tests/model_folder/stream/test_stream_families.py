@@ -14,12 +14,13 @@ from transformers import Qwen3_5MoeForConditionalGeneration as Nested
 from secateur.data.calibration import Calibration
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
-from secateur.model_folder.measure.on_text import TextObservation
+from secateur.model_folder.measure.on_text import Activations, TextObservation
 from secateur.model_folder.read.load import load
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.stream.run import StreamedModel
-from secateur.model_folder.stream.states import MemoryStates
+from secateur.model_folder.stream.states import DiskStates, MemoryStates, States
 from secateur.stats import RouterStats
+from support.hub_folders import gemma_4_text
 from support.model_folders import loaded, saved
 from support.odd_folders import llama4
 from support.streamed_runs import LENGTHS, RAGGED, found_in, random_data, vivid, whole_run
@@ -31,11 +32,12 @@ families = pytest.mark.parametrize(
 )
 
 
-def streamed_run(folder: Path, data: Calibration, tmp_path: Path) -> tuple[RouterStats, list[Tensor]]:
-    stats = (
-        TextObservation(found_in(folder), data, tmp_path / "stats", batch_size=2, activations="memory").observe().stats
-    )
-    model, batches, states = StreamedModel(found_in(folder)), data.batches(2), MemoryStates()
+def streamed_run(
+    folder: Path, data: Calibration, tmp_path: Path, where: Activations = "memory"
+) -> tuple[RouterStats, list[Tensor]]:
+    stats = TextObservation(found_in(folder), data, tmp_path / "stats", batch_size=2, activations=where).observe().stats
+    model, batches = StreamedModel(found_in(folder)), data.batches(2)
+    states: States = MemoryStates() if where == "memory" else DiskStates(tmp_path / "states")
     logits: list[Tensor] = []
     model.run_layers(batches, states)
     model.run_head(batches, states, use=lambda index, batch, found: logits.append(found))
@@ -124,6 +126,14 @@ def test_a_text_model_inside_another_is_streamed_without_the_rest(tmp_path: Path
     expected = whole_run(whole.eval(), data.batches(2), text=whole.model.language_model)
     assert_same(streamed_run(tmp_path / "model", data, tmp_path), expected)
     assert sum(StreamedModel(found).part_bytes().values()) < found.files.num_bytes
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_keys_and_values_that_layers_share_go_along(where: Activations, tmp_path: Path) -> None:
+    gemma_4_text(tmp_path / "model", num_kv_shared_layers=1, hidden_size_per_layer_input=8)
+    data = random_data()
+    expected = whole_run(loaded(tmp_path / "model"), data.batches(2))
+    assert_same(streamed_run(tmp_path / "model", data, tmp_path, where), expected)
 
 
 def test_llama4_is_refused_with_the_reason_but_can_be_streamed(tmp_path: Path) -> None:

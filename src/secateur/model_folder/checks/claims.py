@@ -16,7 +16,7 @@ from secateur.files.progress import OnProgress, OnStage, silent, stage
 from secateur.files.records import as_record
 from secateur.model_folder.checks.check import Check
 from secateur.model_folder.read.model_folder import read_model_folder
-from secateur.model_folder.rewrite.report import REPORT, read_applied
+from secateur.model_folder.rewrite.report import REPORT, read_applied, read_experts_from
 from secateur.results import Result
 
 
@@ -97,7 +97,7 @@ def verify_model(
         SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
     """
     given, mtp = read_applied(pruned / REPORT)
-    before, after = read_model_folder(source), read_model_folder(pruned)
+    before, after = read_model_folder(source, read_experts_from(pruned / REPORT)), read_model_folder(pruned)
     plan = given.filled(before.all_counts)
     # here: what headers alone refuse needs no model class
     from secateur.model_folder.checks.computes import computing_checks

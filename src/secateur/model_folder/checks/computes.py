@@ -22,7 +22,7 @@ from secateur.model_folder.checks.check import LONGEST, Check
 from secateur.model_folder.checks.contents import Pruning
 from secateur.model_folder.checks.oracle import without_dropped
 from secateur.model_folder.checks.sample import NEW_TOKENS, generated, is_of_images, sample_for
-from secateur.model_folder.read.load import WHILE_LOADING, load, problems_by_names, why_not_loaded
+from secateur.model_folder.read.load import UNEXPECTED, WHILE_LOADING, load, problems_by_names, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import KeptStates
@@ -61,7 +61,7 @@ def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed:
     if pruning.before.files.is_quantised:
         reason = "its weights are quantised: they are compared as bytes, with their names and config.json"
         return [Check(claim=claim, passed=None, detail=reason) for claim in (LOADS, equal, SPEAKS)]
-    loads = _loads(pruning.after)
+    loads = _loads(pruning)
     if not loads.passed:
         return [loads]
     if num_tokens == 0:
@@ -79,6 +79,7 @@ def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed:
         return [loads, _compared(pruning, sample, expected, None, equal), speaks]
     try:
         model, problems = load(pruning.after.files.path, pruning.after)
+        problems = _of_result(problems, pruning)
     except Exception as error:  # see _loads
         return [Check(claim=LOADS, passed=False, detail=_short(error))]
     if problems:
@@ -86,14 +87,24 @@ def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed:
     return [loads, _compared(pruning, sample, expected, model, equal), _speaks(model, sample)]
 
 
-def _loads(folder: ModelFolder) -> Check:
+def _loads(pruning: Pruning) -> Check:
     """By the names, types and shapes in the files, as transformers itself reports them."""
+    folder = pruning.after
     try:
-        problems = problems_by_names(folder)
+        problems = _of_result(problems_by_names(folder), pruning)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return Check(claim=LOADS, passed=False, detail=_short(error))
     detail = str(problems)[:LONGEST] if problems else str(folder.config.model_class.__name__)
     return Check(claim=LOADS, passed=not problems, detail=detail)
+
+
+def _of_result(problems: dict[str, list[str]], pruning: Pruning) -> dict[str, list[str]]:
+    """What is reported of the result, without names that the class has no place for in the source either."""
+    if not problems.get(UNEXPECTED):
+        return problems
+    known = set(problems_by_names(pruning.before).get(UNEXPECTED, ()))
+    left = {**problems, UNEXPECTED: [name for name in problems[UNEXPECTED] if name not in known]}
+    return {kind: names for kind, names in left.items() if names}
 
 
 def _source_run(pruning: Pruning, sample: Tensor) -> Run:

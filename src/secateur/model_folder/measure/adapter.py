@@ -18,6 +18,7 @@ from secateur.errors import SecateurError
 from secateur.files.json import read_object
 from secateur.files.safetensors_header import read_header
 from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.read.tensor_files import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from secateur.model_folder.read.layout import Layout
@@ -35,7 +36,8 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def holds_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
+    """Whether it is the folder of an adapter; beside a whole model it is the model's."""
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.errors import SecateurError
 from secateur.files.given import StrPath, StrPaths, as_texts, check_given
@@ -62,6 +62,7 @@ def observe(
     device: str = "auto",
     sums: str | Sequence[str] | None = None,
     sglang: StrPath | None = None,
+    experts_from: Literal["config", "files"] = "config",
     force: bool = False,
     restart: bool = False,
     dry_run: bool = False,
@@ -91,6 +92,8 @@ def observe(
         device: where the model, or its layers, run: auto, cpu, cuda.
         sums: further sums to record, such as output_sum; see docs/observe.md.
         sglang: run nothing; take the counts that SGLang recorded in this .pt file.
+        experts_from: what says how many experts a layer has: config (config.json), or files, for a model that a tool
+            pruned without updating its config.json.
         force: write over `out` if it is there. restart: throw away what an interrupted run left.
         dry_run: check everything and say what it takes.
         on_progress: called with ("observing, layer 2 of 24", batches done, batches in all); of images without a layer.
@@ -127,7 +130,7 @@ def observe(
         raise SecateurError("--sglang and --data: a recording needs no text")
     if recording is not None and sums:
         raise SecateurError("--sglang and --sums: a recording holds counts only")
-    folder = read_model_folder(model)
+    folder = read_model_folder(model, experts_from)
     observation: Observation | None
     if recording is not None:
         about, observation = _recorded(folder, recording)

@@ -17,21 +17,22 @@ from secateur.model_folder.measure.weights import router_rows
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 
 
-def router_changes(finetuned: Path, pretrained: ModelFolder) -> dict[int, RouterChange]:
+def router_changes(finetuned: Path | ModelFolder, pretrained: ModelFolder) -> dict[int, RouterChange]:
     """{decoder layer with experts: how its router changed}.
 
     Args:
-        finetuned: the folder of a model, or of a PEFT LoRA adapter for `pretrained`.
+        finetuned: a model or its folder, or the folder of a PEFT LoRA adapter for `pretrained`.
 
     Raises:
         SecateurError: the two do not belong together (family, layers, numbers of experts, shapes), router tensors are
             quantised or not finite, or a router did not change.
     """
     before = router_rows(pretrained)
-    if holds_adapter(finetuned):
+    tuned = finetuned if isinstance(finetuned, Path) else finetuned.files.path
+    if isinstance(finetuned, Path) and holds_adapter(finetuned):
         after = Adapter.read(finetuned).router_rows(pretrained, before)
     else:
-        folder = read_model_folder(finetuned)
+        folder = read_model_folder(finetuned) if isinstance(finetuned, Path) else finetuned
         _check_same_model(pretrained, folder)
         after = router_rows(folder)
     changes = {}
@@ -44,7 +45,7 @@ def router_changes(finetuned: Path, pretrained: ModelFolder) -> dict[int, Router
     if unchanged:
         which = "its routers" if len(unchanged) == len(changes) else f"its routers of layers {unchanged}"
         raise SecateurError(
-            f"{finetuned}: {which} are those of {pretrained.files.path}, so fine-tuning says nothing of the "
+            f"{tuned}: {which} are those of {pretrained.files.path}, so fine-tuning says nothing of the "
             "experts there; expected a model whose routers were trained"
         )
     return changes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,10 +29,13 @@ DTYPES = torch_dtypes("F64 F32 F16 BF16")
 READERS = {"expert weights": ("expert", WeightStats.of_experts), "router weights": ("router", WeightStats.of_router)}
 
 
-def weight_stats(folder: ModelFolder, needs: str, *, on_bytes: OnProgress = silent) -> dict[int, WeightStats]:
-    """{decoder layer with experts: sums over its weights}.
+def weight_stats(
+    folder: ModelFolder, needs: str, *, layers: Collection[int] | None = None, on_bytes: OnProgress = silent
+) -> dict[int, WeightStats]:
+    """{layer with experts: sums over its weights}.
 
     Args:
+        layers: those to read; without them all decoder layers with experts.
         needs: of a criterion, "expert weights" or "router weights"; nothing else is read.
         on_bytes: called with (bytes read, bytes to read).
 
@@ -41,9 +44,8 @@ def weight_stats(folder: ModelFolder, needs: str, *, on_bytes: OnProgress = sile
             entry that is not finite; the message names it.
     """
     role, sums_of = READERS[needs]
-    places = {
-        name: place for name, place in folder.located.items() if place.role == role and place.layer in folder.counts
-    }
+    layers = folder.counts if layers is None else layers
+    places = {name: place for name, place in folder.located.items() if place.role == role and place.layer in layers}
     tensors = {name: folder.files.tensors[name] for name in places}
     _check_types(needs, tensors)
     matrices = [name for name, tensor in tensors.items() if _is_matrix(tensor, places[name])]
@@ -53,7 +55,7 @@ def weight_stats(folder: ModelFolder, needs: str, *, on_bytes: OnProgress = sile
         with (folder.files.path / file).open("rb") as opened:
             for name in names:
                 place, tensor = places[name], tensors[name]
-                count = folder.counts[place.layer]
+                count = folder.all_counts[place.layer]
                 for expert, copies in _by_expert(name, tensor, place, count):
                     row = _read(opened, folder.files.path / file, copies, DTYPES[tensor.dtype])
                     one = sums_of(name, row[None], first=expert, num_experts=count)

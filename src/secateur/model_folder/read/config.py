@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
-from secateur.families import router_needs
+from secateur.families import router_needs, top_k_in
 from secateur.model_folder.read.layout import Layout, find_layouts
 from secateur.modeling_secateur import (
     PREFIX,
@@ -25,7 +25,7 @@ from secateur.modeling_secateur import (
     probe_counts,
     with_expert_count,
 )
-from secateur.surgery.config_json import has_expert_count, is_pruned
+from secateur.surgery.config_json import has_expert_count, is_pruned, with_one_count
 
 # model type -> why no plan can be applied to its files
 REFUSED = {
@@ -43,12 +43,16 @@ MAX_LAYERS = 10_000
 class ModelConfig:
     """A model by its config.
 
+    read_as: how its class was found where config.json does not name it as transformers does; in words, "" otherwise.
+    is_as_written: whether transformers reads the config from the folder itself; if not, it has to be given `config`.
     model_class, config: native. text: the config that holds the experts, `config` itself unless that has several.
     count: experts of a layer by the config; slots: of every layer's router, where the config lists them. kept: of
     layers with zero slots those whose experts are there; then the routers stay as they are, and limit nothing.
     """
 
     model_type: str
+    read_as: str
+    is_as_written: bool
     model_class: Any
     config: PreTrainedConfig
     text: PreTrainedConfig
@@ -82,7 +86,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
             top-k, or one that transformers does not accept.
     """
     try:
-        native = _as_native(config)
+        native = with_one_count(_as_native(config))
     except (TypeError, RecursionError) as error:
         raise SecateurError(f"config.json: {error}") from error
     model_type = native.get("model_type")
@@ -102,7 +106,10 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> ModelConfig:
-    model_class = _model_class(native)
+    model_class = _model_class(native, has_code="auto_map" in raw)
+    read_as = _read_as(model_type, native, model_class)
+    if model_type not in CONFIG_MAPPING:  # names of tensors are looked up by the model type
+        native["model_type"] = model_class.config_class.model_type
     config_class: Any = CONFIG_MAPPING.get(model_type, model_class.config_class)
     config = config_class.from_dict(native)
     text = config.get_text_config()
@@ -115,6 +122,8 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
     num_groups, min_experts = (1, 1) if kept else router_needs(text, top_k)
     return ModelConfig(
         model_type=model_type,
+        read_as=read_as,
+        is_as_written=native == _as_native(raw),
         model_class=model_class,
         config=config,
         text=text,
@@ -126,6 +135,17 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
         min_experts=min_experts,
         layouts=_layouts(model_class, config, top_k),
     )
+
+
+def of_own_class(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """A copy of a config.json with the names of the class that reads it, and without code of the source's.
+
+    A `Pruned...` class is made of transformers' own class; code of another builds one count for all layers.
+    """
+    if is_pruned(config):
+        return dict(config)
+    names = {"model_type": model.config.model_type, "architectures": [model.model_class.__name__]}
+    return {key: names.get(key, value) for key, value in config.items() if key != "auto_map"}
 
 
 def _as_native(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,14 +174,26 @@ def floats(value: Any) -> Any:
     return [floats(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _model_class(native: Mapping[str, Any]) -> Any:
+def _model_class(native: Mapping[str, Any], *, has_code: bool) -> Any:
     names = native.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise SecateurError(f"architectures is {names!r:.100}, expected one class")
     found = class_named(names[0])
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or found is PreTrainedModel:
-        raise SecateurError(f"{names[0]!r:.100} is no model class of transformers {transformers.__version__}")
+        also = "" if native["model_type"] in CONFIG_MAPPING else ", which does not know the model type either"
+        code = "; code that lies beside a model is never run" if has_code else ""
+        version = transformers.__version__
+        raise SecateurError(f"{names[0]!r:.100} is no model class of transformers {version}{also}{code}")
     return found
+
+
+def _read_as(model_type: str, native: Mapping[str, Any], model_class: Any) -> str:
+    """How a class was found that is not the one which both names in config.json are of."""
+    (named,) = native["architectures"]
+    name = model_class.__name__
+    if model_type not in CONFIG_MAPPING:
+        return f"transformers does not know the model type {model_type!r}; read by its architecture, {name}"
+    return "" if named == name else f"transformers calls the class {named!r} {name}"
 
 
 def _refuse(model_type: str) -> None:
@@ -172,13 +204,8 @@ def _refuse(model_type: str) -> None:
 
 def _top_k(text: PreTrainedConfig) -> int:
     """Experts a token; the most of any layer where the config has a list."""
-    for dotted in TOP_K_KEYS:
-        value: Any = text
-        for key in dotted.split("."):
-            value = getattr(value, key, None)
-        value = max(value, default=None) if isinstance(value, list) else value
-        if type(value) is int and value > 0:
-            return value
+    if (found := top_k_in(text)) is not None and found > 0:
+        return found
     raise SecateurError(f"no top-k, looked for {', '.join(TOP_K_KEYS)}")
 
 

@@ -11,10 +11,11 @@ from secateur.model_folder.read.inspect import bytes_per_expert
 from secateur.model_folder.read.model_folder import ModelFolder
 
 
-def model_facts(source: ModelFolder) -> ModelFacts:
-    """Of the decoder layers; multi-token-prediction layers are left to `--mtp`."""
+def model_facts(source: ModelFolder, *, with_mtp: bool = False) -> ModelFacts:
+    """Of the decoder layers, and `with_mtp` of the multi-token-prediction layers, which are else left to `apply`."""
     folder, model = source.files, source.config
     per_expert = bytes_per_expert(source)
+    counts = source.all_counts if with_mtp else dict(source.counts)
     return ModelFacts(
         model_type=model.model_type,
         digest=_digest(source),
@@ -23,8 +24,8 @@ def model_facts(source: ModelFolder) -> ModelFacts:
         min_experts=model.min_experts,
         total_bytes=folder.num_bytes,
         has_one_count=model.is_nested,
-        num_experts=dict(source.counts),
-        bytes_per_expert={layer: per_expert[layer] for layer in source.counts},
+        num_experts=counts,
+        bytes_per_expert={layer: per_expert[layer] for layer in counts},
     )
 
 

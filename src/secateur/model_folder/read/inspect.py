@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secateur.files.given import StrPath, check_given
 from secateur.files.progress import OnStage
@@ -39,11 +39,15 @@ class Inspection(Result):
     limits: tuple[str, ...]
 
 
-def inspect(model: StrPath, *, on_progress: OnStage | None = None) -> Inspection:
+def inspect(
+    model: StrPath, *, experts_from: Literal["config", "files"] = "config", on_progress: OnStage | None = None
+) -> Inspection:
     """Say what a model folder holds and what can be pruned: family, experts, routers, bytes. Only headers are read.
 
     Args:
         model: the folder of a Hugging Face model.
+        experts_from: what says how many experts a layer has: config (config.json), or files, for a model that a tool
+            pruned without updating its config.json.
         on_progress: never called, as headers are read at once; every function takes it.
 
     Returns:
@@ -58,7 +62,7 @@ def inspect(model: StrPath, *, on_progress: OnStage | None = None) -> Inspection
         (128, 8)
     """
     check_given(inspect, locals())
-    folder = read_model_folder(Path(model))
+    folder = read_model_folder(Path(model), experts_from)
     limits, sizes = _limits(folder), bytes_per_expert(folder)
     return Inspection(
         path=folder.files.path,
@@ -86,6 +90,7 @@ def _content(source: ModelFolder, sizes: Mapping[int, int], limits: Sequence[str
         "path": str(folder.path),
         "model_type": model.model_type,
         "class": model.model_class.__name__,
+        "read_as": model.read_as,
         "decoder_layers": model.num_layers,
         "experts": {str(layer): count for layer, count in source.counts.items()},
         "zero_slots": {str(layer): source.slots[layer] - source.counts[layer] for layer in source.config.kept},

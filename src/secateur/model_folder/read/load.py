@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from secateur.errors import SecateurError
@@ -18,9 +18,11 @@ from secateur.files.dtypes import torch_dtypes
 from secateur.files.memory import free_memory
 from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.read.names import split
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config
 
 DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
+UNEXPECTED = "unexpected_keys"  # of what transformers reports of a load
 WHILE_LOADING = 1.5  # times the bytes of a model: while experts are stacked, some of them are there twice
 
 
@@ -40,18 +42,14 @@ def why_not_loaded(folder: ModelFolder, times: float = 1.0) -> str | None:
 
 def problems_by_names(folder: ModelFolder) -> dict[str, list[str]]:
     """What transformers reports of loading the folder's tensors, by their names, types and shapes; none is read."""
-    native: Any = folder.config.model_class
-    loader, config = native, folder.config.config
-    if folder.config.is_pruned:
-        loader, config = pruned_model_class(native), read_pruned_config(floats(dict(folder.files.config)))
     tensors = {
         name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         for name, tensor in folder.files.tensors.items()
     }
     with no_loading_bars():
-        _, info = loader.from_pretrained(
+        _, info = _loader(folder).from_pretrained(
             None,
-            config=copy.deepcopy(config),
+            config=_config(folder),
             state_dict=tensors,
             device_map={"": "meta"},
             dtype="auto",
@@ -64,8 +62,24 @@ def problems_by_names(folder: ModelFolder) -> dict[str, list[str]]:
 def _problems(info: Mapping[str, Iterable[Any]], folder: ModelFolder) -> dict[str, list[str]]:
     """What transformers reports, without layers that predict further tokens: its classes have no place for them."""
     found = {key: sorted(map(str, value)) for key, value in info.items()}
-    found["unexpected_keys"] = [name for name in found.get("unexpected_keys", []) if name not in folder.mtp]
+    layers = {f"{parts.path}.{parts.layer}." for name in folder.mtp if (parts := split(name)) is not None}
+    found[UNEXPECTED] = [
+        name for name in found.get(UNEXPECTED, []) if name not in folder.mtp and not name.startswith(tuple(layers))
+    ]
     return {key: value for key, value in found.items() if value}
+
+
+def _loader(folder: ModelFolder) -> Any:
+    native = folder.config.model_class
+    return pruned_model_class(native) if folder.config.is_pruned else native
+
+
+def _config(folder: ModelFolder) -> PreTrainedConfig:
+    """Of the class that `_loader` takes; a new object."""
+    if folder.config.is_pruned:
+        config: PreTrainedConfig = read_pruned_config(floats(dict(folder.files.config)))
+        return config
+    return copy.deepcopy(folder.config.config)
 
 
 @contextlib.contextmanager
@@ -90,10 +104,9 @@ def load(
     Args:
         dtype: of all tensors; "auto" is what config.json says, to which wider ones are rounded.
     """
-    native = source.config.model_class
-    loader: Any = pruned_model_class(native) if source.config.is_pruned else native
+    given = {} if source.config.is_as_written else {"config": _config(source)}
     with no_loading_bars():
-        model, info = loader.from_pretrained(folder, output_loading_info=True, dtype=dtype)
+        model, info = _loader(source).from_pretrained(folder, output_loading_info=True, dtype=dtype, **given)
     with torch.no_grad():
         for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
             tensor.data = tensor.data.clone()

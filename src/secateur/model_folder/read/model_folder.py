@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from secateur.model_folder.read.layout import Layout, Match, Role
 
 LISTED = 5  # names in a message
+EXPERTS_FROM = BY_CONFIG, BY_FILES = "config", "files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +65,18 @@ class ModelFolder:
         return {**self.counts, **(self.config.slots or {})}
 
 
-def read_model_folder(path: Path) -> ModelFolder:
+def read_model_folder(path: Path, experts_from: str = BY_CONFIG) -> ModelFolder:
     """Read a model folder and find its experts; see `read_tensor_files` and `understand` for what is an error."""
     with collector_at_rest():
-        return understand(read_tensor_files(path))
+        return understand(read_tensor_files(path), experts_from)
 
 
-def understand(files: TensorFiles) -> ModelFolder:
+def understand(files: TensorFiles, experts_from: str = BY_CONFIG) -> ModelFolder:
     """Find the experts among the tensors of a folder.
+
+    Args:
+        experts_from: what says how many experts a layer has. BY_CONFIG: config.json, and files that hold others are an
+            error. BY_FILES: the files; `config` is then what config.json should have said.
 
     Raises:
         SecateurError: the names fit none or two of the layouts, a name sounds like an expert's or a router's and no
@@ -80,16 +86,18 @@ def understand(files: TensorFiles) -> ModelFolder:
     from secateur.model_folder.read.config import read_config
     from secateur.model_folder.read.plausible import check_plausible, no_more_modules_than
 
+    if experts_from not in EXPERTS_FROM:
+        raise SecateurError(f"--experts-from {experts_from}: expected {' or '.join(EXPERTS_FROM)}")
     try:
         check_plausible(files.config, files.tensors)
         with no_more_modules_than(files.tensors):
             config = read_config(files.config)
-        return _understand(files, config)
+        return _understand(files, config, experts_from)
     except SecateurError as error:
         raise SecateurError(f"{files.path}: {error}") from error
 
 
-def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
+def _understand(files: TensorFiles, config: ModelConfig, experts_from: str) -> ModelFolder:
     parts = {name: split(name) for name in files.tensors}
     layout, found = _choose(config.layouts, parts)
     hits = _hits(layout, parts, found)
@@ -116,6 +124,8 @@ def _understand(files: TensorFiles, config: ModelConfig) -> ModelFolder:
         _check_own(layer, of_layer)
         count = len(numbers[layer]) if layer in numbers else _stacked_count(files, of_layer)
         (mtp_counts if names[0] in mtp else counts)[layer] = count
+    if experts_from == BY_FILES and (said := _said(config, layout)) != counts:
+        return _understand(*_corrected(files, config, said, counts), BY_CONFIG)
     _check_counts(config, layout, counts)
     located: dict[str, ExpertPart] = {}
     for layer, names in by_layer.items():
@@ -260,12 +270,44 @@ def _locate(
     )
 
 
-def _check_counts(model: ModelConfig, layout: Layout, counts: Mapping[int, int]) -> None:
+def _said(model: ModelConfig, layout: Layout) -> dict[int, int]:
+    """{MoE layer: its experts by config.json}."""
     slots = dict.fromkeys(layout.layers, model.count) if model.slots is None else model.slots
-    expected = {layer: len(model.kept.get(layer, range(count))) for layer, count in slots.items()}
-    for layer in expected.keys() | counts.keys():
+    return {layer: len(model.kept.get(layer, range(count))) for layer, count in slots.items()}
+
+
+def _check_counts(model: ModelConfig, layout: Layout, counts: Mapping[int, int]) -> None:
+    expected = _said(model, layout)
+    pruned = expected.keys() == counts.keys() and all(count <= expected[layer] for layer, count in counts.items())
+    hint = "; what pruned them did not update config.json: --experts-from files takes the files' word" if pruned else ""
+    for layer in sorted(expected.keys() | counts.keys()):
         if expected.get(layer) != counts.get(layer):
             raise SecateurError(
                 f"layer {layer}: {counts.get(layer, 'no')} experts in the files, {expected.get(layer, 'none')} by "
-                "config.json"
+                f"config.json{hint}"
             )
+
+
+def _corrected(
+    files: TensorFiles, model: ModelConfig, said: Mapping[int, int], counts: Mapping[int, int]
+) -> tuple[TensorFiles, ModelConfig]:
+    """The same files with the config.json that fits them.
+
+    Raises:
+        SecateurError: other layers have experts than config.json says, or no config can say these counts.
+    """
+    from secateur.model_folder.read.config import of_own_class, read_config
+    from secateur.surgery.config_json import with_counts
+
+    if said.keys() != counts.keys() or model.kept:
+        raise SecateurError(f"layers {sorted(counts)} have experts in the files, {sorted(said)} by config.json")
+    config = files.config
+    if len(set(counts.values())) > 1:
+        if model.is_nested:
+            raise SecateurError(
+                f"the layers have {sorted(set(counts.values()))} experts, but those of a {model.model_type!r} are in "
+                "the text model inside it, which can only have one count for all layers"
+            )
+        config = of_own_class(config, model)
+    config = with_counts(config, said, counts, model.num_layers)
+    return dataclasses.replace(files, config=config), dataclasses.replace(read_config(config), is_as_written=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,9 +22,14 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 # if there is no index.
 STATS = "observed/stats.safetensors"
 FINETUNED = "finetune.json"  # what `secateur finetune` says of it: of these weights, and no others
-QUANTISATION = ("quantization_config", "compression_config")  # where a config.json says how weights are quantised
+# Where a config.json says how weights are quantised; the last one is MLX's.
+QUANTISATION = ("quantization_config", "compression_config", "quantization")
+SCALES = ("_scale", "_scale_inv", "_scale_2")  # endings of scales, beside a quantised tensor of the name before it
+PACKED = (".qweight", ".weight_packed", "_blocks")  # endings of quantised tensors that have another name then
+FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (*PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
+INDEX_OF_WEIGHTS = re.compile(r".\.index(\.\w+)?\.json$")  # of several files, in any form
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -92,13 +98,26 @@ class TensorFiles:
             "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
         }
 
-    @property
+    @functools.cached_property
     def quantisation(self) -> str | None:
-        """How weights are quantised by config.json, "unnamed" where it does not say how; None where they are not."""
-        settings = next((self.config[key] for key in QUANTISATION if self.config.get(key) is not None), None)
-        if isinstance(settings, dict):
-            settings = settings.get("quant_method", "unnamed")
-        return None if settings is None else str(settings)
+        """How weights are quantised by config.json, "unnamed" where it does not say how; None where they are not.
+
+        Where it says nothing, and the tensors show it, that is said.
+        """
+        for place, key in quantisations(self.config):
+            settings = place[key]
+            return str(settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings)
+        shown = sorted({name.rpartition(".")[2] for name in self.tensors if self._is_of_quantised(name)})
+        return f"by its tensors ({', '.join(shown[:3])}), of which config.json says nothing" if shown else None
+
+    def _is_of_quantised(self, name: str) -> bool:
+        """Whether a tensor is quantised, or the scale of one that is."""
+        if name.endswith(PACKED):
+            return self.tensors[name].dtype not in FLOATS
+        beside = next((name.removesuffix(ending) for ending in SCALES if name.endswith(ending)), name)
+        if name.endswith(".input_scale"):
+            beside = f"{name.removesuffix('.input_scale')}.weight"
+        return beside != name and beside in self.tensors and self.tensors[beside].dtype not in FLOATS
 
     @property
     def is_quantised(self) -> bool:
@@ -107,6 +126,14 @@ class TensorFiles:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.length for tensor in self.tensors.values())
+
+
+def quantisations(config: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """(place, key) of all that a config.json says of quantised weights, also in the config of its text model."""
+    places = (config, config.get("text_config"))
+    return [
+        (one, key) for one in places if isinstance(one, Mapping) for key in QUANTISATION if one.get(key) is not None
+    ]
 
 
 def holds_model(folder: Path) -> bool:
@@ -174,7 +201,8 @@ def _weight_files(path: Path) -> tuple[dict[str, Any] | None, dict[str, str] | N
     if shards:
         raise SecateurError(f"{path}: {shards[0]} but no {INDEX}; the list of its files is missing")
     pickled = [name for name in names if Path(name).suffix in PICKLED]
-    found = f"found {pickled[0]}, and pickled files are never opened" if pickled else f"found {names[:5]}"
+    how = "load the model with transformers, and save_pretrained writes safetensors"
+    found = f"found {pickled[0]}, and pickled files are never opened; {how}" if pickled else f"found {names[:5]}"
     raise SecateurError(f"{path}: expected {INDEX} or {SINGLE}; {found}")
 
 
@@ -211,7 +239,7 @@ def _other_files(path: Path, weights: list[str]) -> tuple[tuple[PurePosixPath, .
                 continue
             if not (path / relative).is_file():
                 raise SecateurError(f"{path / relative}: not a regular file, or a link to nothing")
-            is_weight = relative.suffix in WEIGHTS or name.endswith(".safetensors.index.json")
+            is_weight = relative.suffix in WEIGHTS or INDEX_OF_WEIGHTS.search(name) is not None
             is_weight = is_weight and str(relative) != STATS
             (left_out if is_weight else others).append(relative)
     return tuple(sorted(others)), tuple(sorted(left_out))

@@ -14,7 +14,7 @@ from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import check_target, copy_file, roll_back, written_beside, written_together
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.model_folder import BY_CONFIG, ModelFolder, read_model_folder
 from secateur.model_folder.read.tensor_files import CONFIG, TensorFiles
 from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.compare import verify_written
@@ -41,6 +41,7 @@ def apply_to_model(
     expert_parallel: int = 1,
     undo: Path | None = None,
     mtp: str | None = None,
+    experts_from: str = BY_CONFIG,
     dry_run: bool = False,
     on_bytes: OnProgress = silent,
     finish: Callable[[Path], None] = lambda written: None,
@@ -55,6 +56,7 @@ def apply_to_model(
         undo: a new folder for all that the result lacks; `undo.restore` makes the source of both, byte for byte.
         mtp: what becomes of multi-token-prediction layers that the plan does not name: "whole" or "drop". Without it
             they must end up with the count that config.json gives.
+        experts_from: what says how many experts a layer has, see `understand`; config.json of the result is right.
         dry_run: check and report, write nothing.
         on_bytes: called with (bytes written, bytes to write).
         finish: called with the complete folder before it gets its name; what it raises undoes everything.
@@ -73,7 +75,7 @@ def apply_to_model(
     if undo is not None:
         check_target(source, undo, "--undo")
         check_target_pair(out, undo)
-    folder = read_model_folder(source)
+    folder = read_model_folder(source, experts_from)
     _check_plan(folder, plan, expert_parallel, mtp)
     filled = plan.filled(folder.all_counts)  # lists every layer; what is saved is the plan that was given
     check_multiple({layer: filled.layers[layer].experts_after for layer in folder.counts}, expert_parallel)
@@ -84,6 +86,8 @@ def apply_to_model(
     kept = kept_tensors(folder, filled, left_out)
     beside_weights = side_files(folder, filled)
     report = describe(folder, plan, filled, kept, mtp, beside_weights)
+    if experts_from != BY_CONFIG:
+        report["experts_from"] = experts_from
     history = history_of(source, plan)
     if dry_run:
         return report

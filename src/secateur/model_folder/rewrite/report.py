@@ -36,6 +36,12 @@ class Applied(Struct, frozen=True, kw_only=True):
 
     plan: dict[str, Any]
     mtp: Literal["whole", "drop"] | None = None
+    experts_from: Literal["config", "files"] = "config"
+
+
+def read_experts_from(path: Path) -> str:
+    """What said how many experts the source has, from the report in a pruned folder. Raises as `read_applied`."""
+    return _applied(path).experts_from
 
 
 def read_applied(path: Path) -> tuple[Plan, str | None]:
@@ -44,15 +50,19 @@ def read_applied(path: Path) -> tuple[Plan, str | None]:
     Raises:
         SecateurError: no such file, or not the report of `apply`.
     """
-    if not path.is_file():
-        raise SecateurError(f"{path.parent}: no {path.name} in it; expected a folder that `apply` or `prune` wrote")
-    applied = as_record(read_object(path), Applied, str(path))
+    applied = _applied(path)
     try:
         plan = Plan.from_json(applied.plan)
         check_copies(plan)
         return plan, applied.mtp
     except SecateurError as error:
         raise SecateurError(f"{path}: {error}") from error
+
+
+def _applied(path: Path) -> Applied:
+    if not path.is_file():
+        raise SecateurError(f"{path.parent}: no {path.name} in it; expected a folder that `apply` or `prune` wrote")
+    return as_record(read_object(path), Applied, str(path))
 
 
 def describe(

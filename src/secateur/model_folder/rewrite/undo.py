@@ -24,7 +24,7 @@ from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import LENGTH, MAX_HEADER, Header, parse_header, read_header
 from secateur.files.seen import Seen
-from secateur.model_folder.read.model_folder import ModelFolder, understand
+from secateur.model_folder.read.model_folder import BY_FILES, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, dropped_tensors, kept_tensors
 from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
@@ -101,7 +101,7 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
         return _restored(record, sum(weights.bytes - sizes[name] for name, weights in record.weights.items()))
     for folder in (pruned, undo):
         check_target(folder, out)
-    source = understand(_source(record, undo))
+    source = understand(_source(record, undo), BY_FILES)  # a config.json that says others is its own affair
     found = read_tensor_files(pruned)
     parts = _parts(source, record, plan.filled(source.all_counts), found, undo)
     total = sum(part.now.length for of_file in parts.values() for part in of_file)

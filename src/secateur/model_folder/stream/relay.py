@@ -7,7 +7,7 @@ and refused, and never computed with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.model_folder.stream.shared import NOTHING, Shared, identities, left_in, put_back
 
 HIDDEN = "hidden_states"
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -29,11 +30,12 @@ class Relay:
     """Takes the place of the forwards of all decoder layers of one model.
 
     form: how a layer returns hidden states: "tensor", or "tuple N" for a tuple of N of which the others are None. The
-    first layer to run shows it.
+    first layer to run shows it. shared: what layers have left so far for later ones, of the batch that `run` was for.
     """
 
     def __init__(self, layers: nn.ModuleList, form: str | None) -> None:
         self.form = form
+        self.shared: Shared = NOTHING
         self._layers = layers
         self._stage, self._called = 0, 0
         self._given: Tensor | None = None
@@ -51,19 +53,23 @@ class Relay:
             for layer in self._layers:
                 del vars(layer)["forward"]
 
-    def run(self, stage: int, given: Tensor | None, call: Callable[[], Any], *, checks: bool) -> tuple[Any, Tensor]:
+    def run(
+        self, stage: int, given: Tensor | None, call: Callable[[], Any], *, checks: bool, shared: Shared = NOTHING
+    ) -> tuple[Any, Tensor]:
         """(what `call`, the forward of the model, returns; hidden states) of one batch.
 
         Args:
             stage: the layer at work, which gets `given` for the hidden states that it is called with; the first layer
                 gets those. The forward ends with it: None is returned, with the next layer's hidden states or, of the
                 last layer, its own. A stage behind the last layer has it return `given`, and the forward goes on.
-            checks: look whether layers exchange more than hidden states.
+            checks: look whether layers exchange more than hidden states and tensors in a mapping.
+            shared: what earlier layers left of this batch.
 
         Raises:
             SecateurError: they do, or are not called once each in their order.
         """
         self._stage, self._given, self._called, self._taken, self._checks = stage, given, 0, None, checks
+        self.shared = shared
         try:
             output = call()
         except LayerDone:
@@ -105,11 +111,16 @@ class Relay:
         del others[0 if args else HIDDEN]
         if self._checks:
             _refuse_poisoned(number, others)
-        before = _sizes(others) if self._checks else None
+        put_back(others, self.shared, hidden.device)
+        before, lengths = identities(others), _lengths(others)
         given = hidden if self._given is None else self._given
         result = forward(given, *args[1:], **kwargs) if args else forward(**{**kwargs, HIDDEN: given})
-        if self._checks and _sizes(others) != before:
+        if _lengths(others) != lengths:
             raise SecateurError(f"decoder layer {number} leaves values for later layers; {UNABLE}")
+        try:
+            self.shared = {**self.shared, **left_in(others, before, UNABLE)}
+        except SecateurError as error:
+            raise SecateurError(f"decoder layer {number} {error}") from error
         form = _form(number, result)
         if self.form not in (None, form):
             raise SecateurError(f"decoder layer {number} returns a {form}, an earlier one a {self.form}; {UNABLE}")
@@ -148,7 +159,7 @@ def _refuse_poisoned(number: int, others: dict[Any, Any]) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
         for one in value:
@@ -157,6 +168,6 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _sizes(others: dict[Any, Any]) -> list[int]:
-    """How much the containers hold that a layer could leave something in."""
-    return [len(value) for value in others.values() if isinstance(value, dict | list)]
+def _lengths(others: dict[Any, Any]) -> list[int]:
+    """How much the lists hold that a layer could leave something in."""
+    return [len(value) for value in others.values() if isinstance(value, list)]

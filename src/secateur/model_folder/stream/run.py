@@ -21,6 +21,7 @@ from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.parts import PartModel
 from secateur.model_folder.stream.relay import Relay
+from secateur.model_folder.stream.shared import NOTHING
 from secateur.model_folder.stream.states import States
 
 # (layer's number, layer) -> what is in force while it is loaded, which gives what is called before each batch
@@ -80,7 +81,7 @@ class StreamedModel:
                     for index, batch in enumerate(batches):
                         before_batch(batch)
                         hidden = self._through(relay, number, index, batch, states)
-                        states.put(number + 1, index, hidden)
+                        states.put(number + 1, index, hidden, relay.shared)
                         done += 1
                         on_step(done, total)
                 states.form = relay.form
@@ -124,9 +125,10 @@ class StreamedModel:
 
     def _run(self, relay: Relay, stage: int, index: int, batch: Batch, states: States) -> tuple[Any, Tensor]:
         given = states.get(stage, index).to(self._device) if stage else None
+        shared = states.shared(stage, index) if 0 < stage < self.num_layers else NOTHING
         moved = batch.to(self._device)
         try:
-            return relay.run(stage, given, lambda: self._call(moved), checks=index == 0)
+            return relay.run(stage, given, lambda: self._call(moved), checks=index == 0, shared=shared)
         except SecateurError as error:
             raise SecateurError(f"{self._name}: {error}") from error
 

@@ -21,7 +21,9 @@ from secateur.files.json import read_object
 from secateur.files.opened import opened
 from secateur.files.records import Count, Layer, Name, as_record
 from secateur.files.safetensors_header import with_sorted_metadata
+from secateur.model_folder.stream.shared import NOTHING, Shared
 
+HIDDEN = "hidden"  # the tensor in a file of a batch that is not shared
 FORM = r"^(tensor|tuple [1-9][0-9]{0,5})\Z"
 
 
@@ -38,8 +40,11 @@ class States(Protocol):
     def get(self, stage: int, index: int) -> Tensor:
         """What batch `index` brings to the stage, on the host."""
 
-    def put(self, stage: int, index: int, hidden: Tensor) -> None:
-        """Keep it."""
+    def shared(self, stage: int, index: int) -> Shared:
+        """What the layers before the stage left for it and later ones, of batch `index`; see `stream.shared`."""
+
+    def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
+        """Keep both."""
 
     def finish(self, stage: int) -> None:
         """All batches have been put to the stage; the ones before it are not needed any more."""
@@ -52,12 +57,17 @@ class MemoryStates:
         self.first = 0
         self.form: str | None = None
         self._hidden: dict[int, Tensor] = {}  # a batch's next state takes the place of the last
+        self._shared: dict[int, Shared] = {}
 
     def get(self, stage: int, index: int) -> Tensor:
         return self._hidden[index]
 
-    def put(self, stage: int, index: int, hidden: Tensor) -> None:
+    def shared(self, stage: int, index: int) -> Shared:
+        return self._shared[index]
+
+    def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
         self._hidden[index] = _plain(hidden)
+        self._shared[index] = {name: _plain(tensor) for name, tensor in shared.items()}
 
     def finish(self, stage: int) -> None:
         pass
@@ -70,8 +80,8 @@ class KeptStates(MemoryStates):
         super().__init__()
         self.handed_on: list[Tensor] = []
 
-    def put(self, stage: int, index: int, hidden: Tensor) -> None:
-        super().put(stage, index, hidden)
+    def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
+        super().put(stage, index, hidden, shared)
         self.handed_on.append(self.get(stage, index))
 
 
@@ -109,22 +119,16 @@ class DiskStates:
         self._keep_only(self.first)
 
     def get(self, stage: int, index: int) -> Tensor:
-        """
-        Raises:
-            SecateurError: the file is not the one that was written.
-        """
-        path = self._path(stage, index)
-        with opened(path) as file:
-            content = file.read()
-        if hashlib.sha256(content).hexdigest() != self._digests[stage].get(index):
-            raise SecateurError(f"{path}: not what an unfinished run writes, use --restart")
-        tensor = safetensors.torch.load(content)["hidden"]
-        return tensor.clone()  # it begins at any address, and matrix products round by that
+        return self._read(stage, index)[HIDDEN]
 
-    def put(self, stage: int, index: int, hidden: Tensor) -> None:
+    def shared(self, stage: int, index: int) -> Shared:
+        return {name: tensor for name, tensor in self._read(stage, index).items() if name != HIDDEN}
+
+    def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
         path = self._path(stage, index)
         path.parent.mkdir(exist_ok=True)
-        content = with_sorted_metadata(safetensors.torch.save({"hidden": _plain(hidden)}))
+        kept = {name: _plain(tensor) for name, tensor in {HIDDEN: hidden, **shared}.items()}
+        content = with_sorted_metadata(safetensors.torch.save(kept))
         self._digests.setdefault(stage, {})[index] = hashlib.sha256(content).hexdigest()
         atomic_write(path, content)
 
@@ -133,6 +137,20 @@ class DiskStates:
         atomic_write(self._record, json.dumps({"stage": stage, "form": self.form, "sha256": digests}))
         self._digests = {stage: digests}
         self._keep_only(stage)
+
+    def _read(self, stage: int, index: int) -> dict[str, Tensor]:
+        """What `put` wrote.
+
+        Raises:
+            SecateurError: the file is not the one that was written.
+        """
+        path = self._path(stage, index)
+        with opened(path) as file:
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != self._digests[stage].get(index):
+            raise SecateurError(f"{path}: not what an unfinished run writes, use --restart")
+        found = safetensors.torch.load(content)
+        return {name: tensor.clone() for name, tensor in found.items()}  # else at any address, by which products round
 
     def _path(self, stage: int, index: int) -> Path:
         return self._folder / f"{stage:05}" / f"{index:06}.safetensors"
