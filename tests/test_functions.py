@@ -34,6 +34,8 @@ from secateur.errors import SecateurError
 from secateur.files.given import StrPath, StrPaths
 from secateur.finetuning.options import OPTIMIZERS, SCHEDULES, FinetuneOptions
 from secateur.model_folder.measure.data_choice import ACTIVATIONS
+from secateur.model_folder.mtp import PRUNE
+from secateur.model_folder.read.model_folder import EXPERTS_FROM
 from secateur.model_folder.rewrite.apply import MTP_CHOICES, apply_to_model
 from secateur.placement import METHODS, milp
 from secateur.plans import REMOVED, Plan
@@ -350,7 +352,8 @@ def normal(hint: Any) -> frozenset[Any]:
         ("plan", "removed", REMOVED),
         ("plan", "allocation", ALLOCATIONS),
         ("prune", "removed", REMOVED),
-        ("prune", "mtp", MTP_CHOICES),
+        ("prune", "mtp", (*MTP_CHOICES, PRUNE)),
+        *((function, "experts_from", EXPERTS_FROM) for function in ("inspect", "observe", "plan", "prune", "apply")),
         ("prune", "allocation", ALLOCATIONS),
         ("prune", "activations", ACTIVATIONS),
         ("observe", "activations", ACTIVATIONS),

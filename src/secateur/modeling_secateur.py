@@ -367,14 +367,18 @@ def class_named(name: str) -> Any:
     told = [*_content(CONFIG_MAPPING), *(one for auto in _auto_classes() for one in _content(auto._model_mapping))]
     native = {one.__name__: one for one in told if isinstance(one, type) and not hasattr(one, "native_class")}
     found = getattr(transformers, name, native.get(name))
-    spelled = None if found is not None else _small_letters().get(name.lower())
+    spelled = None if found is not None else _spellings().get(_spelled(name))
     return found if spelled is None else getattr(transformers, spelled)
 
 
 @functools.cache
-def _small_letters() -> dict[str, str]:
-    """{a name of transformers in small letters: the name}."""
-    return {name.lower(): name for name in dir(transformers)}
+def _spellings() -> dict[str, str]:
+    """{a name of transformers, as `_spelled` has it: the name}."""
+    return {_spelled(name): name for name in dir(transformers)}
+
+
+def _spelled(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def auto_class(native: Any) -> Any:

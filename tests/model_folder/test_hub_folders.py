@@ -14,6 +14,7 @@ from secateur.errors import SecateurError
 from secateur.model_folder.checks.check import Check
 from secateur.model_folder.measure.on_text import TextObservation
 from secateur.model_folder.read.model_folder import read_model_folder
+from secateur.modeling_secateur import class_named
 from secateur.plans import LayerPlan
 from support.hub_folders import (
     gemma_4,
@@ -127,6 +128,18 @@ def test_what_no_class_reads_is_refused_with_that_reason(tmp_path: Path) -> None
     with_files(source, config__json=config | {"model_type": "deepseek_v3", "architectures": ["MoonshotForCausalLM"]})
     with pytest.raises(SecateurError, match=r"'MoonshotForCausalLM' is no model class of transformers [0-9.]+; code"):
         secateur.inspect(source)
+
+
+@pytest.mark.parametrize(
+    ("published", "name"),
+    [
+        ("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+        ("MixtralForCausalLM", "MixtralForCausalLM"),
+    ],
+)
+def test_a_class_is_found_by_its_published_name(published: str, name: str) -> None:
+    assert class_named(published).__name__ == name
 
 
 def test_two_names_of_one_count_change_together_and_must_agree(tmp_path: Path) -> None:

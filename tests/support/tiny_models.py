@@ -338,6 +338,25 @@ FAMILIES: dict[str, Family] = {
     "mellum": _std("mellum", _LOCAL, NARROW, HEADS, **_LOSS),
     "mimo_v2_flash": _std("mimo_v2_flash", _ROUTED, NARROW, HEADS, ONE_GROUP, **_DEEPSEEK_V3),
     "solar_open": _std("solar_open", _ROUTED, NARROW, HEADS, ONE_GROUP, {"n_shared_experts": 1}, tensors=_BIASED),
+    "gemma4_text": _std(
+        "gemma4_text",
+        "num_experts",
+        NARROW,
+        HEADS,
+        {
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        top_k_key="top_k_experts",
+        block="model.layers.N",
+        router="router",
+        tensors={"router.proj.weight": 0, "router.per_expert_scale": 0} | STACKED,
+    ),
     # Two rows of the router belong to shared experts, which no plan may move.
     "inkling_text": _std(
         "inkling_text",

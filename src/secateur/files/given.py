@@ -94,6 +94,9 @@ def _each(given: Any) -> Iterator[Any]:
 def _is_path_like(given: Any, kinds: tuple[type, ...]) -> bool:
     """Whether it is one of these types; a path must be one that a file can have, and "" is the folder one is in."""
     if isinstance(given, str | os.PathLike):
-        path = os.fspath(given)
+        try:
+            path = os.fspath(given)
+        except TypeError:  # a result that was written to no file
+            return isinstance(given, kinds)
         return isinstance(path, str) and path != "" and "\0" not in path
     return isinstance(given, kinds) and not isinstance(given, bytes | bytearray)

@@ -12,6 +12,7 @@ import pytest
 
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.rewrite import expert_names
 from secateur.model_folder.rewrite.config_json import edited_config
 from secateur.model_folder.rewrite.expert_names import ExpertNames, renamed
 from secateur.model_folder.rewrite.patterns import matcher
@@ -106,6 +107,14 @@ def test_what_no_rule_can_say_is_refused_by_name(text: str, message: str, found:
 def test_patterns_that_take_long_are_left_alone_where_they_name_no_expert(found: tuple[ModelFolder, Plan]) -> None:
     assert ExpertNames(*found).now("re:(a+)+$") == ["re:(a+)+$"]
     assert matcher(r"re:(?:model\.)?layers\.[0-9]+\.(mlp|self_attn)\..*proj", 60)("layers.12.mlp.up_proj")
+
+
+def test_all_patterns_of_a_file_together_take_a_bounded_time(
+    found: tuple[ModelFolder, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_names, "SECONDS", 0)
+    with pytest.raises(SecateurError, match=r"a pattern whose search takes more than 0 s; it names single experts"):
+        ExpertNames(*found).now(r"re:.*experts\.3\..*")
 
 
 def test_settings_of_every_tool_are_rewritten_where_they_list_names(found: tuple[ModelFolder, Plan]) -> None:

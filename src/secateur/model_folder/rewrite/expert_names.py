@@ -6,18 +6,22 @@ layer and not others becomes the names of what it matched; one that matches all 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.names import is_mtp, numbered, split
-from secateur.model_folder.rewrite.patterns import is_pattern, matcher, split_prefix
+from secateur.model_folder.rewrite.patterns import is_pattern, matcher, split_prefix, start_of
 from secateur.plans import Plan
 
 # Sounds like the number of an expert, also in a pattern: experts.3, experts\.(3|5), experts\.[35]; not experts\.[0-9]
 NUMBERED = re.compile(r"experts(?:\\*\.|\[)(?:[(?:]*[0-9]|\[(?!\^?0-9\])[0-9])")
+SECONDS = 5  # of a processor, for all patterns of a file
 BY_REGEX = ("-:", "+:")  # in the place of which a regular expression must stand, and no plain name
 
 
@@ -47,7 +51,9 @@ class ExpertNames:
             expert = name.removesuffix(f".{place.after}")
             self._modules[module] = Module(layer=place.layer, expert=place.expert, tail=tail)
             self._modules.setdefault(expert, Module(layer=place.layer, expert=place.expert, tail=""))
-        self._longest = max(map(len, (*self._modules, *self._others)), default=0)
+        self._sorted = sorted({*self._modules, *self._others})
+        self._longest = max(map(len, self._sorted), default=0)
+        self._until = time.process_time() + SECONDS
 
     def now(self, text: str) -> list[str]:
         """What stands for an entry after the pruning: itself, other names, or none.
@@ -93,12 +99,12 @@ class ExpertNames:
 
     def _pattern(self, text: str) -> list[str]:
         try:
-            matches = matcher(text, self._longest)
+            matched = self._matched(text)
         except SecateurError as error:
             if NUMBERED.search(text):
                 raise SecateurError(f"{text!r:.120}: {error}; it names single experts, whose numbers change") from error
             return [text]
-        found = [name for name in self._modules if matches(name)]
+        found = [name for name in matched if name in self._modules]
         if not found and NUMBERED.search(text):
             raise SecateurError(f"{text!r:.120} sounds like single experts, but matches none of this model")
         if self._is_about_all(found):
@@ -106,9 +112,23 @@ class ExpertNames:
         leaves = [name for name in found if self._modules[name].tail] or found
         leaves.sort(key=lambda name: (self._modules[name].layer, self._modules[name].expert, self._modules[name].tail))
         names = [new for name in leaves for new in self._plain(name) or ()]
-        names += sorted(name for name in self._others if matches(name))
+        names += [name for name in matched if name in self._others]
         prefix, _ = split_prefix(text)
         return [f"{prefix}{re.escape(name)}$" for name in names] if prefix in BY_REGEX else names
+
+    def _matched(self, text: str) -> list[str]:
+        matches, start = matcher(text, self._longest), start_of(text)
+        found = []
+        for name in itertools.takewhile(lambda one: one.startswith(start), self._from(start)):
+            if matches(name):
+                found.append(name)
+            if time.process_time() > self._until:
+                raise SecateurError(f"a pattern whose search takes more than {SECONDS} s")
+        return found
+
+    def _from(self, start: str) -> Iterator[str]:
+        """The names in their order, from the first one that may begin like this."""
+        return itertools.islice(self._sorted, bisect.bisect_left(self._sorted, start), None)
 
     def _is_about_all(self, found: Iterable[str]) -> bool:
         """Whether of every layer all experts are among the names, or none, by what follows the number."""

@@ -28,6 +28,12 @@ def is_pattern(text: str) -> bool:
     return bool(prefix) or "\\" in body or bool(GLOB.search(body))
 
 
+def start_of(text: str) -> str:
+    """With what all names begin that a glob matches; "" for a regular expression."""
+    prefix, body = split_prefix(text)
+    return "" if prefix or "\\" in body else GLOB.split(body, maxsplit=1)[0]
+
+
 def matcher(text: str, longest: int) -> Matches:
     """What a pattern matches, as the tools read it: regular expressions from the first letter on, globs as a whole.
 
@@ -41,8 +47,8 @@ def matcher(text: str, longest: int) -> Matches:
     if len(body) > MAX_LENGTH:
         raise SecateurError(f"a pattern of {len(body)} letters, expected at most {MAX_LENGTH}")
     if not prefix and "\\" not in body:
-        glob, start = re.compile(fnmatch.translate(body)), GLOB.split(body, maxsplit=1)[0]
-        return lambda name: name.startswith(start) and glob.match(name) is not None
+        glob = re.compile(fnmatch.translate(body))
+        return lambda name: glob.match(name) is not None
     _check_time(body, longest)
     try:
         pattern = re.compile(body)
