@@ -11,6 +11,7 @@ import pytest
 
 import secateur
 from secateur.errors import SecateurError
+from secateur.finetuning.model import kept_files
 from secateur.model_folder.checks.check import Check
 from secateur.model_folder.measure.on_text import TextObservation
 from secateur.model_folder.read.model_folder import read_model_folder
@@ -296,6 +297,7 @@ def test_the_state_of_a_training_run_is_left_out_with_a_line_in_the_report(tmp_p
     names = "latest optimizer.pt rng_state.pth rng_state_0.pth scheduler.pt trainer_state.json training_args.bin"
     assert left_out == dict.fromkeys(names.split(), why)
     assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert [str(name) for name in kept_files(read_model_folder(source))] == ["generation_config.json"]  # of finetune
     assert not (tmp_path / "out" / "trainer_state.json").exists()
 
 

@@ -29,7 +29,7 @@ from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.report import REPORT, VERIFIED
-from secateur.model_folder.rewrite.side_files import PAGE
+from secateur.model_folder.rewrite.side_files import PAGE, TRAINING_STATE
 from secateur.models.vmoe import VMoEForImageClassification
 
 HEAD = "classifier"
@@ -146,8 +146,12 @@ def write(loaded: Loaded, model_folder: ModelFolder, folder: Path) -> None:
 
 
 def kept_files(folder: ModelFolder) -> list[PurePosixPath]:
-    """What is carried along beside weights and config.json."""
-    return [relative for relative in folder.files.others if str(relative) not in STALE and relative.parts[0] != LOGS]
+    """What is carried along beside weights and config.json; not the state of an earlier training run."""
+    return [
+        relative
+        for relative in folder.files.others
+        if str(relative) not in STALE and relative.parts[0] != LOGS and not re.fullmatch(TRAINING_STATE, str(relative))
+    ]
 
 
 def _as_stored(model: PreTrainedModel, device: str | None = None) -> dict[str, torch.Tensor]:

@@ -21,6 +21,13 @@ PLAN, PAGE, CARD, CODE = "plan.json", "report.html", "README.md", f"{MODULE}.py"
 # What `apply` and `prune` write themselves, whatever the source has under these names.
 MADE_ANEW = (CONFIG, INDEX, PLAN, REPORT, PAGE, CARD, CODE, VERIFIED, STATS)
 
+# What a training run leaves beside a model: of transformers' Trainer, Accelerate, DeepSpeed.
+TRAINING_STATE = (
+    r"(.*/)?(trainer_state\.json|training_args\.bin|latest|zero_to_fp32\.py"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states)(_\d+)?\.(pt|pth|bin|pkl)"
+    r"|(optimizer|pytorch_model_fsdp)_\d+/.*|global_step\d+/.*)"
+)
+
 # (source, plan that lists every layer, the file's name, its bytes) -> its new bytes, the same where nothing changes, or
 # None where it is to be left out; raises SecateurError where it cannot
 Rewrite = Callable[[ModelFolder, Plan, str, bytes], bytes | None]
@@ -40,13 +47,8 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule(names=re.escape(FINETUNED), why="it is about the weights of the source, and no others"),
-    # transformers' Trainer, Accelerate, DeepSpeed: with a step and no optimizer, training would go on as if it had one
-    Rule(
-        names=r"(.*/)?(trainer_state\.json|training_args\.bin|latest|zero_to_fp32\.py"
-        r"|(optimizer|scheduler|scaler|rng_state|random_states)(_\d+)?\.(pt|pth|bin|pkl)"
-        r"|(optimizer|pytorch_model_fsdp)_\d+/.*|global_step\d+/.*)",
-        why="the state of a training run of the unpruned model",
-    ),
+    # with its step and without its optimizer, training would go on as if it had one
+    Rule(names=TRAINING_STATE, why="the state of a training run of the unpruned model"),
     Rule(
         names=r"(.*/)?params\.json",
         why="the authors' config.json, which has no place for these numbers of experts",
