@@ -180,6 +180,7 @@ def test_files_are_taken_at_their_word_where_config_json_was_not_updated(tmp_pat
     assert secateur.inspect(tmp_path / "right").experts == {0: 4, 1: 4, 2: 4}
 
 
+@pytest.mark.slow
 def test_layers_that_another_tool_cut_to_different_counts_get_a_config_of_their_own(tmp_path: Path) -> None:
     whole = kimi_k2(tmp_path / "whole")
     pruned(whole, tmp_path / "source", keep="1:6,2:4")
@@ -317,6 +318,7 @@ def test_what_belongs_to_other_forms_of_the_weights_is_left_out_and_all_else_cop
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_the_hub_cache_is_pruned_like_the_folder(tmp_path: Path) -> None:
     source = mixtral(tmp_path / "source")
     snapshot = in_hub_cache(source, tmp_path / "models--mistralai--Mixtral")
