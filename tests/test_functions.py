@@ -66,7 +66,13 @@ PARAMETERS = {
     name: {parameter.name: parameter for parameter in get_command(cli.app).commands[command].params}  # type: ignore[attr-defined]
     for name, command in COMMANDS.items()
 }
-BY_A_CLOCK = {*TIMINGS, "images_per_second", "memory_bytes"}
+BY_A_CLOCK = {
+    *TIMINGS,
+    "images_per_second",
+    "memory_bytes",
+    "process_memory_bytes",
+    "peak_memory_bytes_estimated",
+}
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,12 @@ for folder in sorted(root.iterdir()):
         model.save_pretrained(again)
         _, seen["again"] = look(again, data, **flags)
         seen["files"] = sorted(path.name for path in again.iterdir())
+        if mode == "remote" and folder.name.removeprefix("pruned ") in sys.argv[3:]:
+            seen["autos"] = {}
+            for auto in json.loads((folder / "config.json").read_text())["auto_map"]:
+                if auto != "AutoConfig":
+                    model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True, **flags)
+                    seen["autos"][auto] = [type(model).__name__, sorted(info["missing_keys"])]
     except Exception as error:
         import traceback
         seen = {"error": traceback.format_exc()[-2000:]}
@@ -188,6 +194,18 @@ def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
         assert seen["aux"] > 0
         assert all(grad > 0 for grad in seen["router_grads"])
         assert len(seen["router_grads"]) == sum(map(bool, config["moe_config"]["per_layer_experts_blocks"]))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_without_secateur_every_auto_class_of_the_source_loads_it_and_makes_the_head_that_is_missing(
+    loaded: dict[str, Any],
+) -> None:
+    for title, name in (("qwen3_moe", "Qwen3Moe"), ("deepseek_v3 grouped", "DeepseekV3"), ("gpt_oss", "GptOss")):
+        tasks = {"CausalLM": [], "SequenceClassification": ["score.weight"]}
+        tasks["TokenClassification"] = ["score.bias", "score.weight"]
+        expected = {f"AutoModelFor{task}": [f"Pruned{name}For{task}", new] for task, new in tasks.items()}
+        assert loaded["remote"][f"pruned tiny {title}"]["autos"] == expected | {"AutoModel": [f"Pruned{name}Model", []]}
 
 
 @pytest.mark.process

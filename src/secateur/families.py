@@ -151,7 +151,10 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_s
         raise SecateurError(f"model type {model_type!r}: cannot find its experts: {error}") from error
     top_k = top_k_in(config)
     if top_k is None:
-        raise SecateurError(f"model type {model_type!r}: no top-k in its config (looked for {', '.join(TOP_K_KEYS)})")
+        raise SecateurError(
+            f"model type {model_type!r}: this family is not supported: its config does not say how many experts a "
+            f"token goes to (looked for {', '.join(TOP_K_KEYS)})"
+        )
     num_groups, min_experts = (1, 1) if has_some else router_needs(config, top_k)
     blocks = _blocks(model, layout)
     if not blocks:

@@ -19,6 +19,7 @@ follow the count linearly is an error, never a guess.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -323,7 +324,7 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
     """The class of pruned models of a native class; registers its weight conversions, and it with its auto class."""
     config_class = pruned_config_class(native.config_class)
     name = PREFIX + native.__name__
-    auto = auto_class(native)
+    auto = auto_class(native) or AutoModelForCausalLM  # code beside a model can be loaded by any
 
     def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         slots, kept = counts_in(config), kept_in(config)
@@ -331,8 +332,9 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
         largest = _get(text, expert_count_key(text))
         if largest != max(slots.values()):
             raise ValueError(f"config: {largest} experts, expected the largest of per_layer_experts_blocks {slots}")
-        # Built with the largest count, a layer has rows to cut and none to invent.
-        native.__init__(self, config, *args, **kwargs)
+        with _of_class(config, native.config_class):  # some classes build the model inside them by its config's class
+            # Built with the largest count, a layer has rows to cut and none to invent.
+            native.__init__(self, config, *args, **kwargs)
         layout = find_expert_layout(native, native_config(config), probe_counts(text))
         cut_to_counts_(self, layout, slots, kept)
         skip_removed_(self, layout, slots, kept)
@@ -348,7 +350,7 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
     for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
         members[question] = getattr(native, question)
     stock_loss = getattr(sys.modules[native.__module__], "load_balancing_loss_func", None)
-    if stock_loss is not None:
+    if stock_loss is not None and stock_loss.__name__ in inspect.unwrap(native.forward).__code__.co_names:
         members["forward"] = _forward_with_layerwise_loss(native, stock_loss)
     pruned = type(name, (native,), members)
     find: Callable[[str], Any] = get_checkpoint_conversion_mapping
@@ -357,6 +359,45 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     auto.register(config_class, pruned, exist_ok=True)
     return pruned
+
+
+@contextlib.contextmanager
+def _of_class(config: PreTrainedConfig, config_class: Any) -> Iterator[None]:
+    """While it lasts, a config is of its native class; the object stays the same, as modules of the model share it."""
+    own = type(config)
+    config.__class__ = config_class
+    try:
+        yield
+    finally:
+        config.__class__ = own
+
+
+def auto_classes_of(native: Any) -> dict[str, Any]:
+    """{auto class: the native class that it makes} for all that loads folders of the family of a native class.
+
+    For one auto class that is `native` itself; for the others what transformers, or who told it, says of its config.
+    """
+    found = {(auto_class(native) or AutoModelForCausalLM).__name__: native}
+    for auto in _auto_classes():
+        made = auto._model_mapping.get(native.config_class, ())
+        made = made if isinstance(made, tuple | list) else (made,)
+        fits = [one for one in made if one is not None and one.config_class is native.config_class]
+        if fits:
+            found.setdefault(auto.__name__, native if native in fits else fits[0])
+    return found
+
+
+def auto_map_of(native: Any) -> dict[str, str]:
+    """What the config.json of a pruned folder of a native class says under `auto_map` of model classes."""
+    module = __name__.rpartition(".")[2]
+    return {auto: f"{module}.{PREFIX}{made.__name__}" for auto, made in auto_classes_of(native).items()}
+
+
+def register(native: Any) -> None:
+    """Tell the auto classes of the pruned classes of a native class and its family."""
+    config_class = pruned_config_class(native.config_class)
+    for auto, made in auto_classes_of(native).items():
+        getattr(modeling_auto, auto).register(config_class, pruned_model_class(made), exist_ok=True)
 
 
 def class_named(name: str) -> Any:
@@ -382,12 +423,12 @@ def _spelled(name: str) -> str:
 
 
 def auto_class(native: Any) -> Any:
-    """The auto class that makes a model class, or was told of it; that of causal language models where none does."""
+    """The auto class that makes a model class, or was told of it; None where none does."""
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, *_auto_classes()):
         mapping = auto._model_mapping
         if native in _content(mapping) or native.__name__ in mapping._model_mapping.values():
             return auto
-    return AutoModelForCausalLM
+    return None
 
 
 def _auto_classes() -> Iterator[Any]:
@@ -423,9 +464,10 @@ def read_pruned_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
     config = pruned_config_class(native).from_dict(config_dict, **kwargs)
     architecture = (config_dict.get("architectures") or [None])[0]
     try:
-        __getattr__(str(architecture))  # makes the model class and registers it with its auto class
+        pruned: Any = __getattr__(str(architecture))
     except AttributeError as error:
         raise ValueError(f"config.json: architectures: {error}") from error
+    register(pruned.native_class)
     return config
 
 

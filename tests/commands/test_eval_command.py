@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from secateur.model_folder.evaluation.on_text import evaluate_text
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.read import load as load_module
 from secateur.model_folder.rewrite.apply import apply_to_model
+from support import lm_eval_stand_in
 from support.model_folders import loaded, plan_of, saved
 from support.models_with_text import data_in, model_with_text
 from support.tiny_models import VOCABULARY, random_tokens
@@ -226,25 +227,100 @@ def test_what_cannot_be_measured_is_refused(
     assert "a model is listed twice" in run(made / "source", made / "source", *text(made))[2]
 
 
-def test_tasks_are_handed_to_lm_eval(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+def metrics_of(task: str, model: lm_eval_stand_in.HFLM) -> dict[str, Any]:
+    """Of a stand-in for a task: that called `broken` ends in an error, as one whose data cannot be had does."""
+    if task == "broken":
+        raise FileNotFoundError("no\nsuch data")
+    if task == "exits":
+        raise SystemExit(1)
+    return {"acc,none": torch.tensor(0.25), "alias": task}
 
-    def simple_evaluate(**options: Any) -> dict[str, Any]:
-        calls.append(options)
-        if "unknown" in options["tasks"]:
-            raise KeyError("unknown")
-        return {"results": {task: {"acc,none": torch.tensor(0.25), "alias": task} for task in options["tasks"]}}
 
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+def test_tasks_are_handed_to_lm_eval_one_by_one_on_a_device(
+    run: Run, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = lm_eval_stand_in.install(monkeypatch, metrics_of)
     status, out, err = run(made / "source", made / "pruned", "--lm-eval", "one, two", "--batch-size", 3, "--json")
     assert status == 0, err
-    assert json.loads(out)["lm_eval"][str(made / "pruned")] == {
+    found = json.loads(out)
+    assert found["lm_eval"][str(made / "pruned")] == {
         task: {"acc,none": 0.25, "alias": task} for task in ("one", "two")
     }
-    assert [call["model_args"]["pretrained"] for call in calls] == [str(made / "source"), str(made / "pruned")]
-    assert calls[0]["tasks"] == ["one", "two"]
-    assert (calls[0]["model"], calls[0]["batch_size"]) == ("hf", 3)
+    assert found["lm_eval_failures"] == {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert calls == [
+        {"folder": str(made / folder), "tasks": [task], "batch_size": 3, "device": device}
+        for folder in ("source", "pruned")
+        for task in ("one", "two")
+    ]
     assert "acc,none 0.25" in run(made / "source", "--lm-eval", "one")[1]
-    status, _, err = run(made / "source", "--lm-eval", "unknown")
-    assert (status, "lm-eval refused: 'unknown'" in err) == (2, True), err
     assert "it names no task" in run(made / "source", "--lm-eval", " , ")[2]
+
+
+def test_what_was_measured_before_a_task_fails_is_printed_and_the_failure_is_named(
+    run: Run, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval_stand_in.install(monkeypatch, metrics_of)
+    words = (made / "source", *text(made), "--lm-eval", "one,broken,exits,two")
+    status, out, err = run(*words)
+    assert status == 2
+    assert "lm-eval cannot run it: FileNotFoundError: no such data" in err
+    assert "exits" in err
+    assert "tokens to predict" in out
+    assert [line.split(": ")[1] for line in out.splitlines() if "acc,none" in line] == ["one", "two"]
+    status, out, err = run(*words, "--json")
+    found = json.loads(out)
+    assert (status, len(found["models"])) == (2, 1)
+    assert list(found["lm_eval"][str(made / "source")]) == ["one", "two"]
+    assert list(found["lm_eval_failures"][str(made / "source")]) == ["broken", "exits"]
+
+
+def test_a_model_that_lm_eval_cannot_load_fails_all_its_tasks_and_no_other_models(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval_stand_in.install(monkeypatch, metrics_of)
+    (tmp_path / "empty").mkdir()
+    status, out, err = run(tmp_path / "empty", made / "pruned", "--lm-eval", "one,two")
+    assert (status, err.count("lm-eval cannot load")) == (2, 2), err
+    assert out.count("acc,none") == 2
+
+
+# --- lm-eval itself, where it is installed --------------------------------------------------------------------------
+
+
+def test_the_stand_in_has_the_parameters_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
+    models = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    real = {"simple_evaluate": evaluator.simple_evaluate, "HFLM": models.HFLM.__init__}
+    lm_eval_stand_in.install(monkeypatch, metrics_of)
+    standing = {"simple_evaluate": sys.modules["lm_eval"].simple_evaluate, "HFLM": lm_eval_stand_in.HFLM.__init__}
+    for name, function in standing.items():
+        assert inspect.signature(function).parameters.keys() <= inspect.signature(real[name]).parameters.keys()
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval_runs_on_a_model_whose_layers_differ(run: Run, made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    questions = [{"q": f"def return {number}", "answers": ["x", "times"], "label": number % 2} for number in range(4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
+    task = {
+        "task": "made_up",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{answers}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "made_up.yaml").write_text(json.dumps(task))  # which is YAML too
+    (tmp_path / "broken.yaml").write_text(json.dumps(task | {"task": "broken"}).replace("q.jsonl", "none.jsonl"))
+    tasks = f"{tmp_path}/broken.yaml,{tmp_path}/made_up.yaml"
+    status, out, err = run(made / "source", made / "pruned", "--lm-eval", tasks, "--json")
+    assert (status, "none.jsonl" in err) == (2, True), err
+    found = json.loads(out)["lm_eval"]
+    assert {model: 0 <= tasks["made_up"]["acc,none"] <= 1 for model, tasks in found.items()} == {
+        str(made / "source"): True,
+        str(made / "pruned"): True,
+    }

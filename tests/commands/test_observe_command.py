@@ -19,6 +19,7 @@ from secateur import cli
 from secateur.criteria import CRITERIA
 from secateur.data.calibration import calibrate
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
+from secateur.model_folder.measure.observe import observe
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.stream import states
 from secateur.model_folder.stream.resume import WorkFolder
@@ -133,7 +134,8 @@ def test_a_dry_run_says_what_sums_on_request_take(folder: Path, run: Run) -> Non
     said = json.loads(out)
     expected = 3 * 8 * (8 * 8 + 8 * 24 * 24)  # layers, bytes of a number, experts and widths of experts
     assert (status, plain["sums_bytes"], said["sums_bytes"]) == (0, 0, expected)
-    assert said["peak_memory_bytes_estimated"] - plain["peak_memory_bytes_estimated"] == expected
+    layers = [one["peak_memory_bytes_estimated"] - one["process_memory_bytes"] for one in (plain, said)]
+    assert layers[1] - layers[0] == expected
     assert "112 kB of sums on request" in run("--dry-run", "--sums", "co_selection", "--sums", "neuron_gram")[1]
 
 
@@ -291,12 +293,29 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder: Path, run: Run)
     outside = sum(size for name, size in sizes.items() if ".layers." not in name and "lm_head" not in name)
     layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
     assert said["bytes_to_read"] == outside + 3 * layer
-    assert said["peak_memory_bytes_estimated"] == outside + round(5 / 3 * layer)
+    of_model = said["peak_memory_bytes_estimated"] - said["process_memory_bytes"]
+    assert of_model == outside + round(5 / 3 * layer)
     assert said["activation_bytes"] == 6 * 16 * 32 * 4
     assert (said["layers"], said["moe_layers"], said["activations"]) == (3, [0, 1, 2], "disk")
     assert (said["data"]["tokens"], said["dry_run"], said["mtp_layers_not_run"]) == (96, True, [])
     assert contents(folder) == before
     assert "would write" in run("--dry-run")[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a peak of memory")
+def test_a_dry_run_says_at_least_the_memory_that_is_seen_and_at_most_half_more(tmp_path: Path) -> None:
+    wide = {"hidden_size": 128, "moe_intermediate_size": 384, "num_experts": 32}  # 16 MB a layer
+    tiny_model("qwen3_moe", vocab_size=VOCABULARY, **wide).save_pretrained(tmp_path / "model")
+    train_tokenizer(["text"], vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    write_corpus(tmp_path / "corpus")
+    options: dict[str, Any] = {"data": str(tmp_path / "corpus/prose"), "samples": 4, "sequence_length": 16}
+    said = observe(tmp_path / "model", tmp_path / "stats", dry_run=True, **options).to_json()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    observe(tmp_path / "model", tmp_path / "stats", **options)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    seen = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    assert seen <= said["peak_memory_bytes_estimated"] <= 1.5 * seen
+    assert said["process_memory_bytes"] > 2**27  # Python and torch alone
 
 
 def test_json_and_quiet(folder: Path, run: Run) -> None:

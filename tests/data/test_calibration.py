@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from secateur.data import calibration
 from secateur.data.calibration import Calibration, calibrate, fair_shares
-from secateur.data.tokenizer import train_tokenizer
+from secateur.data.corpus import Document
+from secateur.data.packing import pack as pack_documents
+from secateur.data.tokenizer import encode, train_tokenizer
 from secateur.errors import SecateurError
 
 # Every message as <role>content; what the template adds is plain to see.
@@ -136,11 +139,10 @@ def test_no_more_is_tokenised_than_is_needed(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = calibration._encode
     monkeypatch.setattr(
         calibration,
-        "_encode",
-        lambda tokenizer, texts, special: encoded.append(sum(map(len, texts))) or encode(tokenizer, texts, special),
+        "encode",
+        lambda tokenizer, texts, **options: encoded.append(sum(map(len, texts))) or encode(tokenizer, texts, **options),
     )
     monkeypatch.setattr(calibration, "ROOM", 2)
     drawn(tokenizer, write(tmp_path, "a.jsonl", *["abcdefgh"] * 100), samples=3, sequence_length=8)
@@ -201,3 +203,25 @@ def test_too_little_text_says_what_there_is(tokenizer: PreTrainedTokenizerFast, 
 def test_sizes_below_the_least_are_refused(tokenizer: PreTrainedTokenizerFast, option: str, value: int) -> None:
     with pytest.raises(SecateurError, match=f"{option}: found {value}, expected at least {value + 1}"):
         drawn(tokenizer, **{option: value})
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("special", [False, True], ids=["", "adds its own"])
+def test_a_tokenizer_that_makes_no_token_is_named_with_the_reason(pack: bool, special: bool, tmp_path: Path) -> None:
+    backend = Tokenizer(models.BPE({"<end>": 0, "Z": 1}, []))
+    if special:
+        backend.post_processor = processors.TemplateProcessing("<end> $A", None, [("<end>", 0)])
+    empty = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    empty.name_or_path = "made/up"
+    text = write(tmp_path, "one.jsonl", "some text that it does not know")
+    with pytest.raises(SecateurError, match=r"tokenizer made/up: it makes no token of 1 texts \(one begins with 'some"):
+        drawn(empty, text, samples=1, sequence_length=2, pack=pack)
+    with pytest.raises(SecateurError, match="it has 2 tokens and no token for what it does not know"):
+        pack_documents(empty, [Document(text="some text", domain="one", source="here")], sequence_length=2)
+    empty.chat_template = "{% for one in messages %}{{ one['content'] }}{% endfor %}"
+    chats = write_chats(tmp_path / "chats.jsonl", chat("some"))
+    with pytest.raises(SecateurError, match=r"chats.jsonl:1: the tokenizer made/up makes no token of the messages"):
+        drawn(empty, chats, samples=1, sequence_length=2, pack=pack)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<end>": 0})), eos_token="<end>")
+    with pytest.raises(SecateurError, match=r"cannot encode the text .*Missing"):
+        drawn(words, text, samples=1, sequence_length=2, pack=pack)

@@ -13,7 +13,7 @@ from secateur.model_folder.read.model_folder import read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.undo import restore
 from secateur.surgery.oracle import barred_experts
-from support.model_folders import contents, loaded, saved
+from support.model_folders import contents, loaded, run_card, saved
 from support.tiny_models import FAMILIES, LIKE_ANOTHER, every_family, random_plan, random_tokens
 
 # One of each kind: an expert's own tensors, router groups, all experts on axis 0 with biases, a bias on axis 1.
@@ -65,6 +65,7 @@ def check_folder(name: str, *, uniform: bool, tmp_path: Path) -> None:
     assert not torch.equal(expected, logits_of(source, tokens)), "the plan changes nothing, so this test could not fail"
     pruned = loaded(tmp_path / "out")
     assert torch.equal(logits_of(pruned, tokens), expected)
+    assert type(run_card(tmp_path / "out")) is type(pruned)
     counts = {layer: one.experts_after for layer, one in plan.layers.items()}
     assert describe_moe(pruned).counts == counts
     assert type(pruned).__name__.startswith("Pruned") == (len(set(counts.values())) > 1)

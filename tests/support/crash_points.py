@@ -20,7 +20,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class CrashPoint:
-    """From its call on, `happen` at the `nth` change below `root`; without a number, write the count of all to `count`."""
+    """From its call on, `happen` at the `nth` change below `root`; without a number, write how many there are."""
 
     def __init__(
         self, root: Path, nth: int = 0, *, count: Path | None = None, happen: Callable[[], Any] = die, cut: bool = True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from secateur.criteria import CRITERIA, Criterion
 from secateur.decide.rules import OPTIONS
+from secateur.model_folder.read.config import REFUSED
 from secateur.stats import DEFAULT_SUMS, SUMS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -41,6 +42,10 @@ def rules() -> list[str]:
     return _table(("option", "what goes", "accepts"), rows)
 
 
+def refused() -> list[str]:
+    return _table(("model type", "why"), [(f"`{name}`", reason) for name, reason in REFUSED.items()])
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return [first, "|" + "---|" * len(head), *others]
@@ -48,6 +53,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 TABLES: dict[tuple[str, str], Callable[[], list[str]]] = {
     ("prune.md", "criteria"): criteria,
+    ("prune.md", "refused families"): refused,
     ("observe.md", "sums"): sums,
     ("laep.md", "rules"): rules,
 }

@@ -39,6 +39,15 @@ def loaded(folder: Path) -> PreTrainedModel:
     return model
 
 
+def run_card(folder: Path) -> PreTrainedModel:
+    """What the lines in the card of a folder load."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {"folder": folder}
+    exec(lines, names)
+    model: PreTrainedModel = names["model"]
+    return model
+
+
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, by safetensors' own reader."""
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}

@@ -9,7 +9,7 @@ import typer
 
 from secateur.commands.bars import stage_bars
 from secateur.commands.model_options import ExpertsFrom
-from secateur.commands.plan_options import Removed
+from secateur.commands.plan_options import Force, Removed
 from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
 
@@ -45,6 +45,7 @@ def apply(
         ),
     ] = None,
     experts_from: ExpertsFrom = "config",
+    force: Force = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
     ] = False,
@@ -75,6 +76,7 @@ def apply(
             undo=undo,
             mtp=mtp,  # type: ignore[arg-type]
             experts_from=experts_from,  # type: ignore[arg-type]
+            force=force,
             dry_run=dry_run,
             on_progress=on_progress,
         )

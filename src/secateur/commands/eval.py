@@ -11,6 +11,7 @@ import typer
 
 from secateur.commands import data_options
 from secateur.commands.bars import stage_bars
+from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.model_folder.evaluation.evaluate import Evaluation
@@ -38,7 +39,10 @@ def eval(
     device: data_options.Device = "auto",
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", help="Tasks of the package lm-eval, such as arc_easy,hellaswag; needs it installed."),
+        typer.Option(
+            "--lm-eval",
+            help="Tasks of the package lm-eval, such as arc_easy,hellaswag, or .yaml files; needs it installed.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the results, but no bars.")] = False,
@@ -73,6 +77,11 @@ def eval(
         print(json.dumps(result.to_json(), indent=2, allow_nan=False))
     else:
         _show(result)
+    failed = [
+        f"{task} on {model}: {reason}" for model, tasks in result.failures.items() for task, reason in tasks.items()
+    ]
+    if failed:
+        raise SecateurError(f"--lm-eval: {len(failed)} failed, and the rest is above: {'; '.join(failed)}")
 
 
 def _show(result: Evaluation) -> None:

@@ -91,7 +91,8 @@ def _summary(result: dict[str, Any], dry_run: bool) -> str:
         lines.append(f"{data['tokens']:,} tokens; sequences: {shares}")
         lines.append(
             f"{in_words(result['bytes_to_read'])} read, one layer at a time; about "
-            f"{in_words(result['peak_memory_bytes_estimated'])} of memory and what one batch needs; "
+            f"{in_words(result['peak_memory_bytes_estimated'])} of memory, {in_words(result['process_memory_bytes'])} "
+            "of that for Python, torch and the data, and what one batch needs; "
             f"{in_words(result['activation_bytes'])} of activations "
             f"{'in memory' if result['activations'] == 'memory' else 'on the disk, twice that for a while'}"
         )

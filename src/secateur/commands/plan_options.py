@@ -70,6 +70,10 @@ ExpertParallel = Annotated[
     int, typer.Option("--ep", min=1, help="Expert-parallel ranks to serve on: every layer's count is a multiple.")
 ]
 MinExperts = Annotated[int, typer.Option("--min-experts", min=1, help="Every layer keeps at least so many.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an earlier result of apply or prune at --out, when the new one is complete."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the criterion random.")]
 Protect = Annotated[
     bool | None,

@@ -57,6 +57,7 @@ def prune(
             "--verify-tokens", help="Length of the sample that both models are run on at the end; 0 loads neither."
         ),
     ] = 32,
+    force: options.Force = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted pruning left.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")
@@ -105,6 +106,7 @@ def prune(
             mtp=mtp,  # type: ignore[arg-type]
             experts_from=experts_from,  # type: ignore[arg-type]
             verify_tokens=verify_tokens,
+            force=force,
             restart=restart,
             dry_run=dry_run,
             on_progress=on_progress,

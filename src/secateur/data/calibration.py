@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.batch import Batch
 from secateur.data.chats import Chat, read_chats, tokens_of_chat
 from secateur.data.corpus import Document, embedded_specs, read_documents
+from secateur.data.tokenizer import encode
 from secateur.errors import SecateurError
 
 ROOM = 128  # characters of a domain that are tokenised for every token wanted of all; a token has 3 to 5
@@ -193,22 +194,9 @@ def token_lists(
     for at in range(0, len(texts), BATCH_DOCUMENTS):
         group = texts[at : at + BATCH_DOCUMENTS]
         plain = [text.text[:room] for text in group if isinstance(text, Document)]
-        encoded = iter(_encode(tokenizer, plain, special) if plain else [])
+        encoded = iter(encode(tokenizer, plain, special=special) if plain else [])
         for text in group:
             yield [*next(encoded), *end] if isinstance(text, Document) else tokens_of_chat(tokenizer, text)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=special,
-        split_special_tokens=True,  # what spells one out in a text is text
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
 
 def _blocks(lists: Iterator[list[int]], length: int) -> Iterator[Tensor]:

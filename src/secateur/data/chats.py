@@ -68,6 +68,11 @@ def tokens_of_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
         ids: Any = tokenizer.apply_chat_template(chat.messages, tokenize=True, return_dict=False)
     except Exception as error:  # templates are programs that raise what they like
         raise SecateurError(f"{chat.source}: the chat template refuses the messages ({error})") from error
+    if not ids:
+        raise SecateurError(
+            f"{chat.source}: the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} makes no token of the "
+            "messages; expected the tokenizer that the model was trained with"
+        )
     return list(ids)
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.corpus import Document
 from secateur.data.split import Progress
-from secateur.data.tokenizer import separator
+from secateur.data.tokenizer import encode, separator
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import parse_json
@@ -146,7 +146,7 @@ def pack(
     num_documents = 0
     tokens_by_domain: Counter[str] = Counter()
     for batch in _batches(_pieces(documents)):
-        for piece, ids in zip(batch, _encode(tokenizer, [piece.text for piece in batch]), strict=True):
+        for piece, ids in zip(batch, encode(tokenizer, [piece.text for piece in batch]), strict=True):
             stream.extend(ids)
             if piece.ends:
                 stream.append(eos_id)
@@ -206,16 +206,3 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         characters += len(piece.text)
     if batch:
         yield batch
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids

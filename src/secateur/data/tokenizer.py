@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -84,6 +85,36 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> int:
             f"tokenizer: found eos_token_id {eos_id!r}, expected an end-of-text token between documents"
         )
     return eos_id
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """The tokens of each text, with those that the tokenizer adds if `special`; what spells one out in a text is text.
+
+    Raises:
+        SecateurError: the tokenizer cannot encode them, or makes no token of any.
+    """
+    options: dict[str, Any] = {
+        "add_special_tokens": special,
+        "split_special_tokens": True,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,
+    }
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    try:
+        ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise SecateurError(f"tokenizer {name}: it cannot encode the text ({error})") from error
+    written = next((text for text in texts if text.strip()), None)
+    if written is not None:
+        nothing = tokenizer([""], **options)["input_ids"][0]
+        if all(one == nothing for one in ids):
+            unknown = "no token for what it does not know" if tokenizer.unk_token_id is None else "an unknown token"
+            raise SecateurError(
+                f"tokenizer {name}: it makes no token of {len(texts)} texts (one begins with {written[:30]!r}); it has "
+                f"{len(tokenizer)} tokens and {unknown}: expected the tokenizer that the model was trained with"
+            )
+    return ids
 
 
 def check_vocabulary_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

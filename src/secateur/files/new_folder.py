@@ -15,6 +15,7 @@ import msgspec
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, fsync_folder, fsync_tree
+from secateur.files.exchange import exchange
 from secateur.files.json import read_object
 from secateur.files.lock import held
 from secateur.files.records import as_record
@@ -26,68 +27,89 @@ def check_target(source: Path, out: Path, option: str = "--out") -> None:
     Raises:
         SecateurError: the source is no folder; `out` is it, inside it, around it, or holds something.
     """
+    check_apart(source, out, option)
+    check_free(out, option)
+
+
+def check_apart(source: Path, out: Path, option: str = "--out") -> None:
+    """Raises SecateurError: the source is no folder, or the target is it, inside it or around it."""
     if not source.is_dir():
         raise SecateurError(f"{source}: not a folder, expected a checkpoint")
     here, there = source.resolve(), out.resolve()
     if here == there or there.is_relative_to(here) or here.is_relative_to(there):
         raise SecateurError(f"{option} {out}: it and the source {source} are the same or inside each other")
-    check_free(out, option)
 
 
 def check_free(out: Path, option: str = "--out") -> None:
     """Raises SecateurError: a folder cannot be written here, as it holds something or is none."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    if is_occupied(out):
         raise SecateurError(f"{option} {out}: it is there already and not an empty folder")
 
 
+def is_occupied(out: Path) -> bool:
+    """Whether more than an empty folder has this name."""
+    return out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+
+
 @contextlib.contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
+def written_beside(out: Path, *, replaces: bool = False) -> Iterator[Path]:
     """A new folder beside `out` to write into, renamed to `out` when the block ends well and removed when it does not.
 
     What a killed process left beside the same `out` is removed first; a process that is still alive keeps its own.
 
+    Args:
+        replaces: change places with the folder `out`, in one step, and remove that then. A kill before leaves the old
+            one under the name, a kill after the new one.
+
     Raises:
-        OSError: the disk refused, or `out` has been filled meanwhile; nothing new is left.
+        OSError: the disk refused, cannot exchange two folders, or `out` has been filled meanwhile; nothing new is left.
     """
     out = out.resolve()  # "." has no name
-    with _hidden(out) as beside:
+    with _hidden(out, replaces) as beside:
         yield beside
         fsync_tree(beside)
-        os.rename(beside, out)
+        (exchange if replaces else os.rename)(beside, out)
     fsync_folder(out.parent)
+    if replaces:
+        shutil.rmtree(beside)  # the old one
 
 
 @contextlib.contextmanager
-def written_together(out: Path, side: Path) -> Iterator[tuple[Path, Path]]:
-    """The same for two folders: both get their names, or none does; see also `roll_back`."""
+def written_together(out: Path, side: Path, *, replaces: bool = False) -> Iterator[tuple[Path, Path]]:
+    """The same for two folders: both get their names, or none does; see also `roll_back`. Only `out` is replaced."""
     out, side = out.resolve(), side.resolve()
-    with _hidden(out) as beside, _hidden(side) as other:
+    with _hidden(out, replaces) as beside, _hidden(side) as other:
         yield beside, other
         fsync_tree(beside)
         fsync_tree(other)
         note = _note_of_pair(out)
-        atomic_write(note, json.dumps({"side": str(side), "partial": beside.name}) + "\n")
+        pair = Pair(side=str(side), partial=beside.name, number=beside.stat().st_ino)
+        atomic_write(note, json.dumps(msgspec.structs.asdict(pair)) + "\n")
         try:
             os.rename(other, side)
-            os.rename(beside, out)
+            (exchange if replaces else os.rename)(beside, out)
         except BaseException:
-            if beside.exists() and not other.exists():
+            if _is_folder(beside, pair.number) and not other.exists():
                 os.rename(side, other)
             raise
         finally:
             note.unlink(missing_ok=True)
     for folder in {out.parent, side.parent}:
         fsync_folder(folder)
+    if replaces:
+        shutil.rmtree(beside)  # the old one
 
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What lies beside `out` while two folders get their names.
 
-    side: the name of the other folder. partial: of the one that will be `out`, until then.
+    side: the name of the other folder. partial: of the one that will be `out`, until then. number: of that folder; the
+    one that it replaces gets the name `partial` then.
     """
 
     side: str
     partial: str
+    number: int
 
 
 def roll_back(out: Path, side: Path) -> None:
@@ -104,7 +126,7 @@ def roll_back(out: Path, side: Path) -> None:
     partial = out.parent / pair.partial
     if pair.side != str(side) or not _pattern(out).fullmatch(pair.partial):
         return
-    if partial.is_dir():
+    if _is_folder(partial, pair.number):
         with held(partial) as alone:
             if not alone:
                 return
@@ -116,18 +138,33 @@ def roll_back(out: Path, side: Path) -> None:
 
 
 @contextlib.contextmanager
-def _hidden(out: Path) -> Iterator[Path]:
+def _hidden(out: Path, replaces: bool = False) -> Iterator[Path]:
     """A new folder beside `out`, gone afterwards unless it has got another name."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    beside = _new_name(out)
+    remove_leftovers(out)
+    beside, other = _new_name(out), _new_name(out)
     try:
         beside.mkdir()
+        if replaces:
+            _check_exchangeable(beside, other)
         with held(beside):
             yield beside
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def _is_folder(path: Path, number: int) -> bool:
+    return path.is_dir() and path.stat().st_ino == number
+
+
+def _check_exchangeable(one: Path, other: Path) -> None:
+    """Before anything is written; both are removed with what a killed process left."""
+    other.mkdir()
+    try:
+        exchange(one, other)
+    finally:
+        other.rmdir()
 
 
 def _new_name(out: Path) -> Path:
@@ -151,7 +188,8 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(new.fileno())
 
 
-def _remove_leftovers(out: Path) -> None:
+def remove_leftovers(out: Path) -> None:
+    """Take away the folders that killed processes left beside `out`; a process that is still alive keeps its own."""
     pattern = _pattern(out)
     for folder in out.parent.iterdir():
         if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():

@@ -56,6 +56,7 @@ def apply(
     undo: StrPath | None = None,
     mtp: Literal["whole", "drop"] | None = None,
     experts_from: Literal["config", "files"] = "config",
+    force: bool = False,
     dry_run: bool = False,
     on_progress: OnStage | None = None,
 ) -> Applied:
@@ -68,7 +69,7 @@ def apply(
     Args:
         source: the folder of a model or of a training checkpoint; it is only read.
         plan: a plan, its file, what `plan` or `place` gave back, or a folder that `undo` wrote.
-        out: the folder to write; it must be new or empty.
+        out: the folder to write; it must be new or empty, unless `force` is given.
         removed: what becomes of a removed expert where the plan leaves that open; see `Plan`.
         names: of the tensors of a training checkpoint: auto, transformers, torchtitan, or a JSON file.
         ep: expert-parallel ranks of the restart: every layer's new count must be a multiple.
@@ -77,6 +78,8 @@ def apply(
             stay as they are, and config.json no longer fits them) or drop.
         experts_from: of a model: what says how many experts a layer has: config (config.json), or files, for a model
             that a tool pruned without updating its config.json; the result has the right one.
+        force: of a model: replace an earlier result of `apply` or `prune` at `out`, in one step when the new one is
+            complete; a folder that holds anything else is refused, and `undo` is never replaced.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("writing", bytes written, bytes to write).
 
@@ -99,10 +102,11 @@ def apply(
     side = None if undo is None else Path(undo)
     on_bytes = stage("writing", on_progress)
     if not isinstance(plan, Plan) and holds_undo(Path(plan)):
-        if dry_run or undo or mtp or removed or names != "auto" or ep != 1 or experts_from != "config":
+        if dry_run or force or undo or mtp or removed or names != "auto" or ep != 1 or experts_from != "config":
             raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
         return _restored(source, Path(plan), out, on_bytes)
-    check_target(source, out)
+    if not force:
+        check_target(source, out)
     write = _writer(source)
     decided = _meaning(plan if isinstance(plan, Plan) else Plan.load(Path(plan)), removed)
     report = write(
@@ -113,6 +117,7 @@ def apply(
         undo=side,
         mtp=mtp,
         experts_from=experts_from,
+        force=force,
         expert_parallel=ep,
         dry_run=dry_run,
         on_bytes=on_bytes,
@@ -188,12 +193,15 @@ def _apply_to_checkpoint(
     undo: Path | None,
     mtp: str | None,
     experts_from: str,
+    force: bool,
     **options: Any,
 ) -> dict[str, Any]:
     from secateur.training_checkpoint.apply import apply_to_checkpoint
 
-    if undo is not None or mtp is not None or experts_from != "config":
-        raise SecateurError(f"--undo, --mtp and --experts-from: for a model, but {source} is a training checkpoint")
+    if undo is not None or mtp is not None or experts_from != "config" or force:
+        raise SecateurError(
+            f"--undo, --mtp, --experts-from and --force: for a model, but {source} is a training checkpoint"
+        )
     return apply_to_checkpoint(source, plan, out, naming=_naming(names), **options)
 
 

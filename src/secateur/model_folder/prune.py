@@ -75,6 +75,7 @@ def prune(
     mtp: Literal["whole", "drop", "prune"] | None = None,
     experts_from: Literal["config", "files"] = "config",
     verify_tokens: int = 32,
+    force: bool = False,
     restart: bool = False,
     dry_run: bool = False,
     on_progress: OnStage | None = None,
@@ -108,6 +109,8 @@ def prune(
         experts_from: what says how many experts a layer has: config (config.json), or files, for a model that a tool
             pruned without updating its config.json.
         verify_tokens: length of the sample that both models are run on at the end; 0 loads neither.
+        force: replace an earlier result of `apply` or `prune` at `out`, in one step when the new one is complete and
+            verified; a folder that holds anything else is refused, and `undo` is never replaced.
         restart: throw away what an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("observing, layer 2 of 24", batches done, batches in all), then with ("reading
@@ -165,6 +168,7 @@ def prune(
         Path(out),
         choice,
         pretrained=None if pretrained is None else Path(pretrained),
+        force=force,
         restart=restart,
         observe=observe,
         undo=side,

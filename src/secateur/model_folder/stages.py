@@ -14,7 +14,7 @@ import msgspec
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
-from secateur.files.new_folder import check_target, copy_file
+from secateur.files.new_folder import check_target, copy_file, is_occupied, remove_leftovers, roll_back
 from secateur.files.progress import OnStage, stage
 from secateur.files.records import as_record
 from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
@@ -24,6 +24,7 @@ from secateur.model_folder.mtp import PRUNE, check_mtp
 from secateur.model_folder.read.model_folder import BY_CONFIG, ModelFolder
 from secateur.model_folder.read.tensor_files import STATS
 from secateur.model_folder.rewrite.apply import MTP_CHOICES, apply_to_model, check_target_pair
+from secateur.model_folder.rewrite.replace import check_out
 from secateur.model_folder.rewrite.report import REPORT, VERIFIED, read_applied
 from secateur.model_folder.rewrite.undo import holds_undo, read_record
 from secateur.model_folder.source import Source, of_folder, of_observation
@@ -44,6 +45,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     choice: dict[str, Any]
     undo: str | None
     mtp: str | None
+    replaces: int | None = None  # number of the folder at `out` that the result will replace
 
 
 def run_stages(
@@ -57,6 +59,7 @@ def run_stages(
     mtp: str | None = None,
     experts_from: str = BY_CONFIG,
     verify_tokens: int = 32,
+    force: bool = False,
     restart: bool = False,
     dry_run: bool = False,
     on_progress: OnStage | None = None,
@@ -71,6 +74,7 @@ def run_stages(
         pretrained: the folder of the model that this one was fine-tuned from, where `choice` compares the two.
         observe: prepares the pass over data, where `choice` needs one.
         undo, mtp, experts_from: see `apply_to_model`. verify_tokens: see `verify_model`.
+        force: replace an earlier result at `out`, see `check_out`.
         restart: begin anew, whatever an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
         on_progress: called with ("reading weights" | "writing" | "comparing", bytes done, bytes in all).
@@ -111,26 +115,29 @@ def run_stages(
     counts = check_choice(source, choice)
     place = place_of_work(out)
     if dry_run or not place.is_dir():
-        _check_targets(model, out, undo)
+        _check_targets(model, out, undo, force)
         stand_in = counts or _without_one_expert(found, choice)
         multiple = 1 if counts is None else choice.multiple_of
         apply_to_model(model, stand_in, out, expert_parallel=multiple, undo=undo, mtp=mtp, experts_from=experts_from,
-                       dry_run=True)  # fmt: skip
+                       force=force, dry_run=True)  # fmt: skip
     if dry_run:
         if choice.needs_data and observe is not None:
             observe(found, place / KEPT_STATS)
-        return _foreseen(source, choice, counts, out, undo, mtp, experts_from, on_progress)
+        return _foreseen(source, choice, counts, out, undo, mtp, experts_from, force, on_progress)
     refusal = f"--out {out}: another process is pruning into it (it holds {place})"
     with work_folder(place, Asked, refusal, restart=restart) as work:
         stats = work.path / KEPT_STATS  # once they are finished; an unfinished pass keeps what it has beside them
         data, take = observe(found, stats) if choice.needs_data and observe is not None else (None, None)
-        asked = _asked(source, choice, data, undo, asked_of_mtp)
-        if work.before == asked and (out / VERIFIED).is_file():  # killed after the last step
+        asked = _asked(source, choice, data, undo, asked_of_mtp, _number(out) if force else None)
+        if _is_finished(work.before, asked, out):  # killed after the last step
+            if undo is not None:
+                roll_back(out, undo)  # both have their names, so it only takes away the note of that
+            remove_leftovers(out)  # what `out` has replaced
             work.remove()
             return _finished(out, source)
         _check_same(work, asked)
         _remove_unfinished_undo(work, asked, undo, out)
-        _check_targets(model, out, undo)
+        _check_targets(model, out, undo, force)
         kept = work.before and work.before.data  # of statistics that this start may not need, and the next one may
         work.note(msgspec.structs.asdict(asked) | {"data": asked.data or kept})
         if take is not None:
@@ -163,6 +170,7 @@ def run_stages(
             undo=undo,
             mtp=mtp,
             experts_from=experts_from,
+            force=force,
             on_bytes=stage("writing", on_progress),
             finish=finish,
         )
@@ -170,8 +178,8 @@ def run_stages(
     return _finished(out, source)
 
 
-def _check_targets(model: Path, out: Path, undo: Path | None) -> None:
-    check_target(model, out)
+def _check_targets(model: Path, out: Path, undo: Path | None, force: bool) -> None:
+    check_out(model, out, force=force)
     if undo is not None:
         check_target(model, undo, "--undo")
         check_target_pair(out, undo)
@@ -185,6 +193,7 @@ def _foreseen(
     undo: Path | None,
     mtp: str | None,
     experts_from: str,
+    force: bool,
     on_progress: OnStage | None,
 ) -> dict[str, Any]:
     """Of a dry run: everything where no data decide, else what is known without them."""
@@ -194,7 +203,7 @@ def _foreseen(
     assert source.found is not None
     plan = decide_plan(source, choice, on_bytes=stage("reading weights", on_progress))
     report = apply_to_model(source.found.files.path, plan, out, expert_parallel=choice.multiple_of, undo=undo, mtp=mtp,
-                            experts_from=experts_from, dry_run=True)  # fmt: skip
+                            experts_from=experts_from, force=force, dry_run=True)  # fmt: skip
     return {"outcome": outcome(source, plan), "report": report}
 
 
@@ -254,7 +263,7 @@ def _check_same(work: Work[Asked], asked: Asked) -> None:
 
 def _remove_unfinished_undo(work: Work[Asked], asked: Asked, undo: Path | None, out: Path) -> None:
     """Of a start that was killed after the undo folder got its name and before the result did."""
-    if undo is None or out.exists() or work.before is None or work.before.undo != asked.undo:
+    if undo is None or work.before is None or _number(out) != work.before.replaces or work.before.undo != asked.undo:
         return
     if holds_undo(undo) and (work.path / KEPT_PLAN).is_file():
         _, written = read_record(undo)
@@ -262,7 +271,26 @@ def _remove_unfinished_undo(work: Work[Asked], asked: Asked, undo: Path | None, 
             shutil.rmtree(undo)
 
 
-def _asked(source: Source, choice: Choice, data: Mapping[str, Any] | None, undo: Path | None, mtp: str | None) -> Asked:
+def _number(folder: Path) -> int | None:
+    """What tells a folder with something in it from another one that takes its name; None of a free name."""
+    return folder.stat().st_ino if is_occupied(folder) else None
+
+
+def _is_finished(before: Asked | None, asked: Asked, out: Path) -> bool:
+    """Whether `out` is the result of an earlier start that was asked for the same, and not what that was to replace."""
+    if before is None or not (out / VERIFIED).is_file() or _number(out) == before.replaces:
+        return False
+    return before == msgspec.structs.replace(asked, replaces=before.replaces)
+
+
+def _asked(
+    source: Source,
+    choice: Choice,
+    data: Mapping[str, Any] | None,
+    undo: Path | None,
+    mtp: str | None,
+    replaces: int | None,
+) -> Asked:
     assert source.found is not None
     asked = {
         "model": source.found.files.state,
@@ -271,5 +299,6 @@ def _asked(source: Source, choice: Choice, data: Mapping[str, Any] | None, undo:
         "choice": dataclasses.asdict(choice),
         "undo": None if undo is None else str(undo.resolve()),
         "mtp": mtp,
+        "replaces": replaces,
     }
     return as_record(as_noted(asked), Asked, "what is asked")

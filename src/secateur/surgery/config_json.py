@@ -9,7 +9,15 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
-from secateur.modeling_secateur import COUNT_KEYS, MODEL_TYPE, PREFIX, auto_class, class_named, most
+from secateur.modeling_secateur import (
+    COUNT_KEYS,
+    MODEL_TYPE,
+    PREFIX,
+    auto_class,
+    auto_map_of,
+    class_named,
+    most,
+)
 
 MODULE = "modeling_secateur"
 
@@ -40,6 +48,28 @@ def with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
         listed = " and ".join(f"{count} ({key})" for count, key in said.items())
         raise SecateurError(f"config.json: it says {listed} for the number of routed experts, expected one number")
     return changed
+
+
+def loading_lines(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The lines of Python that load a folder with this config.json, which is called `folder` in them."""
+    (architecture,) = config["architectures"]
+    pruned = is_pruned(config)
+    native: Any = class_named(architecture.removeprefix(PREFIX)) if pruned else class_named(architecture)
+    loader = _named_for(architecture, config) if pruned else getattr(auto_class(native), "__name__", architecture)
+    ours = native.__module__.partition(".")[0] == __name__.partition(".")[0]
+    own_code = (pruned and not ours) or (config["model_type"] not in CONFIG_MAPPING and "auto_map" in config)
+    flag = ", trust_remote_code=True" if own_code else ""
+    return (
+        *(["import secateur  # tells transformers of this model class"] if ours else []),
+        f"from transformers import {loader}",
+        "",
+        f"model = {loader}.from_pretrained(folder{flag})",
+    )
+
+
+def _named_for(architecture: str, config: Mapping[str, Any]) -> str:
+    """The auto class that a pruned config names for its own architecture."""
+    return str(next(auto for auto, made in config["auto_map"].items() if made == f"{MODULE}.{architecture}"))
 
 
 def with_counts(
@@ -113,13 +143,10 @@ def _as_pruned(config: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]
                 "differ need one architecture of transformers' own"
             )
         name = PREFIX + architectures[0]
-        classes = {
-            "AutoConfig": _config_class(config["model_type"]),
-            auto_class(class_named(architectures[0])).__name__: name,
-        }
+        config_class = f"{MODULE}.{_config_class(config['model_type'])}"
         config["base_model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
         config["architectures"] = [name]
-        config["auto_map"] = {auto: f"{MODULE}.{found}" for auto, found in classes.items()}
+        config["auto_map"] = {"AutoConfig": config_class} | auto_map_of(class_named(architectures[0]))
     return config
 
 

@@ -13,6 +13,7 @@ from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, gather, is_sharded
 from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
 from secateur.modeling_secateur import (
+    auto_map_of,
     layer_of,
     native_config,
     pruned_config_class,
@@ -133,6 +134,7 @@ def become_pruned_(model: PreTrainedModel, moe_config: dict[str, Any]) -> None:
     config.__class__ = pruned_config_class(type(native))  # type: ignore[arg-type]
     model.__class__ = _as_sharded_as(model, pruned_model_class(native_class(model)))
     config.base_model_type, config.moe_config = native.model_type, moe_config
+    config.auto_map = auto_map_of(native_class(model))
 
 
 def _as_sharded_as(model: nn.Module, plain: type) -> Any:

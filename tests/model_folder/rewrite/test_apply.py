@@ -149,7 +149,7 @@ def test_the_card_keeps_the_head_on_top_and_the_original_below(source: Path, tmp
 
 @pytest.mark.parametrize("original", [None, "", "---\nnever closed", "no head\n---\nx"])
 def test_a_card_without_a_head_is_kept_whole(original: str | None, source: Path, tmp_path: Path) -> None:
-    text = card(apply_to_model(source, PLAN, tmp_path / "out", dry_run=True), original)
+    text = card(apply_to_model(source, PLAN, tmp_path / "out", dry_run=True), original, ("load it",))
     assert text.startswith("# tiny-moe, pruned\n")
     assert text.rstrip().endswith(original.rstrip() if original else "--out DIR`.")
     assert "loads wherever the original did" in text

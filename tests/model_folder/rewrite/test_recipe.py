@@ -68,3 +68,8 @@ def test_a_detail_of_another_form_changes_no_other_row_and_ends_in_no_error(name
 @pytest.mark.parametrize("details", [None, {}, {"of somebody else": 1}])
 def test_without_details_there_are_only_the_rows_that_every_plan_has(details: Any) -> None:
     assert rows(details).keys() == {"criterion", "a removed expert", "statistics"}
+
+
+def test_an_allocation_that_decided_nothing_is_not_told() -> None:
+    found = rows({"keep": {"layers": {"1": 5, "2": 8}}, "allocation": "uniform"})
+    assert (found["kept"], found["counts of the layers"]) == ("experts of each layer: 1 5, 2 8", "given one by one")

@@ -121,7 +121,11 @@ def test_config_json_changes_only_where_it_must(tmp_path: Path) -> None:
         "architectures": ["PrunedQwen3MoeForCausalLM"],
         "auto_map": {
             "AutoConfig": "modeling_secateur.PrunedQwen3MoeConfig",
-            "AutoModelForCausalLM": "modeling_secateur.PrunedQwen3MoeForCausalLM",
+            "AutoModel": "modeling_secateur.PrunedQwen3MoeModel",
+            **{
+                f"AutoModelFor{task}": f"modeling_secateur.PrunedQwen3MoeFor{task}"
+                for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+            },
         },
         "moe_config": {"per_layer_experts_blocks": [8, 8, 8], "kept_experts": {"0": [0, 3, 5], "2": [6]}},
     }

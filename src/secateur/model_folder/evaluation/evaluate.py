@@ -32,7 +32,8 @@ class Evaluation(Result):
         losses: of each, in nats: of text a token, of images the cross entropy. accuracies: of images, shares.
         differences: of each model from the first, in nats a token or, of images, in accuracy, as JSON with its 95 %
             range ("low", "high"); None of the first.
-        tasks: {model: {task: {metric: value}}} of lm-eval.
+        tasks: {model: {task: {metric: value}}} of lm-eval. failures: {model: {task: why it has no result}} of the tasks
+            that failed; models without such tasks are left out.
     """
 
     models: tuple[Path, ...]
@@ -41,6 +42,7 @@ class Evaluation(Result):
     accuracies: tuple[float, ...]
     differences: tuple[Mapping[str, Any] | None, ...]
     tasks: Mapping[str, Mapping[str, Any]]
+    failures: Mapping[str, Mapping[str, str]]
 
     def table(self) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
         from secateur.model_folder.evaluation import accuracy, perplexity
@@ -87,7 +89,8 @@ def evaluate(
         seed: of the choice of data, and of the ranges.
         stream: read a model layer by layer, or load it whole; without it, as it fits in memory. Text only.
         device: where the models, or their layers, run: auto, cpu, cuda.
-        lm_eval: tasks of the package lm-eval, such as "arc_easy,hellaswag"; needs it installed.
+        lm_eval: tasks of the package lm-eval, such as "arc_easy,hellaswag", or .yaml files of its form; needs it
+            installed. A task that fails takes nothing from the others; see `Evaluation.failures`.
         on_progress: called with ("NAME, layer 2 of 24", batches done, batches in all), NAME being a model's folder; of
             models that are loaded whole and of images without a layer.
 
@@ -132,8 +135,19 @@ def evaluate(
         found = _on_images(folders, asked, others, device=device_named(device), on_stage=on_progress)
     elif asked.data:
         found = _on_text(folders, asked, stream, device=device_named(device), on_stage=on_progress)
-    results = {str(model): run_tasks(model, tasks, batch_size=asked.text_batch_size) for model in folders if tasks}
-    return _evaluation(folders, kind, {"format": FORMAT, "version": VERSION, **found, "lm_eval": results})
+    runs = {
+        str(model): run_tasks(model, tasks, batch_size=asked.text_batch_size, device=device_named(device))
+        for model in folders
+        if tasks
+    }
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        **found,
+        "lm_eval": {model: run.results for model, run in runs.items()},
+        "lm_eval_failures": {model: run.failures for model, run in runs.items() if run.failures},
+    }
+    return _evaluation(folders, kind, content)
 
 
 def _evaluation(folders: Sequence[Path], kind: Modality, content: dict[str, Any]) -> Evaluation:
@@ -146,6 +160,7 @@ def _evaluation(folders: Sequence[Path], kind: Modality, content: dict[str, Any]
         accuracies=tuple(model["accuracy"] for model in models) if kind == "images" else (),
         differences=tuple(one["accuracy"] if one and kind == "images" else one for one in differences),
         tasks=content["lm_eval"],
+        failures=content["lm_eval_failures"],
         content=content,
     )
 

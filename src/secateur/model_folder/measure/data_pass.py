@@ -98,6 +98,7 @@ def _over_text(
         "activations": "memory" if costs.in_memory else "disk",
         "sums_bytes": costs.sums_bytes,
         "peak_memory_bytes_estimated": costs.peak_bytes,
+        "process_memory_bytes": costs.process_bytes,
         "goes_on": run.goes_on and not restart,
     }
     return Pass(

@@ -13,7 +13,7 @@ from torch import nn
 from secateur import families
 from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
-from secateur.environment import versions
+from secateur.environment import resident_bytes, versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.files.progress import OnProgress, silent
@@ -32,6 +32,7 @@ from secateur.stats.sums import bytes_of
 Activations = Literal["auto", "memory", "disk"]
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")
 STACKING = 5 / 3  # of a layer's bytes: all read, and two thirds stacked anew, when most of it is in memory
+FIRST_FORWARD = 2**26  # bytes of code and buffers that torch loads when it first computes; 15 MB were seen
 SMALL = 2**30  # bytes of hidden states that stay in memory by themselves
 
 
@@ -40,9 +41,10 @@ class Costs:
     """What an observation takes, before it begins.
 
     read_bytes: from the files. hidden_bytes: of the hidden states between two layers. peak_bytes: of memory, about,
-    without what the forward of one batch needs: tensors outside the layers, the largest layer while it is stacked, and
-    the hidden states if they stay in memory, and with those sums. in_memory: whether hidden states do.
-    sums_bytes: of the sums that are recorded on request, of all layers.
+    without what the forward of one batch needs: `process_bytes`, tensors outside the layers, the largest layer while it
+    is stacked, and the hidden states if they stay in memory, and with those sums. process_bytes: what Python, torch and
+    the data take, as this process is now. in_memory: whether hidden states do. sums_bytes: of the sums that are
+    recorded on request, of all layers.
     """
 
     num_layers: int
@@ -51,6 +53,7 @@ class Costs:
     read_bytes: int
     hidden_bytes: int
     peak_bytes: int
+    process_bytes: int
     in_memory: bool
     sums_bytes: int
 
@@ -177,6 +180,7 @@ class TextObservation:
         loaded = outside + round(STACKING * max(sizes.values()))
         is_small = hidden <= SMALL and why_not_loaded(self._found) is None
         in_memory = activations == "memory" or (activations == "auto" and is_small)
+        process = resident_bytes() + FIRST_FORWARD
         sums = sum(bytes_of(self._sums, axis_sizes(block, width)) for block in self._blocks.values())
         return Costs(
             num_layers=self._streamed.num_layers,
@@ -184,7 +188,8 @@ class TextObservation:
             num_tokens=self._data.num_tokens,
             read_bytes=outside + sum(sizes.values()),
             hidden_bytes=hidden,
-            peak_bytes=loaded + sums + (hidden if in_memory else 0),
+            peak_bytes=process + loaded + sums + (hidden if in_memory else 0),
+            process_bytes=process,
             in_memory=in_memory,
             sums_bytes=sums,
         )

@@ -27,13 +27,26 @@ from secateur.modeling_secateur import (
 )
 from secateur.surgery.config_json import has_expert_count, is_pruned, with_one_count
 
-# model type -> why no plan can be applied to its files
+_TWO_SETS = "every layer holds two sets of experts, for text and for images, and a plan names one"
+_DIFFUSION = "it is a diffusion model whose encoder and decoder share their experts, and no rule for that exists yet"
+
+# Why no plan can be applied to files of a model type; a table in docs/prune.md says the same.
 REFUSED = {
-    "jetmoe": "its attention holds a second, separate set of experts, which no plan names",
-    "longcat_flash": "its zero experts share the router with the real ones, and no rule for them exists yet",
-    "zaya": "its router has a skip class beside the experts, and no rule for it exists yet",
-    "deepseek_v4": "some of its layers route by a table of expert ids (tid2eid), and no rule for it exists yet",
-    "ernie4_5_vl_moe": "every layer holds two sets of experts, for text and for images, and a plan names one",
+    "deepseek_v4": "some of its layers route every token by a table of expert ids (tid2eid), and no rule says where "
+    "the tokens of a dropped expert go",
+    "diffusion_gemma": _DIFFUSION,
+    "diffusion_gemma_text": _DIFFUSION,
+    "doge": "its experts are single neurons that pairs of keys address, so no row of a router belongs to one of them",
+    "ernie4_5_vl_moe": _TWO_SETS,
+    "ernie4_5_vl_moe_text": _TWO_SETS,
+    "jetmoe": "its attention holds a second, separate set of experts with the same count, which no plan names",
+    "longcat_flash": "its zero experts share the router with the real ones, and transformers reads weights for them "
+    "that they do not use, so files number them among the real ones",
+    "qwen3_omni_moe": "its thinker and its talker hold experts each, and a plan is about one of the two; the thinker "
+    "in a folder of its own (qwen3_omni_moe_thinker) can be pruned",
+    "vitpose_backbone": "each of its experts belongs to a data set, and no router chooses among them",
+    "zaya": "its router has a skip class beside the experts, which it knows by the one count in config.json, and no "
+    "rule for it exists yet",
 }
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 MAX_LAYERS = 10_000
@@ -116,6 +129,8 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
     if not isinstance(config, model_class.config_class):
         config = text
     _refuse(text.model_type)
+    if config.is_encoder_decoder:
+        raise SecateurError("this family is not supported: it is an encoder-decoder model, and both hold experts")
     top_k = _top_k(text)
     pruned = is_pruned(raw)
     kept = kept_in(config) if pruned else {}
@@ -197,16 +212,18 @@ def _read_as(model_type: str, native: Mapping[str, Any], model_class: Any) -> st
 
 
 def _refuse(model_type: str) -> None:
-    for refused, reason in REFUSED.items():
-        if model_type in (refused, f"{refused}_text"):
-            raise SecateurError(f"model type {model_type!r} cannot be pruned: {reason}")
+    if reason := REFUSED.get(model_type):
+        raise SecateurError(f"model type {model_type!r} is not supported: {reason}")
 
 
 def _top_k(text: PreTrainedConfig) -> int:
     """Experts a token; the most of any layer where the config has a list."""
     if (found := top_k_in(text)) is not None and found > 0:
         return found
-    raise SecateurError(f"no top-k, looked for {', '.join(TOP_K_KEYS)}")
+    raise SecateurError(
+        "this family is not supported: its config does not say how many experts a token goes to (looked for "
+        f"{', '.join(TOP_K_KEYS)})"
+    )
 
 
 def _layouts(model_class: Any, config: PreTrainedConfig, top_k: int) -> tuple[Layout, ...]:

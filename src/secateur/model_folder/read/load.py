@@ -94,6 +94,22 @@ def no_loading_bars() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+@contextlib.contextmanager
+def run_of(name: str) -> Iterator[None]:
+    """Around the forward of a model that transformers wrote: what that raises says nothing of whose fault it is.
+
+    Raises:
+        SecateurError: it raised something; the message names the model. What the disk refuses stays an OSError.
+    """
+    try:
+        yield
+    except (SecateurError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SecateurError(f"{name}: the model cannot be run on this: {reason:.400}") from error
+
+
 def load(
     folder: Path, source: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:

@@ -20,13 +20,14 @@ from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.compare import verify_written
 from secateur.model_folder.rewrite.config_json import edited_config
 from secateur.model_folder.rewrite.pieces import dropped_tensors, kept_tensors
+from secateur.model_folder.rewrite.replace import check_out
 from secateur.model_folder.rewrite.report import REPORT, describe, page
 from secateur.model_folder.rewrite.side_files import CARD, CODE, PAGE, PLAN, side_files
 from secateur.model_folder.rewrite.undo import write_undo
 from secateur.model_folder.rewrite.writer import Shard, file_metadata, into_shards, write_index, write_shard
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan
-from secateur.surgery.config_json import is_pruned
+from secateur.surgery.config_json import is_pruned, loading_lines
 from secateur.surgery.fits import check_multiple, check_plan_fits
 
 MTP_CHOICES = ("whole", "drop")
@@ -42,6 +43,7 @@ def apply_to_model(
     undo: Path | None = None,
     mtp: str | None = None,
     experts_from: str = BY_CONFIG,
+    force: bool = False,
     dry_run: bool = False,
     on_bytes: OnProgress = silent,
     finish: Callable[[Path], None] = lambda written: None,
@@ -57,6 +59,7 @@ def apply_to_model(
         mtp: what becomes of multi-token-prediction layers that the plan does not name: "whole" or "drop". Without it
             they must end up with the count that config.json gives.
         experts_from: what says how many experts a layer has, see `understand`; config.json of the result is right.
+        force: replace an earlier result at `out`, see `check_out`; never an undo folder, which may be the only copy.
         dry_run: check and report, write nothing.
         on_bytes: called with (bytes written, bytes to write).
         finish: called with the complete folder before it gets its name; what it raises undoes everything.
@@ -71,7 +74,7 @@ def apply_to_model(
     """
     if undo is not None and not dry_run:
         roll_back(out, undo)
-    check_target(source, out)
+    replaces = check_out(source, out, force=force)
     if undo is not None:
         check_target(source, undo, "--undo")
         check_target_pair(out, undo)
@@ -95,7 +98,7 @@ def apply_to_model(
     limit = None if folder.files.index is None else _largest_file(folder.files)
     shards = into_shards(kept, limit)
     on_chunk = counted(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
-    with _written(out, undo) as (beside, side):
+    with _written(out, undo, replaces) as (beside, side):
         write_weights(folder.files, shards, beside, on_chunk)
         if limit is not None:
             write_index(beside, shards, index_metadata(folder.files, sum(tensor.length for tensor in kept)))
@@ -111,13 +114,15 @@ def apply_to_model(
         verify_written(folder, read_model_folder(beside), filled, left_out, ENDS)
         original = source / CARD
         text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
-        atomic_write(beside / CARD, card(report, text))
+        atomic_write(beside / CARD, card(report, text, loading_lines(config)))
         atomic_write(beside / PAGE, page(report))
         atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
         if side is not None:
             write_undo(folder.files, plan, mtp, into_shards(dropped, _largest_file(folder.files), stem="dropped"), side,
                        beside_weights.copied, on_chunk)  # fmt: skip
         finish(beside)
+        if replaces:
+            check_out(source, out, force=True)  # nobody has put anything else there meanwhile
         folder.files.check_unchanged()
     return report
 
@@ -189,11 +194,11 @@ def index_metadata(folder: TensorFiles, num_bytes: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _written(out: Path, undo: Path | None) -> Iterator[tuple[Path, Path | None]]:
+def _written(out: Path, undo: Path | None, replaces: bool) -> Iterator[tuple[Path, Path | None]]:
     """A folder to fill, and one for what it lacks."""
     if undo is None:
-        with written_beside(out) as beside:
+        with written_beside(out, replaces=replaces) as beside:
             yield beside, None
     else:
-        with written_together(out, undo) as both:
+        with written_together(out, undo, replaces=replaces) as both:
             yield both

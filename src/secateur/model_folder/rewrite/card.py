@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 from secateur.files.bytes_in_words import in_words
@@ -38,18 +38,19 @@ def who_loads(counts: Set[int], removed: str | None) -> str:
     return LOADS_EVERYWHERE if len(counts) == 1 else NEEDS_OUR_CODE
 
 
-def card(report: dict[str, Any], original: str | None) -> str:
+def card(report: dict[str, Any], original: str | None, loading: Sequence[str]) -> str:
     """README.md of the pruned model.
 
     Args:
         report: see `checkpoint.report`. original: README.md of the source, whose head stays in front of all.
+        loading: the lines of Python that load the model.
     """
     head, body = _split_head(original or "")
-    parts = [head, _recipe(report), body and f"# Original model card\n\n{body}"]
+    parts = [head, _recipe(report, loading), body and f"# Original model card\n\n{body}"]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
-def _recipe(report: dict[str, Any]) -> str:
+def _recipe(report: dict[str, Any], loading: Sequence[str]) -> str:
     layers = report["layers"]
     before, after = (sum(layer[f"experts_{when}"] for layer in layers.values()) for when in ("before", "after"))
     counts = {layer["experts_after"] for layer in layers.values()}
@@ -63,6 +64,7 @@ def _recipe(report: dict[str, Any]) -> str:
         f"(Secateur {__version__}): {in_words(report['bytes_before'])} became "
         f"{in_words(report['bytes_after'])}. No weight was changed: every tensor is a copy of the original's bytes.",
         who_loads(counts, report["removed"]),
+        "\n".join(["```python", *loading, "```"]),
         MTP.get(report["mtp"] or "", ""),
         f"| how the experts were chosen | |\n|---|---|\n{how}",
         f"| layer | experts before | experts kept |\n|---|---|---|\n{rows}",

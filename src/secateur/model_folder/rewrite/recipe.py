@@ -50,7 +50,7 @@ def recipe(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("criterion", _criterion(plan["criterion"])),
         ("kept", _keep(details.keep)),
         ("rule", _pairs(details.rule)),
-        ("counts of the layers", details.allocation),
+        ("counts of the layers", _allocation(details)),
         ("a removed expert", MEANINGS[plan.get("removed") or REROUTE]),
         ("seed", details.seed),
         *(
@@ -96,6 +96,11 @@ def _keep(keep: Mapping[str, Any] | None) -> str | None:
         "layers": f"experts of each layer: {_pairs(value)}",
     }
     return words.get(kind)
+
+
+def _allocation(details: Details) -> str | None:
+    """How the counts of the layers were found; a plan made for given ones names an allocation that decided nothing."""
+    return "given one by one" if details.keep and "layers" in details.keep else details.allocation
 
 
 def _share(value: float | None) -> str | None:

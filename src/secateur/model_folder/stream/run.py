@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
 from secateur.files.progress import OnProgress, silent
+from secateur.model_folder.read.load import run_of
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.parts import PartModel
 from secateur.model_folder.stream.relay import Relay
@@ -128,9 +129,11 @@ class StreamedModel:
         shared = states.shared(stage, index) if 0 < stage < self.num_layers else NOTHING
         moved = batch.to(self._device)
         try:
-            return relay.run(stage, given, lambda: self._call(moved), checks=index == 0, shared=shared)
+            with run_of(self._name):
+                return relay.run(stage, given, lambda: self._call(moved), checks=index == 0, shared=shared)
         except SecateurError as error:
-            raise SecateurError(f"{self._name}: {error}") from error
+            told = str(error)
+            raise SecateurError(told if told.startswith(self._name) else f"{self._name}: {told}") from error
 
     def _call(self, batch: Batch) -> Any:
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
