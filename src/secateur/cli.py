@@ -23,6 +23,7 @@ from secateur.commands.plan import plan
 from secateur.commands.pretrain import pretrain
 from secateur.commands.prune import prune
 from secateur.commands.report import report
+from secateur.commands.streams import all_signs_printable, check_words
 from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
@@ -62,6 +63,7 @@ def main() -> None:
 
     Bad input ends with one message and status 2, a refused write with status 1, an interruption with 130 or 143.
     """
+    all_signs_printable()
     atexit.register(gc.freeze)  # at the end nobody looks for garbage in all that torch and transformers have loaded
     with interruptible():
         try:
@@ -84,6 +86,7 @@ def _print_the_rest() -> None:
 def _run() -> None:
     try:
         try:
+            check_words(sys.argv[1:])
             app(prog_name="secateur")
         finally:
             _print_the_rest()

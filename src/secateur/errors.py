@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 LONGEST = 2000  # characters of a message; what a damaged file holds may have millions
 LINE_END = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -30,3 +32,23 @@ def as_line(text: str) -> str:
     if not text.isprintable():
         text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in LINE_END.sub(" ", text).strip())
     return text
+
+
+@contextlib.contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Make one line of what another library raises at something that it cannot use; it has no error of its own for it.
+
+    Only around code of that library: an error of ours would be hidden here.
+
+    Args:
+        what: begins the message; names the file.
+
+    Raises:
+        SecateurError: it raised something. OSError: as it is.
+    """
+    try:
+        yield
+    except (SecateurError, OSError):
+        raise
+    except Exception as error:
+        raise SecateurError(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error

@@ -142,7 +142,36 @@ def test_bad_input_ends_with_one_message_and_status_2(
 
 
 def test_a_refused_write_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert status(monkeypatch, written(tmp_path), "--ranks", "2", "--out", str(tmp_path / "none" / "out.json")) == 1
+    def refuse(path: Path, content: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("secateur.placement.every_layer.atomic_write", refuse)
+    assert status(monkeypatch, written(tmp_path), "--ranks", "2", "--out", str(tmp_path / "out.json")) == 1
+
+
+@pytest.mark.parametrize("option", ["--out", "--plan", "--sglang"])
+def test_nothing_that_is_there_is_written_over_without_force(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loads, there = written(tmp_path), tmp_path / "there.json"
+    there.write_text("mine")
+    assert status(monkeypatch, loads, "--ranks", "2", option, str(there)) == 2
+    assert f"{option} {there}: it is there already; --force" in capfd.readouterr().err
+    assert status(monkeypatch, loads, "--ranks", "2", option, loads, "--force") == 2
+    assert "which is only read" in capfd.readouterr().err
+    assert there.read_text() == "mine"
+    assert status(monkeypatch, loads, "--ranks", "2", option, str(there), "--force") == 0
+    written_once = there.read_bytes()
+    assert status(monkeypatch, loads, "--ranks", "2", option, str(there)) == 0  # a killed run wrote the same
+    assert there.read_bytes() == written_once
+
+
+def test_two_outputs_are_not_written_to_one_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = str(tmp_path / "one.json")
+    assert status(monkeypatch, written(tmp_path), "--ranks", "2", "--out", one, "--plan", one) == 2
+    assert "--out writes to the same file" in capfd.readouterr().err
 
 
 @pytest.mark.process

@@ -6,6 +6,7 @@ A new record is one row of RECORDS: a whole sample, what reads it, and what may 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -231,7 +232,9 @@ def write_layer(path: Path, header: bytes) -> None:
     layers = path.parent / ".out.work/layers"
     layers.mkdir(parents=True, exist_ok=True)
     data = struct.pack("<2qq2d", 1, 2, 3, 0.5, 0.25)
-    write_over(layers / "0.safetensors", struct.pack("<Q", len(header)) + header + data)
+    content = struct.pack("<Q", len(header)) + header + data
+    write_over(layers / "0.safetensors", content)
+    write_over(layers / "0.sha256", hashlib.sha256(content).hexdigest().encode())
 
 
 def read_note(kind: Any) -> Callable[[Path], object]:

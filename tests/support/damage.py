@@ -181,10 +181,10 @@ def damaged_safetensors(data: bytes, *, seed: int = 0, count: int = 40) -> Itera
     yield from damaged_bytes(data, seed=seed, count=count)
 
 
-def damaged_zip(data: bytes, *, seed: int = 0, count: int = 40) -> Iterator[Damaged]:
+def damaged_zip(data: bytes, *, seed: int = 0, count: int = 40, bomb: int = 300_000_000) -> Iterator[Damaged]:
     """Members of an archive (.npz, and what torch.save writes) damaged, gone, there twice, packed; `damaged_bytes`.
 
-    A packed member that holds zeros without end is a bomb: 300 MB from 300 kB.
+    A packed member that ends with `bomb` zeros is a bomb: 300 MB from 300 kB.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -198,7 +198,7 @@ def damaged_zip(data: bytes, *, seed: int = 0, count: int = 40) -> Iterator[Dama
         for what, lie in _lies_of_npy(content):
             yield Damaged(name, what, _zip({**members, name: lie}))
     first = next(iter(members))
-    yield Damaged(first, "a bomb", _zip({**members, first: members[first] + bytes(300_000_000)}, packed=first))
+    yield Damaged(first, "a bomb", _zip({**members, first: members[first] + bytes(bomb)}, packed=first))
     yield from damaged_bytes(data, seed=seed, count=count)
 
 
@@ -206,7 +206,7 @@ def _zip(members: Mapping[str, bytes], packed: str = "") -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == packed else zipfile.ZIP_STORED)
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == packed else zipfile.ZIP_STORED, 1)
     return out.getvalue()
 
 

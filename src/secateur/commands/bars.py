@@ -86,5 +86,5 @@ def _bar(*columns: ProgressColumn, show: bool) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    described = (TextColumn("{task.description}"), BarColumn(), *columns)
+    described = (TextColumn("{task.description}", markup=False), BarColumn(), *columns)
     return Progress(*described, console=Console(stderr=True), transient=True, disable=not show)

@@ -9,7 +9,9 @@ import time
 from typing import NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+
+from secateur.errors import as_line
 
 # Seconds a rank other than 0 waits before it speaks. Where all ranks fail alike, torchrun has ended it by then.
 GRACE = 5.0
@@ -19,12 +21,13 @@ SEEN = 1.0
 
 def fail(message: str, status: int) -> NoReturn:
     """Print one line on standard error and leave with this exit status; a job of several processes prints one line."""
-    message = " ".join(message.split())  # one line, also where other packages write several
+    message = as_line(message)  # also where other packages write several lines
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(GRACE)
         message = f"rank {rank}: {message}"
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    line = Text.assemble(("error:", "bold red"), " ", message)
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

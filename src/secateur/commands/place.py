@@ -47,6 +47,7 @@ def place(
         int | None,
         typer.Option("--num-layers", min=1, help="With --sglang: layers of the model, where some have no experts."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over these files if they are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the placement as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -71,6 +72,7 @@ def place(
             plan=plan,
             sglang=sglang,
             num_layers=num_layers,
+            force=force,
             on_progress=on_progress,
         )
     if as_json:

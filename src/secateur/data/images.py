@@ -222,6 +222,7 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> NDArray[Any]:
     """An array of numbers; its header is compared with what the archive holds before there is room for it."""
     try:
+        packed: Any
         with archive.open(member) as packed:
             header = HEADERS.get(np.lib.format.read_magic(packed))
             if header is None:
@@ -232,8 +233,8 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> NDA
                 raise SecateurError(f"{dtype} {shape}, expected numbers")
             if length != member.file_size - packed.tell():
                 raise SecateurError(f"{dtype} {shape}, but there are {member.file_size - packed.tell()} bytes of it")
-            array = np.empty(length, dtype=np.uint8)
-            view, done = memoryview(array), 0
+            array: NDArray[Any] = np.empty(length, dtype=np.uint8)
+            view, done = array.data, 0
             while count := packed.readinto(view[done:]):
                 done += count
     except (*DAMAGED, OSError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur.errors import SecateurError
+from secateur.files.json import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTE_VALUES = 256
@@ -67,6 +68,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
+        for path in sorted(folder.glob("*.json")):  # it does not say which file it is about
+            read_json(path)
         raise SecateurError(f"tokenizer {folder}: cannot be loaded ({error})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise SecateurError(f"tokenizer {folder}: found {type(tokenizer).__name__}, expected a transformers tokenizer")

@@ -25,7 +25,7 @@ def members_of(file: BinaryIO, where: str) -> tuple[zipfile.ZipFile, dict[str, z
     Raises:
         SecateurError: no archive, a damaged one, a name twice, or bytes that are packed too often.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     try:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()

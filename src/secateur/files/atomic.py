@@ -22,7 +22,7 @@ def atomic_write(path: Path | str, content: str | bytes | Iterable[bytes | memor
         OSError: the disk is full or the folder cannot be written, and names `path`; an existing `path` is untouched.
     """
     path = Path(path)
-    content = content.encode("utf-8") if isinstance(content, str) else content
+    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     pieces = [content] if isinstance(content, bytes) else content
     try:
         remove_unfinished(path)

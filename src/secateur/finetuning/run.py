@@ -43,6 +43,7 @@ from secateur.train import checkpoints
 from secateur.train.balance import BalanceCallback, attach_balance
 from secateur.train.distributed.launch import world_size
 from secateur.train.progress import only_our_messages
+from secateur.train.resumed import check_state
 from secateur.train.stopping import StopAtSignal
 from secateur.train.trainer_arguments import trainer_arguments
 from secateur.train.training_log import Progress
@@ -303,6 +304,7 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         # asked to resume after its last step, the Trainer would make one more
         if checkpoint is not None and checkpoints.step_of(checkpoint) >= steps:
+            check_state(checkpoint)
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:

@@ -18,8 +18,10 @@ from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
 from secateur.files.records import Count, Finite, as_record
 from secateur.files.refused import refused_by_the_disk
+from secateur.files.safetensors_header import read_header
 from secateur.finetuning.task import Task
 from secateur.train.distributed.trainer import ResumableTrainer
+from secateur.train.resumed import fitting
 from secateur.train.training_log import Progress, TrainingLog
 
 WEIGHTS, SPENT = "weights.safetensors", "spent.json"
@@ -79,7 +81,10 @@ class FinetuneTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         mine: Any = self.model
-        load_model(mine, Path(resume_from_checkpoint) / WEIGHTS)
+        file = Path(resume_from_checkpoint) / WEIGHTS
+        read_header(file)
+        with fitting(file):
+            load_model(mine, file)
         before = read_spent(Path(resume_from_checkpoint) / SPENT)
         self._spent.items, self._spent.seconds = before.items, before.seconds
 

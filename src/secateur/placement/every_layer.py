@@ -12,6 +12,7 @@ from secateur import placement
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.given import StrPath, check_given
+from secateur.files.new_file import check_new_file
 from secateur.files.progress import OnStage, stage
 from secateur.placement.loads import Loads, as_loads, read_loads
 from secateur.placement.one_layer import Placement
@@ -50,6 +51,7 @@ def place(
     plan: StrPath | None = None,
     sglang: StrPath | None = None,
     num_layers: int | None = None,
+    force: bool = False,
     on_progress: OnStage | None = None,
 ) -> Placements:
     """Place the experts of every layer on expert-parallel ranks, so that all ranks get the same load.
@@ -67,13 +69,15 @@ def place(
         out: a file for the placement, as JSON. plan: one for the plan, for what re-orders experts.
         sglang: a file for SGLang's --init-expert-location, for the model as it is, not re-ordered.
         num_layers: with `sglang`: layers of the model, where some have no experts.
+        force: write over these files if they are there.
         on_progress: called with ("placing", layers done, layers in all).
 
     Returns:
         The placement of each layer, and the plan.
 
     Raises:
-        SecateurError: unusable loads, an unknown method, or numbers that do not divide; see `placement.place`.
+        SecateurError: unusable loads, an unknown method, numbers that do not divide (see `placement.place`), or a file
+            to write that is not free.
         OSError: a file cannot be written.
 
     Example:
@@ -84,6 +88,7 @@ def place(
     check_given(place, locals())
     if num_layers is not None and sglang is None:
         raise SecateurError("--num-layers says how many rows --sglang writes; it needs --sglang")
+    _check_targets({"out": out, "plan": plan, "sglang": sglang}, loads)
     name = "loads" if isinstance(loads, Mapping) else str(loads)
     given = as_loads(loads, name) if isinstance(loads, Mapping) else read_loads(Path(loads))
     on_layer = stage("placing", on_progress)
@@ -99,13 +104,42 @@ def place(
     settings = {"ranks": ranks, "method": method, "groups": groups, "nodes": nodes, "tolerance": few_moves}
     content = _content(given, placements, settings)
     made = _plan(placements, settings)
+    texts = {} if out is None else {"out": (Path(out), json.dumps(content, indent=1) + "\n")}
     if sglang is not None:
-        atomic_write(Path(sglang), json.dumps(sglang_location(placements, num_layers)) + "\n")
-    if out is not None:
-        atomic_write(Path(out), json.dumps(content, indent=1) + "\n")
+        texts["sglang"] = Path(sglang), json.dumps(sglang_location(placements, num_layers)) + "\n"
+    # what a killed run has written already is as it would be written now
+    for option, (path, text) in texts.items():
+        check_new_file(path, force or _is_text(path, text), option=f"--{option}")
+    if plan is not None:
+        check_new_file(Path(plan), force or _is_plan(Path(plan), made), option="--plan")
+    for path, text in texts.values():
+        atomic_write(path, text)
     if plan is not None:
         made.save(Path(plan))
     return Placements(layers=placements, plan=made, content=content)
+
+
+def _is_text(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+def _is_plan(path: Path, plan: Plan) -> bool:
+    try:
+        return path.is_file() and Plan.load(path) == plan
+    except SecateurError:
+        return False
+
+
+def _check_targets(written: Mapping[str, StrPath | None], loads: StrPath | Mapping[int, Any]) -> None:
+    """Raises SecateurError: a file cannot be written, is the loads, or is another one of them."""
+    sources = () if isinstance(loads, Mapping) else (Path(loads),)
+    seen: dict[Path, str] = {}
+    for option, path in written.items():
+        if path is not None:
+            check_new_file(Path(path), True, *sources, option=f"--{option}")
+            before = seen.setdefault(Path(path).resolve(), option)
+            if before != option:
+                raise SecateurError(f"--{option} {path}: --{before} writes to the same file")
 
 
 def _content(loads: Loads, placements: Mapping[int, Placement], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,19 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.tokenizer import check_vocabulary_fits, load_tokenizer, separator
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, foreign
 from secateur.families import MoEModel, describe_moe
-from secateur.files.json import read_json
+from secateur.files.json import read_json, read_object
+from secateur.files.limits import MAX_EXPERTS
+from secateur.files.safetensors_header import read_header
 from secateur.modeling_secateur import MODEL_TYPE, ExpertLayout, read_pruned_config
 from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.pretraining.settings import ModelSettings
+from secateur.surgery.plausible import check_counts, no_more_modules_than
 from secateur.train.distributed.fsdp import align_
 from secateur.train.distributed.load import ParallelSizes, check_sharded, check_split
+
+MAX_LAYERS, MAX_MODULES, WHY = 1_000, 200_000, "as no model has more"
 
 
 def given_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase | None:
@@ -84,7 +89,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         SecateurError: transformers cannot build it.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_more_modules_than(MAX_MODULES, WHY):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32
             )
@@ -127,13 +132,23 @@ def load_moe(folder: Path, sizes: ParallelSizes, layout: ExpertLayout | None = N
 def _load(folder: Path, **split: Any) -> PreTrainedModel:
     model: PreTrainedModel
     report: Mapping[str, Any]
+    _check_size(read_object(folder / "config.json"), f"{folder}/config.json")
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)
+    what = f"{folder}: not readable as a causal language model"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **split
-        )
-        model, report = loaded
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise SecateurError(f"{folder}: not readable as a causal language model: {error}") from error
+        with foreign(what), no_more_modules_than(MAX_MODULES, WHY):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **split,
+            )
+            model, report = loaded
+    except (OSError, SafetensorError) as error:
+        raise SecateurError(f"{what}: {error}") from error
     wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if wrong:
         raise SecateurError(f"{folder}: its tensors do not fit its config: {wrong}")
@@ -174,9 +189,13 @@ def _read_config(path: Path, overrides: Mapping[str, Any]) -> PreTrainedConfig:
 def _read_folder(folder: Path, option: str = "") -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise SecateurError(f"{option}{folder}: expected a folder with a config.json and weights")
+    _check_size(read_object(folder / "config.json"), f"{option}{folder}/config.json")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        with foreign(f"{option}{folder}: its config.json"):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except OSError as error:
         raise SecateurError(f"{option}{folder}: {error}") from error
     return config
 
@@ -184,6 +203,7 @@ def _read_folder(folder: Path, option: str = "") -> PreTrainedConfig:
 def _from_dict(content: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> PreTrainedConfig:
     fields = dict(content)
     model_type = fields.pop("model_type")
+    _check_size({**fields, **overrides}, where)
     try:
         config = _config(model_type, fields)
         unknown = [key for key in overrides if not hasattr(config, key)]
@@ -197,6 +217,14 @@ def _from_dict(content: Mapping[str, Any], overrides: Mapping[str, Any], where: 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise SecateurError(f"{where}: model type {model_type!r} has no causal language model in this transformers")
     return config
+
+
+def _check_size(config: Mapping[str, Any], where: str) -> None:
+    """Raises SecateurError: a config of more layers or experts than any model has, which would be built at once."""
+    try:
+        check_counts(config, layers=MAX_LAYERS, experts=MAX_EXPERTS, why=WHY)
+    except SecateurError as error:
+        raise SecateurError(f"{where}: {error}") from error
 
 
 def _config(model_type: str, fields: Mapping[str, Any]) -> PreTrainedConfig:

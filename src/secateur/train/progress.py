@@ -47,8 +47,8 @@ class RunProgress:
         self._total = total
         self._description = description
         self._next_line = done
-        core = (MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-        wide = (TextColumn("{task.description}"), BarColumn(bar_width=24), *core, TimeElapsedColumn())
+        core = (MofNCompleteColumn(), TextColumn("{task.fields[numbers]}", markup=False))
+        wide = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), *core, TimeElapsedColumn())
         # a narrow terminal would cut off the numbers and the time left
         columns = wide if self._console.width >= WIDE else core
         self._progress = Progress(
@@ -94,7 +94,7 @@ class StageProgress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}"),
             TimeElapsedColumn(),

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import SecateurError
 from secateur.files.opened import opened
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -36,7 +37,7 @@ def sample_for(folder: Path, source: ModelFolder, num_tokens: int, text: Path | 
         return torch.randn(shape, generator=generator)
     if text is None:
         return torch.randint(1, int(config.vocab_size), (1, num_tokens), generator=generator)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = load_tokenizer(folder)
     ids = tokenizer(_text_of(text), return_tensors="pt")["input_ids"][:, :num_tokens]
     if ids.shape[1] < 2:
         raise SecateurError(f"--text {text}: {ids.shape[1]} tokens, expected at least 2")

@@ -109,6 +109,12 @@ class Adapter:
             return _shaped(name, parts[WHOLE], rows)
         if parts.keys() != {LORA_A, LORA_B}:
             raise SecateurError(f"{name}: the adapter has {sorted(parts)}, expected {LORA_A} and {LORA_B}, or {WHOLE}")
+        first, second = parts[LORA_A].shape, parts[LORA_B].shape
+        if len(first) != 2 or len(second) != 2 or (second[0], first[1]) != rows.shape or second[1] != first[0]:
+            raise SecateurError(
+                f"{self.folder / WEIGHTS}: {name}: {LORA_A} is {tuple(first)} and {LORA_B} {tuple(second)}, expected "
+                f"a product of {tuple(rows.shape)}"
+            )
         change = parts[LORA_B].double() @ parts[LORA_A].double()
         return rows.double() + self.scale * _shaped(name, change, rows)
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, foreign
 from secateur.files.bytes_in_words import in_words
 from secateur.files.dtypes import torch_dtypes
 from secateur.files.memory import free_memory
@@ -121,7 +121,7 @@ def load(
         dtype: of all tensors; "auto" is what config.json says, to which wider ones are rounded.
     """
     given = {} if source.config.is_as_written else {"config": _config(source)}
-    with no_loading_bars():
+    with no_loading_bars(), foreign(f"{folder}: transformers cannot load this model"):
         model, info = _loader(source).from_pretrained(folder, output_loading_info=True, dtype=dtype, **given)
     with torch.no_grad():
         for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment

@@ -84,13 +84,13 @@ def understand(files: TensorFiles, experts_from: str = BY_CONFIG) -> ModelFolder
     """
     # here: what headers alone refuse needs no model class
     from secateur.model_folder.read.config import read_config
-    from secateur.model_folder.read.plausible import check_plausible, no_more_modules_than
+    from secateur.model_folder.read.plausible import check_plausible, no_more_than_files
 
     if experts_from not in EXPERTS_FROM:
         raise SecateurError(f"--experts-from {experts_from}: expected {' or '.join(EXPERTS_FROM)}")
     try:
         check_plausible(files.config, files.tensors)
-        with no_more_modules_than(files.tensors):
+        with no_more_than_files(files.tensors):
             config = read_config(files.config)
         return _understand(files, config, experts_from)
     except SecateurError as error:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.atomic import atomic_write
 from secateur.files.digest import sha256_of
+from secateur.files.opened import opened
 from secateur.files.work_folder import Work, as_noted, differing, work_folder
 from secateur.stats import LayerStats, RouterStats
 
@@ -70,8 +72,10 @@ class WorkFolder:
                 pass
 
     def save_layer(self, layer: int, stats: LayerStats) -> None:
-        """Keep the statistics of a layer."""
-        RouterStats(layers={layer: stats}).save(self._layers / f"{layer}.safetensors")
+        """Keep the statistics of a layer; they count once their digest is there."""
+        path = self._layers / f"{layer}.safetensors"
+        RouterStats(layers={layer: stats}).save(path)
+        atomic_write(path.with_suffix(".sha256"), sha256_of(path))
 
     def load_layer(self, layer: int) -> LayerStats:
         """What `save_layer` kept.
@@ -81,7 +85,12 @@ class WorkFolder:
         """
         path = self._layers / f"{layer}.safetensors"
         try:
-            return RouterStats.load(path).layers[layer]
+            with opened(path.with_suffix(".sha256")) as file:
+                digest = file.read(100).decode(errors="replace")
+            stats = RouterStats.load(path).layers[layer]
+            if sha256_of(path) != digest:
+                raise SecateurError("its digest is another one")
+            return stats
         except (SecateurError, KeyError) as error:
             raise SecateurError(f"{path}: not what an unfinished run writes ({error}); use --restart") from error
 

@@ -6,6 +6,7 @@ other rounding, so that numbers would depend on what is installed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def read_pixels(folder: Path) -> Pixels:
         pixels = Pixels(
             source=file, processor=processor, num_channels=config.num_channels, image_size=config.image_size
         )
+        _check_scale(processor)
         side = 2 * config.image_size
         pixels([np.zeros((side, side, config.num_channels), dtype=np.uint8)])
     except SecateurError:
@@ -101,3 +103,14 @@ def read_pixels(folder: Path) -> Pixels:
         message = f"{type(error).__name__}: {error}"
         raise SecateurError(f"{file}: transformers cannot use it ({message:.300})") from error
     return pixels
+
+
+def _check_scale(processor: Any) -> None:
+    """Raises SecateurError: a mean, a deviation or a factor of the pixels that is no number, or makes all equal."""
+    for name, least in (("image_mean", -math.inf), ("image_std", 0.0), ("rescale_factor", 0.0)):
+        found = getattr(processor, name, None)
+        for value in found if isinstance(found, list | tuple) else [found]:
+            is_number = isinstance(value, int | float) and math.isfinite(value) and value > least
+            if found is not None and not is_number:
+                above = "" if least < 0 else " above 0"
+                raise SecateurError(f"{FILE}: {name} is {found!r:.60}, expected finite numbers{above}")

@@ -6,6 +6,7 @@ by transformers' distributed save, rank by rank, and the optimizer's state by na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
 from secateur.errors import SecateurError
@@ -22,6 +24,7 @@ from secateur.surgery.optimizer import unwrap
 from secateur.train.distributed.launch import barrier, is_main, rank, world_size
 from secateur.train.distributed.save import failures_as, save_sharded
 from secateur.train.distributed.trust import check_no_code
+from secateur.train.resumed import STATE, check_like, check_state, fitting, read_plain
 
 OPTIMIZER = "optimizer"  # a folder of torch.distributed.checkpoint
 SCHEDULER = "scheduler.pt"
@@ -72,13 +75,44 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint) / OPTIMIZER
+        folder, file = Path(checkpoint) / OPTIMIZER, Path(checkpoint) / SCHEDULER
         check_no_code(folder)
-        with failures_as(SecateurError, f"{folder}: does not fit this model and optimizer"):
+        with failures_as(SecateurError, f"{folder}: does not fit this model and optimizer"), fitting(folder):
             load_optimizer_distributed(self.model, self._inner_optimizer(), str(folder))
         schedule: Any = self.lr_scheduler
-        state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
-        schedule.load_state_dict(_for_groups(state, len(schedule.optimizer.param_groups), checkpoint))
+        state = check_like(file, read_plain(file), schedule.state_dict())
+        with fitting(file):
+            schedule.load_state_dict(_for_groups(state, len(schedule.optimizer.param_groups), checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        own = f"rng_state_{rank()}.pth" if world_size() > 1 else "rng_state.pth"
+        if checkpoint is None or not (file := Path(checkpoint) / own).exists():
+            super()._load_rng_state(checkpoint)
+            return
+        with safe_globals():  # type: ignore[no-untyped-call]  # NumPy's state of random numbers
+            read_plain(file)
+        with fitting(file):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        with fitting(Path(str(self._resumed)) / STATE):
+            super()._load_callback_state()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, as the stock method does, once what it will read of a checkpoint has been looked at.
+
+        Raises:
+            SecateurError: the checkpoint is damaged, or not of this training; the message names the file.
+        """
+        self._resumed = resume_from_checkpoint
+        if isinstance(resume_from_checkpoint, str):
+            check_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def evaluation_loop(
         self,
@@ -129,7 +163,7 @@ def _tensor_parallelism_on_cpu(split: Any) -> Any:
     return OnCPU(tp_size=split.tp_size, dp_shard_size=split.dp_size)
 
 
-def _for_groups(state: dict[str, Any], num_groups: int, checkpoint: str) -> dict[str, Any]:
+def _for_groups(state: Mapping[str, Any], num_groups: int, checkpoint: str) -> dict[str, Any]:
     """A schedule's state for another number of param groups: the Trainer makes some for each mesh of ranks.
 
     Raises:
