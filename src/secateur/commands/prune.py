@@ -54,7 +54,7 @@ def prune(
     verify_tokens: Annotated[
         int,
         typer.Option(
-            "--verify-tokens", help="Length of the sample that both models are run on at the end; 0 loads neither."
+            "--verify-tokens", help="Length of the sample that both models are run on at the end; 0 runs neither."
         ),
     ] = 32,
     force: options.Force = False,

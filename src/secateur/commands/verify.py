@@ -17,7 +17,7 @@ def verify(
     source: Annotated[Path, typer.Argument(help="The folder of the model that was pruned.")],
     pruned: Annotated[Path, typer.Argument(help="The folder that `secateur apply` wrote.")],
     tokens: Annotated[
-        int, typer.Option("--tokens", help="Length of the sample that both models are run on; 0 loads neither.")
+        int, typer.Option("--tokens", help="Length of the sample that both models are run on; 0 runs neither.")
     ] = 32,
     text: Annotated[Path | None, typer.Option("--text", help="Take the sample from this file; random if none.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random sample.")] = 0,
@@ -26,8 +26,9 @@ def verify(
 ) -> None:
     """Prove that a pruned model is what its plan makes of its source. Ends with status 1 where a check fails.
 
-    Every kept tensor is compared with its source byte by byte. Where the models fit in memory, the pruned one must load
-    with nothing missing, compute what the source computes with the dropped experts barred, and generate.
+    Every tensor and every other file is compared with the source byte by byte. The result must load with nothing
+    missing and compute what the source computes with the dropped experts barred; both models run one decoder layer at a
+    time. Where the result fits in memory, it must generate, too.
 
     Example: `secateur verify models/Qwen3-30B-A3B pruned --tokens 256`
     """

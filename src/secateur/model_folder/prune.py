@@ -108,7 +108,7 @@ def prune(
             with the others).
         experts_from: what says how many experts a layer has: config (config.json), or files, for a model that a tool
             pruned without updating its config.json.
-        verify_tokens: length of the sample that both models are run on at the end; 0 loads neither.
+        verify_tokens: length of the sample that both models are run on at the end; 0 runs neither.
         force: replace an earlier result of `apply` or `prune` at `out`, in one step when the new one is complete and
             verified; a folder that holds anything else is refused, and `undo` is never replaced.
         restart: throw away what an interrupted pruning left.

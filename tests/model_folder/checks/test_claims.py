@@ -282,3 +282,16 @@ def test_the_first_version_of_the_result_file_is_read(made: Path, tmp_path: Path
     new = as_json(made / "source", made / "out", verify_model(made / "source", made / "out", num_tokens=0))
     (tmp_path / "verify.json").write_text(json.dumps(new))
     assert read_verified(tmp_path / "verify.json") == new
+
+
+def test_a_name_that_the_class_leaves_unread_of_the_source_may_stay_in_the_result(folders: Path) -> None:
+    extra = {"model.extra.weight": torch.ones(4)}
+    for folder in ("source", "out"):
+        save_file(extra, folders / folder / "model-extra.safetensors", metadata={"format": "pt"})
+        edit(
+            folders / folder / INDEX,
+            lambda index: index["weight_map"].update({"model.extra.weight": "model-extra.safetensors"}),
+        )
+    checks = verify_model(folders / "source", folders / "out", num_tokens=0)
+    assert "loads" not in fallen(checks)
+    assert detail(checks, "loads") == "Qwen3MoeForCausalLM; it leaves 1 names unread, as it does of the source"

@@ -169,7 +169,7 @@ def test_layers_for_further_tokens_have_counts_of_their_own(prefix: str, tmp_pat
     assert same_bytes(tensors_of(tmp_path / "both"), expected)
     for folder in ("whole", "drop", "both"):
         checks = verify_model(source, tmp_path / folder, num_tokens=0)
-        assert [check.passed for check in checks[:2]] == [True, True], checks
+        assert fallen(checks) == set(), checks
         assert found(tmp_path / folder).counts == {1: 4, 2: 4}
 
 

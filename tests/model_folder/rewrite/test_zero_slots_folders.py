@@ -232,7 +232,7 @@ def test_verify_expects_every_bit_unless_experts_changed_places(tmp_path: Path) 
         if name in tensors:
             save_file(tensors | {name: tensors[name] * 1.0001}, file, metadata={"format": "pt"})
     checks = verify_model(tmp_path / "source", tmp_path / "changed", num_tokens=12)
-    assert [check.passed for check in checks] == [True, False, True, False, True], checks
+    assert fallen(checks) == {"tensors", "logits"}, checks
 
 
 def test_a_damaged_config_is_refused(tmp_path: Path) -> None:

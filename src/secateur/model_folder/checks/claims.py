@@ -44,12 +44,13 @@ def verify(
 ) -> Verification:
     """Prove that a pruned model is what its plan makes of its source.
 
-    Every kept tensor is compared with its source byte by byte. Where the models fit in memory, the pruned one must load
-    with nothing missing, compute what the source computes with the dropped experts barred, and generate.
+    Every tensor and every other file is compared with the source byte by byte. The result must load with nothing
+    missing and compute what the source computes with the dropped experts barred; both models run one decoder layer at a
+    time. Where the result fits in memory, it must generate, too.
 
     Args:
         source: the folder of the model that was pruned. pruned: the folder that `apply` wrote.
-        tokens: length of the sample that both models are run on; 0 loads neither.
+        tokens: length of the sample that both models are run on; 0 runs neither.
         text: a file to take the sample from; random without it. seed: of the random sample.
         on_progress: called with ("comparing", bytes compared, bytes to compare).
 
@@ -86,7 +87,7 @@ def verify_model(
     """Compare a pruned folder with the source it was made from.
 
     Args:
-        num_tokens: of the sample that both models are run on; 0 loads neither. text: a file to take it from; without
+        num_tokens: of the sample that both models are run on; 0 runs neither. text: a file to take it from; without
             one the tokens are random, from `seed`.
         on_bytes: called with (bytes compared, bytes to compare).
 

@@ -7,6 +7,7 @@ a whole instead, and generates.
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,9 @@ def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed:
         return [loads, _compared(pruning, sample, expected, None, equal), speaks]
     try:
         model, problems = load(pruning.after.files.path, pruning.after)
-        problems = _of_result(problems, pruning)
     except Exception as error:  # see _loads
         return [Check(claim=LOADS, passed=False, detail=_short(error))]
-    if problems:
+    if problems := _without(problems, _unread(pruning.before)):
         return [Check(claim=LOADS, passed=False, detail=str(problems)[:LONGEST])]
     return [loads, _compared(pruning, sample, expected, model, equal), _speaks(model, sample)]
 
@@ -91,20 +91,25 @@ def _loads(pruning: Pruning) -> Check:
     """By the names, types and shapes in the files, as transformers itself reports them."""
     folder = pruning.after
     try:
-        problems = _of_result(problems_by_names(folder), pruning)
+        found = problems_by_names(folder)
+        problems = _without(found, _unread(pruning.before)) if found else {}
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return Check(claim=LOADS, passed=False, detail=_short(error))
     detail = str(problems)[:LONGEST] if problems else str(folder.config.model_class.__name__)
+    if left := len(found.get(UNEXPECTED, ())) - len(problems.get(UNEXPECTED, ())):
+        detail += f"; it leaves {left} names unread, as it does of the source"
     return Check(claim=LOADS, passed=not problems, detail=detail)
 
 
-def _of_result(problems: dict[str, list[str]], pruning: Pruning) -> dict[str, list[str]]:
-    """What is reported of the result, without names that the class has no place for in the source either."""
-    if not problems.get(UNEXPECTED):
-        return problems
-    known = set(problems_by_names(pruning.before).get(UNEXPECTED, ()))
-    left = {**problems, UNEXPECTED: [name for name in problems[UNEXPECTED] if name not in known]}
-    return {kind: names for kind, names in left.items() if names}
+def _unread(source: ModelFolder) -> set[str]:
+    """Names in the source that its class has no place for either."""
+    return set(problems_by_names(source).get(UNEXPECTED, ()))
+
+
+def _without(problems: Mapping[str, Sequence[str]], unread: Set[str]) -> dict[str, list[str]]:
+    """What transformers reports, but for names that are unread of the source, too."""
+    left = {kind: [one for one in found if kind != UNEXPECTED or one not in unread] for kind, found in problems.items()}
+    return {kind: found for kind, found in left.items() if found}
 
 
 def _source_run(pruning: Pruning, sample: Tensor) -> Run:

@@ -23,6 +23,7 @@ from secateur.modeling_secateur import pruned_model_class, read_pruned_config
 
 DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
 UNEXPECTED = "unexpected_keys"  # of what transformers reports of a load
+ALIGNED = 64  # bytes that torch gives every tensor of its own a multiple of
 WHILE_LOADING = 1.5  # times the bytes of a model: while experts are stacked, some of them are there twice
 
 
@@ -124,8 +125,11 @@ def load(
     with no_loading_bars(), foreign(f"{folder}: transformers cannot load this model"):
         model, info = _loader(source).from_pretrained(folder, output_loading_info=True, dtype=dtype, **given)
     with torch.no_grad():
-        for tensor in model.parameters():  # they lie anywhere in a mapped file, and matrix products round by alignment
-            tensor.data = tensor.data.clone()
+        for name, tensor in model.named_parameters():
+            # Those of the files lie anywhere in a mapped file, and matrix products round by alignment; what was stacked
+            # of them is in memory of its own.
+            if name in source.files.tensors or tensor.data_ptr() % ALIGNED:
+                tensor.data = tensor.data.clone()
     return model, _problems(info, source)
 
 
