@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test quick check format lint types docs-tables venv clean
+.PHONY: demo test quick check format lint types docs-tables faults venv clean
 
 # Runs the main job on the embedded default: data from this Python's own standard library, pruning by the detector.
 demo: .venv/.installed
@@ -49,6 +49,11 @@ types: .venv/.installed-dev
 # Tables of docs/ that are made from tables of the source.
 docs-tables: .venv/.installed-dev
 	PYTHONPATH=src:tests $(BIN)/python tests/support/docs_tables.py
+
+# Kills, signals, full disks, changed and damaged files, against every command (docs/faults.md): an hour or more, in
+# the background of other work; started again it goes on. FAULTS takes options, such as FAULTS="--seconds 600".
+faults: .venv/.installed-dev
+	PYTHONPATH=src:tests nice $(BIN)/python benchmarks/faults.py $(FAULTS)
 
 clean:
 	rm -rf .venv $(DEMO) build dist

@@ -139,7 +139,9 @@ def run_program(path: Path, said: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in RESULTS if path.stem not in EVIDENCE], ids=lambda path: path.stem)
 def test_stored_tables_are_the_ones_the_documents_show(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
-    shown = README + (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    shown = README + "".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("benchmarks.md", "faults.md")
+    )
     columns, *rows = result["table"]
     for row in [columns, *rows]:
         assert "| " + " | ".join(row) + " |" in shown, f"{path.name}: no table line for {row}"

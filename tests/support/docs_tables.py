@@ -5,6 +5,7 @@ PYTHONPATH=src:tests python tests/support/docs_tables.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from secateur.model_folder.read.config import REFUSED
 from secateur.stats import DEFAULT_SUMS, SUMS
 
 DOCS = Path(__file__).parents[2] / "docs"
+FAULTS = DOCS.parent / "benchmarks" / "results" / "faults.json"
 LAEP = ("`laep`", "LAEP's thresholds on the loads, which also decide how many go", "data", "2601.14327")
 
 
@@ -46,6 +48,27 @@ def refused() -> list[str]:
     return _table(("model type", "why"), [(f"`{name}`", reason) for name, reason in REFUSED.items()])
 
 
+def faults() -> list[str]:
+    """What the stored campaign counted."""
+    head, *rows = json.loads(FAULTS.read_text(encoding="utf-8"))["table"]
+    return _table(head, rows)
+
+
+def left() -> list[str]:
+    """The trials of the stored campaign that fell, those of one command and kind in one row."""
+    fell = json.loads(FAULTS.read_text(encoding="utf-8"))["fell"]
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in fell:
+        case = one["trial"].rpartition("/")[0]
+        found.setdefault((case, one["outcome"]), []).append(one["detail"])
+    rows = [(f"`{case}`", kind, str(len(said)), _cell(said[0])) for (case, kind), said in found.items()]
+    return _table(("trials", "phase or outcome", "fell", "the first of them"), rows or [("none", "", "0", "")])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").replace("`", "'").replace("<", "&lt;").split())[:160]
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return [first, "|" + "---|" * len(head), *others]
@@ -56,6 +79,8 @@ TABLES: dict[tuple[str, str], Callable[[], list[str]]] = {
     ("prune.md", "refused families"): refused,
     ("observe.md", "sums"): sums,
     ("laep.md", "rules"): rules,
+    ("faults.md", "faults"): faults,
+    ("faults.md", "left"): left,
 }
 
 
