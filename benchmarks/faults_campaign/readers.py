@@ -43,9 +43,9 @@ STOPPED = {
     "observe": Stopped(words=BY_NAME["observe"].words, inputs=BY_NAME["observe"].inputs, pattern="states/00003/"),
     "prune": Stopped(words=BY_NAME["prune"].words, inputs=BY_NAME["prune"].inputs, pattern=r"\.partial"),
     "finetune": Stopped(
-        words=BY_NAME["finetune"].words, inputs=BY_NAME["finetune"].inputs, pattern="checkpoint-4/optimizer"
+        words=BY_NAME["finetune"].words, inputs=BY_NAME["finetune"].inputs, pattern="checkpoint-6/optimizer"
     ),
-    "pretrain": Stopped(words=f"pretrain --out out {PRETRAIN}", inputs="corpus", pattern="checkpoint-8/trainer_state"),
+    "pretrain": Stopped(words=f"pretrain --out out {PRETRAIN}", inputs="corpus", pattern="checkpoint-12/trainer_state"),
 }
 ALL_TEXT = "source code.jsonl prose.jsonl"
 OBSERVE = f"observe source {SAMPLES} --out new.safetensors --quiet"
@@ -86,7 +86,7 @@ def _table() -> list[Reader]:
         "counts.pt")  # fmt: skip
     add("apply source plan.json --out out --undo side --quiet", "source plan.json",
         "source/model.safetensors.index.json", "out side",
-        f"plan.json source/config.json source/generation_config.json {weights}")  # fmt: skip
+        f"plan.json source/config.json {weights}")  # fmt: skip
     add(RESTORE, "pruned undo",
         "undo/undo.json undo/headers/model-00001-of-00008.safetensors undo/files/config.json pruned/config.json "
         "undo/dropped-00001-of-00003.safetensors pruned/model-00001-of-00005.safetensors pruned/tokenizer.json",
@@ -94,13 +94,7 @@ def _table() -> list[Reader]:
     add("verify source pruned --json", "source pruned",
         "pruned/plan.json pruned/report.json pruned/config.json pruned/model.safetensors.index.json "
         "pruned/model-00001-of-00005.safetensors")  # fmt: skip
-    add(
-        f"eval source {SAMPLES} --json",
-        ALL_TEXT,
-        "source/generation_config.json",
-        "",
-        "source/tokenizer.json prose.jsonl",
-    )
+    add(f"eval source {SAMPLES} --json", ALL_TEXT, "", "", "source/generation_config.json prose.jsonl")
     add("apply training training-plan.json --out out --quiet", "training training-plan.json", "training/.metadata",
         "out", "training/__0_0.distcp")  # fmt: skip
     add("apply shards training-plan.json --out out --quiet", "shards training-plan.json", "", "out",
@@ -115,18 +109,16 @@ def _table() -> list[Reader]:
     add(BY_NAME["observe"].words, "", f"{work}/run.json {work}/states/stage.json {work}/layers/0.safetensors",
         "new.safetensors", f"{work}/states/00002/000001.safetensors", "observe")  # fmt: skip
     add(BY_NAME["prune"].words, "", ".out.pruning/asked.json .out.pruning/stats.safetensors", "out side", "", "prune")
-    last = ".out.finetuning/checkpoint-2"
+    last = ".out.finetuning/checkpoint-4"
     add(f"finetune source {TEXT} --sequence-length 16 --steps 6 --batch-size 4 {TRAINING} --resume", "",
         f".out.finetuning/asked.json {last}/complete.json {last}/trainer_state.json {last}/spent.json "
         f"{last}/scheduler.pt {last}/rng_state.pth {last}/optimizer/.metadata {last}/training_args.bin", "out",
         f"{last}/weights.safetensors {last}/optimizer/__0_0.distcp", "finetune")  # fmt: skip
-    last = "out/checkpoints/checkpoint-4"
+    last = "out/checkpoints/checkpoint-8"
     add("pretrain --out out --resume --quiet", "",
-        "out/run.json out/data/data.json out/data/tokenizer/tokenizer.json out/data/tokenizer/tokenizer_config.json "
-        "out/data/train.safetensors out/data/validation-code.safetensors out/metrics.jsonl out/loads.jsonl "
-        f"{last}/complete.json {last}/config.json {last}/trainer_state.json {last}/scheduler.pt {last}/rng_state.pth "
-        f"{last}/optimizer/.metadata", "out/model out/report.json",
-        f"{last}/model.safetensors {last}/optimizer/__0_0.distcp", "pretrain")  # fmt: skip
+        "out/run.json out/data/data.json out/data/tokenizer/tokenizer.json out/data/train.safetensors "
+        f"out/metrics.jsonl out/loads.jsonl {last}/complete.json {last}/config.json {last}/trainer_state.json",
+        "out/model out/report.json", f"{last}/model.safetensors", "pretrain")  # fmt: skip
     return found
 
 
