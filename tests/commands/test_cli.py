@@ -29,7 +29,7 @@ from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions, option
 from support.small_runs import arguments, corpus_in, in_child, light_report, options, run_in, strict
 
-NOT_SETTINGS = (*SHOWING, "out", "resume", "dry_run", "set")
+NOT_SETTINGS = (*SHOWING, "out", "checkpoint_on_sigterm", "resume", "dry_run", "set")
 SETTINGS = {field.name: field for field in dataclasses.fields(PretrainOptions)}
 OPTIONS = {parameter.name: parameter for parameter in get_command(cli.app).commands["pretrain"].params}
 
@@ -72,7 +72,7 @@ def test_every_option_says_what_it_is(name: str) -> None:
 
 def test_the_default_command_line_is_the_default_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[PretrainOptions] = []
-    monkeypatch.setattr(program, "run_pretraining", lambda options, out, on_progress: found.append(options) or REPORT)
+    monkeypatch.setattr(program, "run_pretraining", lambda options, out, **_: found.append(options) or REPORT)
     assert main(monkeypatch, "pretrain", "--out", str(tmp_path / "run")) == 0
     assert found == [PretrainOptions()]
 
@@ -81,7 +81,7 @@ def test_the_default_command_line_is_the_default_run(monkeypatch: pytest.MonkeyP
 def test_every_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a value that is not the default, one by one, because some contradict one another."""
     found: list[PretrainOptions] = []
-    monkeypatch.setattr(program, "run_pretraining", lambda options, out, on_progress: found.append(options) or REPORT)
+    monkeypatch.setattr(program, "run_pretraining", lambda options, out, **_: found.append(options) or REPORT)
     special: dict[str, Any] = {
         "precision": "bf16",
         "rearrange_method": "greedy",
@@ -276,7 +276,10 @@ def test_a_refused_write_is_one_line_with_status_1(
 
     monkeypatch.setattr(program, "run_pretraining", refuse)
     assert main(monkeypatch, "pretrain", "--out", str(tmp_path)) == 1
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'run/metrics.jsonl'\n"
+    assert capsys.readouterr().err == (
+        "error: run/metrics.jsonl: No space left on device; nothing half-written has the name of a result; make room "
+        "and run the same command again\n"
+    )
 
 
 def test_an_error_of_several_lines_is_put_into_one_and_its_brackets_stay(

@@ -34,8 +34,9 @@ from secateur.surgery.oracle import barred_experts
 from support.claims import ALL, outcome
 from support.faults import Kill
 from support.made_up_sums import sums_like
-from support.model_folders import contents, loaded, saved
+from support.model_folders import contents, loaded, saved, tensors_of, write
 from support.models_with_text import data_in, model_with_text
+from support.odd_folders import with_mtp
 from support.small_runs import in_child
 from support.tiny_models import FAMILIES, LIKE_ANOTHER, random_tokens
 
@@ -498,3 +499,18 @@ def test_the_command_records_the_sums_that_its_criterion_reads(spoken: Path, run
     status, _, err = run(spoken, *words)
     assert status == 0, err
     assert Observation.load(spoken / "out/observed/stats.safetensors").stats.sums == (*DEFAULT_SUMS, "output_sum")
+
+
+def test_bytes_to_keep_are_those_of_what_is_written(tmp_path: Path) -> None:
+    """MTP layers that are dropped take no room; those that stay do."""
+    source = write(tmp_path / "source", *with_mtp("mtp.layers.0."))
+    sizes = {name: tensor.nbytes for name, tensor in tensors_of(source).items()}
+    without = sum(size for name, size in sizes.items() if not name.startswith("mtp."))
+    choice = Choice(criterion="aimer", keep=Keep(num_bytes=without))
+    dropped = run_stages(source, tmp_path / "dropped", choice, mtp="drop", verify_tokens=0)["outcome"]
+    assert dropped["experts_after"] == dropped["experts_before"]
+    assert (dropped["bytes_before"], dropped["bytes_after"]) == (sum(sizes.values()), without)
+    assert sum(tensor.nbytes for tensor in tensors_of(tmp_path / "dropped").values()) == without
+    whole = run_stages(source, tmp_path / "whole", choice, mtp="whole", dry_run=True)["outcome"]
+    assert whole["experts_after"] < whole["experts_before"]
+    assert whole["bytes_after"] <= without

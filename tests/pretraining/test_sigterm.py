@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from secateur import cli
+from secateur.errors import SecateurError
 from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions
 from secateur.pretraining.run import resume, run_pretraining
+from secateur.pretraining.run_folder import RunFolder
+from secateur.surgery.events import read_events
 from secateur.train import checkpoints
-from support.faults import Signal
-from support.small_runs import arguments, assert_same_run, corpus_in, in_child, light_report, options
+from support.faults import Signal, replace
+from support.small_runs import arguments, assert_same_run, corpus_in, files_of, in_child, light_report, options
 
 # short, and the steps that are interrupted are neither of a log nor of a checkpoint; the pruning is at 9
 QUICK = {"steps": 16, "log_steps": 4, "eval_steps": 8, "save_steps": 16, "prune_at_step": 9, "window_steps": 3}
@@ -88,3 +94,86 @@ def test_a_function_hands_the_signal_on_to_whoever_had_it(tmp_path: Path, corpus
     assert checkpoints.last_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-16"
     assert in_child(go_on, out) == 0
     assert_same_run(out, whole)
+
+
+class Gone:
+    """Take a folder away before the tenth step ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self) -> None:
+        replace(STEP_END, self._counted)
+
+    def _counted(self, original: Callable[..., None]) -> Callable[..., None]:
+        calls = 0
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 10:
+                shutil.rmtree(self.path)
+            original(*args, **kwargs)
+
+        return call
+
+
+def fail_with(said: Path, expected: str, target: Callable[..., None], *values: Any) -> None:
+    assert in_child(target, *values, stderr=said) == 2
+    assert expected in said.read_text()
+    assert len(said.read_text().splitlines()) == 1
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_data_that_go_while_a_run_uses_them_are_missed_and_made_again(
+    tmp_path: Path, corpus: Path, whole: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "stderr"
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    words = ["--out", str(out), *arguments(options(copy, **QUICK))]
+    fail_with(
+        said,
+        "it was changed while it was in use: it is gone (No such file or directory); take ",
+        command,
+        words,
+        Gone(out / "data"),
+    )
+    text = next((copy / "prose").glob("*"))
+    before = text.read_bytes()
+    text.write_bytes(before + b"more of it\n")
+    again = ["--out", str(out), "--resume"]
+    fail_with(said, "data: it is missing, and the text that it was made from is not the same any more", command, again)
+    text.write_bytes(before)
+    assert in_child(command, again) == 0
+    found, expected = files_of(out), files_of(whole)
+    assert {name for name in found if found[name] != expected[name]} <= {"run.json", "data/data.json", "report.json",
+                                                                         "model/report.json"}  # fmt: skip
+    assert found.keys() == expected.keys()
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_folder_that_goes_while_a_run_is_in_it_is_missed(tmp_path: Path, corpus: Path) -> None:
+    """And no checkpoint makes it again, which the next start would refuse."""
+    out, said = tmp_path / "run", tmp_path / "stderr"
+    words = ["--out", str(out), *arguments(options(corpus, **QUICK))]
+    fail_with(said, "run.json: it is gone; the folder of the run was removed", command, words, Gone(out))
+    assert not out.exists()
+
+
+def test_a_folder_of_a_run_without_its_settings_says_so(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(SecateurError, match=r"files in it; they are of a run whose run\.json is gone"):
+        RunFolder(tmp_path).require_new()
+    with pytest.raises(SecateurError, match="nothing to resume, there is no such folder"):
+        RunFolder(tmp_path / "never").read_run()
+
+
+@pytest.mark.process
+def test_events_are_in_the_same_order_from_a_checkpoint_whose_keys_were_sorted(whole: Path, tmp_path: Path) -> None:
+    events = [event for event, _ in read_events(whole / "events.json")]
+    (tmp_path / "sorted.json").write_text(json.dumps([event.to_json() for event in events], sort_keys=True))
+    resumed = [event for event, _ in read_events(tmp_path / "sorted.json")]
+    RunFolder(tmp_path).write_events(resumed)
+    assert (tmp_path / "events.json").read_bytes() == (whole / "events.json").read_bytes()

@@ -16,7 +16,7 @@ import pytest
 
 from secateur.pretraining.run_folder import RunFolder
 from secateur.train import checkpoints
-from support.faults import AnotherPlan, Kill, LimitFileSize, OnRank
+from support.faults import AnotherPlan, Kill, LimitFileSize, OnRank, Signal
 from support.job_runs import STEP_END, Runs, keep_checkpoints
 from support.small_jobs import Ended
 from support.small_runs import assert_same_run
@@ -69,6 +69,19 @@ def test_a_job_that_loses_a_rank_at_any_moment_ends_as_if_it_had_not(runs: Runs,
         assert ended.said == ("" if rank == 0 else LOST), moment
         assert last_whole(out) == left, moment
         begin = {}
+    assert runs.start(out, 2, keep_checkpoints) == Ended((0, 0), "")
+    assert_same_run(out, runs.finished("over 2", 2, ep=2))
+
+
+def test_sigterm_on_one_rank_ends_all_after_the_same_step_with_a_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    """In the step after the rearrangement and before the pruning, which is neither logged nor saved otherwise."""
+    out = tmp_path / "run"
+    ended = runs.start(out, 2, OnRank(1, Signal("secateur.train.laep:LAEP.step", 8)), kind="over 2", ep=2)
+    assert ended.statuses == (143, 143)
+    (step,) = re.findall(
+        r"error: interrupted by SIGTERM; checkpoint-(\d+) was written; go on with --resume\n", ended.said
+    )
+    assert last_whole(out) == f"checkpoint-{step}"
     assert runs.start(out, 2, keep_checkpoints) == Ended((0, 0), "")
     assert_same_run(out, runs.finished("over 2", 2, ep=2))
 

@@ -20,7 +20,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class CrashPoint:
-    """From its call on, `happen` at the `nth` change below `root`; without a number, write how many there are."""
+    """From its call on, `happen` at the `nth` change below `root`; without a number, write each to `count`."""
 
     def __init__(
         self, root: Path, nth: int = 0, *, count: Path | None = None, happen: Callable[[], Any] = die, cut: bool = True
@@ -58,3 +58,26 @@ class CrashPoint:
             self.before = self.last.stat().st_size if keeps else 0
         elif event == "os.rename" and str(self.last) == paths[0]:
             self.last = None  # whoever renames it has flushed it, or writes it again
+
+
+def forked(action: Callable[[], Any], *hooks: Callable[[], None]) -> int:
+    """Run what computes nothing in a fork of this process: 0 if it ends, 1 if it raises, -9 for SIGKILL."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            for hook in hooks:
+                hook()
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def changes_of(root: Path, action: Callable[[], Any]) -> int:
+    """How often `action` changes something below `root`; run in a fork, so what it leaves is there."""
+    count = root.parent / f"{root.name}-changes"
+    count.unlink(missing_ok=True)
+    assert forked(action, CrashPoint(root, count=count)) == 0
+    return len(count.read_text().splitlines())

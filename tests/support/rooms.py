@@ -36,7 +36,7 @@ def _rooms(names: str) -> tuple[str, ...]:
 ROOMS: dict[str, Room] = {
     "__main__": Room(
         question="`python -m secateur` is the `secateur` command.",
-        may_import=_rooms("cli"),
+        may_import=_rooms("cli commands"),
     ),
     "cli": Room(
         question="The `secateur` command: its parts are in `secateur.commands`.",

@@ -160,6 +160,8 @@ def files_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
+        if name.startswith(("checkpoints", "control/checkpoints")):
+            continue  # a test kept them, and torch.distributed.checkpoint writes metadata in any order
         if path.is_dir() or name.startswith("figures/") or path.suffix == ".html":
             found[name] = ""
         elif path.suffix == ".jsonl":

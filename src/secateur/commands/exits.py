@@ -37,7 +37,8 @@ def fail_refused(error: OSError) -> NoReturn:
 
     message = refusal_in_words(error)
     if error.errno in FULL:
-        message += "; nothing half-written has the name of a result; make room and run the same command again"
+        how = " and ".join(getattr(error, "__notes__", ("run the same command again",)))
+        message += f"; nothing half-written has the name of a result; make room and {how}"
     fail(message, 1)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +39,22 @@ def atomic_write(path: Path | str, content: str | bytes | Iterable[bytes | memor
         fsync_folder(path.parent)
     except OSError as error:
         raise _of_file(error, path) from error
+
+
+def write_together(writers: Mapping[Path, Callable[[], None]]) -> None:
+    """Call what writes each file; after an error or an interruption none of those that are new is there.
+
+    Raises:
+        OSError: the disk is full or a folder cannot be written.
+    """
+    new = [path for path in writers if not path.exists()]
+    try:
+        for write in writers.values():
+            write()
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def remove_unfinished(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -68,7 +69,7 @@ def written_beside(out: Path, *, replaces: bool = False) -> Iterator[Path]:
     with _hidden(out, replaces) as beside:
         yield beside
         fsync_tree(beside)
-        (exchange if replaces else os.rename)(beside, out)
+        (exchange if replaces else _rename)(beside, out)
     fsync_folder(out.parent)
     if replaces:
         shutil.rmtree(beside)  # the old one
@@ -86,8 +87,8 @@ def written_together(out: Path, side: Path, *, replaces: bool = False) -> Iterat
         pair = Pair(side=str(side), partial=beside.name, number=beside.stat().st_ino)
         atomic_write(note, json.dumps(msgspec.structs.asdict(pair)) + "\n")
         try:
-            os.rename(other, side)
-            (exchange if replaces else os.rename)(beside, out)
+            _rename(other, side)
+            (exchange if replaces else _rename)(beside, out)
         except BaseException:
             if _is_folder(beside, pair.number) and not other.exists():
                 os.rename(side, other)
@@ -165,6 +166,15 @@ def _check_exchangeable(one: Path, other: Path) -> None:
         exchange(one, other)
     finally:
         other.rmdir()
+
+
+def _rename(beside: Path, out: Path) -> None:
+    try:
+        os.rename(beside, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OSError(error.errno, "it has been filled by another process meanwhile", str(out)) from error
 
 
 def _new_name(out: Path) -> Path:

@@ -38,7 +38,9 @@ def refused_by_the_disk(path: Path) -> Iterator[None]:
 
 
 def refusal_in(error: BaseException, path: Path) -> OSError | None:
-    """What the disk said, of an error while `path` was written; None where it has another cause."""
+    """What the disk said, of an error while `path` was written; None where it has another cause, or says it itself."""
+    if isinstance(error, OSError) and error.errno is None and any(os.strerror(one) in str(error) for one in FULL):
+        return None  # with more beside it, such as the rank that could not write
     told = _told(error)
     if told is None:
         return _asked(path)

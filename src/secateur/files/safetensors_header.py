@@ -101,6 +101,19 @@ def with_sorted_metadata(data: bytes) -> bytes:
     return _packed(header) + data[LENGTH.size + length :]
 
 
+def sort_metadata_in(path: Path) -> None:
+    """The same in a file that has just been written, in its place: the header stays as long as it is."""
+    with path.open("r+b") as file:
+        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise SecateurError(f"{path}: its header has {length} bytes, sorted it would have {len(text)}")
+        file.seek(LENGTH.size)
+        file.write(text + b" " * (length - len(text)))
+
+
 def _packed(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH.size)  # tensors begin at a multiple of eight bytes

@@ -23,7 +23,7 @@ from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.dtypes import torch_dtypes
 from secateur.files.new_folder import copy_file
 from secateur.files.refused import refused_by_the_disk
-from secateur.files.safetensors_header import read_header
+from secateur.files.safetensors_header import read_header, sort_metadata_in
 from secateur.model_folder.read.load import load_whole
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
@@ -131,6 +131,7 @@ def write(loaded: Loaded, model_folder: ModelFolder, folder: Path) -> None:
         }
         with refused_by_the_disk(folder / file):
             save_file(mine, folder / file, metadata={"format": "pt"} | dict(header.metadata))
+            sort_metadata_in(folder / file)
         fsync_file(folder / file)
     for relative in kept_files(model_folder):
         copy_file(source.path / relative, folder / relative)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from secateur import placement
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
+from secateur.files.atomic import atomic_write, write_together
 from secateur.files.given import StrPath, check_given
 from secateur.files.new_file import check_new_file
 from secateur.files.progress import OnStage, stage
@@ -112,10 +113,12 @@ def place(
         check_new_file(path, force or _is_text(path, text), option=f"--{option}")
     if plan is not None:
         check_new_file(Path(plan), force or _is_plan(Path(plan), made), option="--plan")
-    for path, text in texts.values():
-        atomic_write(path, text)
+    writers: dict[Path, Callable[[], None]] = {
+        path: functools.partial(atomic_write, path, text) for path, text in texts.values()
+    }
     if plan is not None:
-        made.save(Path(plan))
+        writers[Path(plan)] = lambda: made.save(Path(plan))
+    write_together(writers)
     return Placements(layers=placements, plan=made, content=content)
 
 

@@ -299,6 +299,7 @@ def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
     # asked to resume after its last step, the Trainer would make one more
     if not checkpoint or checkpoints.step_of(checkpoint) < training.steps:
         _train_steps(settings, folder, shared, moe, checkpoint, run=run)
+    shared.seen.check(advice=_MADE_AGAIN.format(shared.data_folder))
     _save_model(folder, moe.model, shared.data_folder)
     if launch.is_main():
         folder.whole_plan().save(folder.plan)

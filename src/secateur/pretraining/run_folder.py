@@ -120,7 +120,7 @@ class RunFolder:
             raise SecateurError(f"{self.run}: {error}") from error
 
     def write_events(self, events: Iterable[PruneEvent]) -> None:
-        write_json(self.events, [event.to_json() for event in events])
+        write_json(self.events, [_in_order(event.to_json()) for event in events])
 
     def whole_plan(self) -> Plan:
         """All prunings so far as one plan, from the experts the run began with."""
@@ -176,6 +176,21 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             file.write(json.dumps(value, allow_nan=False) + "\n")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _in_order(value: Any, *, by_name: bool = False) -> Any:
+    """JSON in one order, also of what comes from a checkpoint, whose keys transformers sorts as texts.
+
+    Layers stand by number, and what a plan says of how it was decided by name.
+    """
+    if isinstance(value, list):
+        return [_in_order(one, by_name=by_name) for one in value]
+    if not isinstance(value, dict):
+        return value
+    inside = {name: _in_order(one, by_name=by_name or name == "details") for name, one in value.items()}
+    if inside and all(name.isdecimal() for name in inside):
+        return {name: inside[name] for name in sorted(inside, key=int)}
+    return {name: inside[name] for name in sorted(inside)} if by_name else inside
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from secateur.files.atomic import fsync_file
 from secateur.files.progress import OnChunk
 from secateur.files.refused import refused_by_the_disk
+from secateur.files.safetensors_header import sort_metadata_in
 from secateur.training_checkpoint.changes import Change
 from secateur.training_checkpoint.pieces import Piece, files, new_rows, new_shape, pieces
 from secateur.training_checkpoint.rows import read_bytes
@@ -130,5 +131,6 @@ def write_shards(
         about = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
         with refused_by_the_disk(path):
             save_file(tensors, path, metadata=about)
+            sort_metadata_in(path)
         fsync_file(path)
         on_chunk(sum(piece.num_bytes for piece in group))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, kept_tensors
 from secateur.model_folder.rewrite.undo import holds_undo, restore
 from secateur.plans import Plan
+from support.crash_points import CrashPoint, changes_of, forked
 from support.model_folders import INDEX, contents, plan_of, saved, tensors_of
 
+STRIDE = 7  # between the moments of a kill; `make faults` takes them all
 PLAN = plan_of((0, [6, 1, 3]), (2, [2, 5, 7]))
 
 
@@ -179,8 +183,103 @@ def test_a_taken_or_mixed_target_is_refused(folders: Path) -> None:
     for out in (folders / "out", folders / "undo/x", folders):
         with pytest.raises(SecateurError, match="same or inside each other"):
             restore(folders / "out", folders / "undo", out)
+    (folders / "source" / "more" / "mine.txt").touch()
     with pytest.raises(SecateurError, match="already and not an empty folder"):
         restore(folders / "out", folders / "undo", folders / "source")
+
+
+def test_a_source_that_is_there_already_needs_no_more(folders: Path) -> None:
+    """Of a process that was killed when it had written all; of another source, or a changed one, it is an error."""
+    done = restore(folders / "out", folders / "undo", folders / "again")
+    assert restore(folders / "out", folders / "undo", folders / "again") == done
+    for name in ("config.json", "more/vocabulary.txt", next((folders / "again").glob("*.safetensors")).name):
+        path = folders / "again" / name
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(SecateurError, match="already and not an empty folder"):
+            restore(folders / "out", folders / "undo", folders / "again")
+        path.write_bytes(before)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_restoring_killed_anywhere_is_finished_by_the_same_command(folders: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+
+    def again() -> None:
+        restore(folders / "out", folders / "undo", root / "again")
+
+    changes = changes_of(root, again)
+    for nth in {*range(1, changes, STRIDE), changes}:
+        shutil.rmtree(root)
+        root.mkdir()
+        assert forked(again, CrashPoint(root, nth)) == -9
+        again()
+        assert [path.name for path in root.iterdir()] == ["again"]
+        assert contents(root / "again") == contents(folders / "source")
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_applying_killed_anywhere_is_finished_by_the_same_command(folders: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+
+    def apply() -> None:
+        apply_to_model(folders / "source", PLAN, root / "out", undo=root / "undo")
+
+    changes = changes_of(root, apply)
+    expected = contents(root)
+    for nth in {*range(1, changes, STRIDE), *range(changes - 3, changes + 1)}:
+        shutil.rmtree(root)
+        root.mkdir()
+        assert forked(apply, CrashPoint(root, nth)) == -9
+        if (root / "out").exists():
+            with pytest.raises(SecateurError, match="already"):
+                apply()
+        else:
+            apply()
+        assert contents(root) == expected, nth
+
+
+# what is done to the source while it is copied
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "config.json cut": lambda source: os.truncate(source / "config.json", 20),
+    "a file of weights replaced": lambda source: os.replace(
+        shutil.copy(first_of(source), source.parent / "copy"), first_of(source)
+    ),
+    "a file of weights written to": lambda source: os.utime(first_of(source), (1, 1)),
+    "a file that is copied removed": lambda source: (source / "more/vocabulary.txt").unlink(),
+    "the card changed": lambda source: (source / "README.md").write_text("# Thine\n"),
+}
+
+
+def first_of(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_source_that_changes_while_it_is_copied_gives_no_result(name: str, folders: Path) -> None:
+    def change(done: int, total: int) -> None:
+        if done == total:  # of the weights; the small files come after them
+            CHANGES[name](folders / "source")
+
+    before = sorted(path.name for path in folders.iterdir() if path.name != "copy")
+    with pytest.raises((SecateurError, FileNotFoundError)) as caught:
+        apply_to_model(folders / "source", PLAN, folders / "new", undo=folders / "new-undo", on_bytes=change)
+    assert str(folders / "source") in str(caught.value)
+    assert sorted(path.name for path in folders.iterdir()) == before
+
+
+def test_an_undo_folder_that_changes_while_it_is_read_restores_nothing(folders: Path) -> None:
+    def change(done: int, total: int) -> None:
+        if done == total:
+            os.utime(folders / "undo" / "files" / "config.json", (1, 1))
+
+    with pytest.raises(SecateurError, match=r"config\.json: it was changed while it was in use"):
+        restore(folders / "out", folders / "undo", folders / "again", on_bytes=change)
+    assert not (folders / "again").exists()
 
 
 def test_a_source_in_one_file_without_an_index_comes_back(tmp_path: Path) -> None:

@@ -172,7 +172,9 @@ def _is_of_a_killed_run(out: Path) -> bool:
     """Whether a run for this file was killed; it may have been after the file was written."""
     from secateur.model_folder.stream.resume import WorkFolder
 
-    return WorkFolder(out).is_begun
+    work = WorkFolder(out)
+    work.remove_empty()
+    return work.is_begun
 
 
 def _recorded(folder: ModelFolder, path: Path) -> tuple[dict[str, Any], Observation]:

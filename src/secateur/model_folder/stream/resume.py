@@ -71,6 +71,16 @@ class WorkFolder:
             with self._work(restart=True):
                 pass
 
+    def remove_empty(self) -> None:
+        """Take the folder away where a process was killed when all else of it had gone.
+
+        Raises:
+            SecateurError: another process is at work here.
+        """
+        if self.path.is_dir() and not self.is_begun:
+            with self._work():
+                pass
+
     def save_layer(self, layer: int, stats: LayerStats) -> None:
         """Keep the statistics of a layer; they count once their digest is there."""
         path = self._layers / f"{layer}.safetensors"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,20 @@ from secateur.models.vmoe.pixels import FILE, default_pixels
 from secateur.results import Written
 
 FORMAT, VERSION = "secateur-convert-vmoe", 1
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """While it lasts, transformers shows none."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +103,7 @@ def convert_vmoe(
     )
     config: Any = model.config
     with written_beside(out) as beside:
-        with refused_by_the_disk(beside):
+        with refused_by_the_disk(beside), _no_bars():
             model.save_pretrained(beside)
         atomic_write(beside / FILE, json.dumps(default_pixels(config), indent=2) + "\n")
         seen.check()

@@ -82,6 +82,8 @@ def _write_config(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [plain_class(model).__name__]
     model.config.save_pretrained(folder)
+    if model.can_generate():  # else a resumed run would make another one of the config
+        model.generation_config.save_pretrained(folder)
 
 
 def _writer(folder: Path) -> HuggingFaceStorageWriter:
