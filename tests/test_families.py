@@ -158,7 +158,13 @@ def test_experts_that_no_rule_covers_are_refused() -> None:
 
 
 def test_a_config_with_two_expert_counts_is_refused() -> None:
-    config = tiny_config("mixtral", n_routed_experts=4)
+    said_twice = tiny_config("mixtral", n_routed_experts=4)  # its class reads one of the two
+    assert expert_count_key(said_twice) == "num_local_experts"
+
+    class Both(type(said_twice)):  # type: ignore[misc]
+        n_routed_experts: int = 4
+
+    config = Both(n_routed_experts=4)
     with pytest.raises(ValueError, match=r"expected one config key.*'n_routed_experts', 'num_local_experts'"):
         expert_count_key(config)
 

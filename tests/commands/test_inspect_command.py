@@ -75,7 +75,7 @@ def test_it_prints_words_or_json(
     ("name", "changes", "message"),
     [
         ("qwen3_moe", {"model_type": "jetmoe"}, "'jetmoe' is not supported: its attention holds a second"),
-        ("qwen3_moe", {"model_type": "deepseek_v4"}, "route by a table of expert ids"),
+        ("qwen3_moe", {"model_type": "deepseek_v4"}, "by a table of expert ids"),
         ("qwen3_moe", {"num_local_experts": None}, "no count of routed experts"),
     ],
 )

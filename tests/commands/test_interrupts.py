@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "interrupted by SIGTERM"}
 SHARD = "secateur.model_folder.rewrite.writer:Writer.__exit__"
 STEP = "secateur.model_folder.stream.states:DiskStates.put"
 KEPT = "run the same command again to resume"
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STATUS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

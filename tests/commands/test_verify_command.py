@@ -167,7 +167,7 @@ def test_the_sample_may_be_a_text(folders: Path, monkeypatch: pytest.MonkeyPatch
             seen.append((text, return_tensors))
             return {"input_ids": torch.arange(1, len(text.split()) + 1)[None]}
 
-    monkeypatch.setattr(sample.AutoTokenizer, "from_pretrained", lambda folder, **_: Tokenizer())
+    monkeypatch.setattr(sample, "load_tokenizer", lambda folder: Tokenizer())
     (folders / "text.txt").write_text("one two three four five")
     checks = checked(folders, num_tokens=3, text=folders / "text.txt")
     assert seen == [("one two three four five", "pt")]

@@ -70,12 +70,13 @@ def test_only_the_folder_that_was_asked_for_is_taken_back(tmp_path: Path) -> Non
     for name in ("mine", "side", f".out.{'0' * 16}.partial"):
         (tmp_path / name).mkdir()
     note = tmp_path / ".out.pair.json"
-    note.write_text(f'{{"side": "{tmp_path}/mine", "partial": ".out.{"0" * 16}.partial"}}')
+    number = (tmp_path / f".out.{'0' * 16}.partial").stat().st_ino
+    note.write_text(f'{{"side": "{tmp_path}/mine", "partial": ".out.{"0" * 16}.partial", "number": {number}}}')
     roll_back(tmp_path / "out", tmp_path / "side")
-    note.write_text(f'{{"side": "{tmp_path}/side", "partial": "mine"}}')
+    note.write_text(f'{{"side": "{tmp_path}/side", "partial": "mine", "number": {number}}}')
     roll_back(tmp_path / "out", tmp_path / "side")
     assert all((tmp_path / name).is_dir() for name in ("mine", "side"))
-    note.write_text(f'{{"side": "{tmp_path}/side", "partial": ".out.{"0" * 16}.partial"}}')
+    note.write_text(f'{{"side": "{tmp_path}/side", "partial": ".out.{"0" * 16}.partial", "number": {number}}}')
     roll_back(tmp_path / "out", tmp_path / "side")
     assert (tmp_path / "mine").is_dir()
     assert not (tmp_path / "side").exists()

@@ -24,6 +24,7 @@ def test_seconds_are_those_of_training_alone_and_add_up_from_where_the_run_was(
     pruner = SimpleNamespace(
         last_window=None, events=[], phase="stable", load_max_over_mean=None, moe=SimpleNamespace(num_parameters=7)
     )
+    (tmp_path / "run.json").write_text("{}")
     folder, laep = RunFolder(tmp_path), SimpleNamespace(events=[], pruner=pruner)
     progress = SimpleNamespace(show=lambda *numbers: None, say=lambda text: None)
     log: Any = RunLog(

@@ -54,6 +54,10 @@ def test_the_names_of_transformers_give_the_axes_that_the_model_classes_build(na
         model = AutoModelForCausalLM.from_config(tiny_config(name))
     axes = {spec.name: spec for block in describe_moe(model).blocks.values() for spec in block.tensors}
     entries = model.state_dict()
+    if name == "gemma4_text":  # a layer has its experts beside all else, so a file has to name them
+        with pytest.raises(SecateurError, match=r"the names fit none .* give it to --names"):
+            find_naming(entries)
+        return
     assert find_naming(entries) is TRANSFORMERS
     for key in entries:
         entry = understand(TRANSFORMERS, key)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import is_initialized
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -75,6 +76,8 @@ def failures_as(kind: type[Exception], what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, OSError) and cause.errno is not None and not is_initialized():  # one rank
+            raise OSError(cause.errno, cause.strerror, what) from error
         raise kind(f"{what}: rank {rank}: {cause}") from error
 
 
