@@ -205,7 +205,14 @@ def test_without_secateur_every_auto_class_of_the_source_loads_it_and_makes_the_
         tasks = {"CausalLM": [], "SequenceClassification": ["score.weight"]}
         tasks["TokenClassification"] = ["score.bias", "score.weight"]
         expected = {f"AutoModelFor{task}": [f"Pruned{name}For{task}", new] for task, new in tasks.items()}
-        assert loaded["remote"][f"pruned tiny {title}"]["autos"] == expected | {"AutoModel": [f"Pruned{name}Model", []]}
+        found = loaded["remote"][f"pruned tiny {title}"]["autos"]
+        # transformers names the model in this class otherwise, so all of it is new there, of the source too
+        architecture, missing = found.pop("AutoModelForQuestionAnswering", ("", []))
+        assert (architecture, "qa_outputs.weight" in missing) in (
+            ("", False),
+            (f"Pruned{name}ForQuestionAnswering", True),
+        )
+        assert found == expected | {"AutoModel": [f"Pruned{name}Model", []]}
 
 
 @pytest.mark.process

@@ -432,7 +432,7 @@ def test_a_real_pass_that_was_killed_goes_on_at_its_layer(spoken: Path, tmp_path
     kill = Kill("secateur.model_folder.stream.resume:WorkFolder.save_layer", nth=2, when="after")
     assert in_child(typed, tmp_path / "two", words, kill) == -9
     layers = (tmp_path / "two/.out.pruning/.stats.safetensors.work/layers").iterdir()
-    assert sorted(path.name for path in layers) == ["0.safetensors", "1.safetensors"]
+    assert sorted(path.name for path in layers) == ["0.safetensors", "0.sha256", "1.safetensors", "1.sha256"]
     assert in_child(typed, tmp_path / "two", words) == 0
     assert without_paths(contents(tmp_path / "two/out")) == without_paths(contents(tmp_path / "one/out"))
     assert not (tmp_path / "two/.out.pruning").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -476,7 +477,8 @@ def on_a_full_disk(root: Path, out: Path, place: str) -> None:
     try:
         run(root, out, steady(root))
     except OSError as error:
-        sys.exit(NO_ROOM if "safetensors: cannot be written (" in str(error) else 1)
+        text = f"{error.filename} {error}"
+        sys.exit(NO_ROOM if ".safetensors" in text and os.strerror(errno.EFBIG) in text else 1)
 
 
 @pytest.mark.process

@@ -33,7 +33,7 @@ def found_in(folder: Path) -> ModelFolder:
 
 
 def live_stats(model: PreTrainedModel) -> dict[int, WeightStats]:
-    """Of the loaded model, with biases told by their names."""
+    """Of the loaded model, with biases and scales told by their names."""
     moe, stats = describe_moe(model), {}
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for layer, block in moe.blocks.items():
@@ -41,7 +41,7 @@ def live_stats(model: PreTrainedModel) -> dict[int, WeightStats]:
         routers = dict(of)
         for spec in block.tensors:
             is_expert = spec.name.startswith(f"{block.name}.experts.")
-            if "bias" in spec.name:
+            if "bias" in spec.name or spec.name.endswith("per_expert_scale"):
                 continue
             for expert in of:
                 first = expert * spec.axis.rows_per_expert
