@@ -66,7 +66,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if found.returncode:
         pytest.skip(f"cannot mount a small file system here: {found.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # writers of others may still hold files open
 
 
 @pytest.fixture
