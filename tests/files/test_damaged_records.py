@@ -5,14 +5,12 @@ A new record is one row of RECORDS: a whole sample, what reads it, and what may 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
-import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,27 +47,9 @@ from secateur.surgery.events import read_events
 from secateur.train.checkpoints import read_seal
 from secateur.train.phases import PhaseConstants, StablePhaseDetector
 from secateur.training_checkpoint.names_file import read_naming
+from support.damage import WRONG, damaged_json
 from support.run_folders import run_json
 
-# What is put in place of each value of a record, by name.
-WRONG: dict[str, Any] = {
-    "null": None,
-    "true": True,
-    "-1": -1,
-    "1.5": 1.5,
-    "2**63": 2**63,
-    "huge": 10**400,
-    "nan": math.nan,
-    "infinity": math.inf,
-    "text": "x",
-    "empty text": "",
-    "list": [[]],
-    "object": {"x": []},
-}
-ALWAYS_WRONG: dict[str, Any] = {
-    "half a character": "\ud800",
-    "deep": functools.reduce(lambda inner, _: [inner], range(150), 1),
-}
 ANYTHING = frozenset({*WRONG, "missing", "unknown key"})
 TEXTS = frozenset({"text", "empty text"})
 POSITIVE = frozenset({"1.5", "2**63"})
@@ -78,8 +58,6 @@ NOT_FINITE = frozenset({"nan", "infinity"})
 OPTIONAL = frozenset({"null", "missing"})
 MORE_KEYS = frozenset({"unknown key"})
 MAYBE = NUMBERS | NOT_FINITE | OPTIONAL  # of a number that a run need not have
-
-Steps = tuple[str | int, ...]
 
 
 def write_over(path: Path, data: bytes) -> None:
@@ -677,54 +655,6 @@ RECORDS = {
 }
 
 
-def places(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
-    """All values in a JSON value with the steps to them, itself first."""
-    yield steps, value
-    parts: Any = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
-    for step, part in parts:
-        yield from places(part, (*steps, step))
-
-
-def in_words(steps: Steps) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-
-
-def replaced(sample: Any, steps: Steps, value: Any) -> bytes:
-    """The text of `sample` with another value at `steps`."""
-    whole = [sample]
-    parent: Any = whole
-    *ahead, last = (0, *steps)
-    for step in ahead:
-        parent = parent[step]
-    before, parent[last] = parent[last], value
-    text = json.dumps(whole[0]).encode()
-    parent[last] = before
-    return text
-
-
-def damages(sample: Any) -> Iterator[tuple[str, str, bytes]]:
-    """(path, name of the damage, the damaged text)."""
-    for steps, value in places(sample):
-        for name, wrong in {**WRONG, **ALWAYS_WRONG}.items():
-            if wrong != value:
-                yield in_words(steps), name, replaced(sample, steps, wrong)
-        if isinstance(value, dict):
-            for key in value:
-                rest = {other: part for other, part in value.items() if other != key}
-                yield in_words((*steps, key)), "missing", replaced(sample, steps, rest)
-            yield in_words(steps), "unknown key", replaced(sample, steps, {**value, "unheard of": 1})
-            twice = json.dumps({**value, "unheard of": 1}).replace('"unheard of"', json.dumps(next(iter(value), "")))
-            yield in_words(steps), "key twice", replaced(sample, steps, "HERE").replace(b'"HERE"', twice.encode())
-    text = json.dumps(sample).encode()
-    for end in sorted({0, 1, len(text) - 1, *(len(text) * part // 8 for part in range(1, 8))}):
-        yield "", f"cut after {end} bytes", text[:end]
-        yield "", f"not UTF-8 at byte {end}", text[:end] + b"\xff" + text[end:]
-    yield "", "text after it", text + b"]"
-    yield "", "nested without end", b"[" * 100_000
-    yield "", "a number of 5000 digits", b"1" * 5000
-    yield "", "UTF-16", json.dumps(sample).encode("utf-16")
-
-
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_whole_record_is_read(name: str, tmp_path: Path) -> None:
     record = RECORDS[name]
@@ -737,7 +667,7 @@ def test_every_damage_is_an_error_that_names_the_file(name: str, tmp_path: Path)
     record = RECORDS[name]
     path = tmp_path / record.file
     wrong = []
-    for place, damage, text in itertools.islice(damages(record.sample), 0, None, record.every):
+    for place, damage, text in itertools.islice(damaged_json(record.sample), 0, None, record.every):
         record.write(path, text + b"\n" * record.is_line)
         try:
             record.read(path)

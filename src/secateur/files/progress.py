@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 OnProgress = Callable[[int, int], None]  # called with (done, in all)
 OnStage = Callable[[str, int, int], None]  # called with (what is being done, done, in all; 0 where that is unknown)
@@ -43,6 +44,20 @@ class Steps:
     def _tell(self, more: str) -> None:
         if self._on_stage is not None:
             self._on_stage(self._name + more, self._done, self._total)
+
+
+@contextlib.contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """While it lasts, transformers shows no bars beside our own."""
+    from transformers.utils import logging  # here: what writes files starts without transformers
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def counted(total: int, on_progress: OnProgress) -> OnChunk:

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from secateur.files.progress import no_loading_bars
+
 LINES_PER_RUN = 12
 WIDE = 105
 
@@ -21,21 +23,18 @@ WIDE = 105
 @contextlib.contextmanager
 def only_our_messages() -> Iterator[None]:
     """Keep the progress bars and warnings of transformers and torch.distributed off the terminal; errors still come."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch_logger = logging.getLogger("torch.distributed")
     level = torch_logger.level
     torch_logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with no_loading_bars(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
             yield
     finally:
         torch_logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class RunProgress:

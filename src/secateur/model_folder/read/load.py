@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from secateur.errors import SecateurError, foreign
 from secateur.files.bytes_in_words import in_words
 from secateur.files.dtypes import torch_dtypes
 from secateur.files.memory import free_memory
+from secateur.files.progress import no_loading_bars
 from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.names import split
@@ -81,18 +81,6 @@ def _config(folder: ModelFolder) -> PreTrainedConfig:
         config: PreTrainedConfig = read_pruned_config(floats(dict(folder.files.config)))
         return config
     return copy.deepcopy(folder.config.config)
-
-
-@contextlib.contextmanager
-def no_loading_bars() -> Iterator[None]:
-    """While it lasts, transformers shows no bars beside our own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -26,8 +26,9 @@ from transformers.modeling_utils import LoadStateDictConfig, get_state_dict_dtyp
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from secateur.errors import SecateurError
+from secateur.files.progress import no_loading_bars
 from secateur.model_folder.read.config import floats
-from secateur.model_folder.read.load import DTYPES, no_loading_bars, text_model
+from secateur.model_folder.read.load import DTYPES, text_model
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.lazy_tensor import LazyTensor
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config, replace_tensor_

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from secateur.files.atomic import atomic_write
 from secateur.files.given import StrPath, check_given
 from secateur.files.new_folder import check_free, written_beside
-from secateur.files.progress import OnStage
+from secateur.files.progress import OnStage, no_loading_bars
 from secateur.files.refused import refused_by_the_disk
 from secateur.files.seen import Seen
 from secateur.models.vmoe.flax_checkpoint import read_vmoe
@@ -21,20 +19,6 @@ from secateur.models.vmoe.pixels import FILE, default_pixels
 from secateur.results import Written
 
 FORMAT, VERSION = "secateur-convert-vmoe", 1
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """While it lasts, transformers shows none."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +87,7 @@ def convert_vmoe(
     )
     config: Any = model.config
     with written_beside(out) as beside:
-        with refused_by_the_disk(beside), _no_bars():
+        with refused_by_the_disk(beside), no_loading_bars():
             model.save_pretrained(beside)
         atomic_write(beside / FILE, json.dumps(default_pixels(config), indent=2) + "\n")
         seen.check()
