@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from secateur import cli
 from secateur.data.tokenizer import train_tokenizer
+from secateur.pretraining import data as of_data
 from secateur.pretraining import run as program
 from secateur.pretraining import run_folder
 from support.small_corpus import write_corpus, write_jsonl
@@ -45,7 +46,7 @@ def refusal(
         monkeypatch.setattr(sys, "argv", [*command, *words])
         monkeypatch.setattr(program, "_train", lambda *args, **kwargs: pytest.fail("training was begun"))
         if not read:
-            monkeypatch.setattr(program, "prepare", lambda *args, **kwargs: pytest.fail("data was read"))
+            monkeypatch.setattr(of_data, "prepare", lambda *args, **kwargs: pytest.fail("data was read"))
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
             cli.main()

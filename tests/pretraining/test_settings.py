@@ -15,6 +15,7 @@ from secateur import families
 from secateur.data.tokenizer import train_tokenizer
 from secateur.decide.rules import OPTIONS
 from secateur.errors import SecateurError
+from secateur.pretraining import data as of_data
 from secateur.pretraining import options as options_module
 from secateur.pretraining import preflight
 from secateur.pretraining import run as program
@@ -219,7 +220,7 @@ def test_the_run_goes_on_with_the_tokenizer_that_preflight_read(
         used.append(tokenizer)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "prepare", prepare)
+    monkeypatch.setattr(of_data, "prepare", prepare)
     with pytest.raises(KeyboardInterrupt):
         run_pretraining(options(corpus, tokenizer=str(tmp_path / "tokenizer")), tmp_path / "run")
     assert len(used[0]) == 270

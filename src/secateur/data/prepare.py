@@ -245,13 +245,13 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
 def _check_tokenizer(folder: Path, record: DataRecord) -> None:
     if not (folder / TOKENIZER).is_dir():
         raise SecateurError(f"{folder / TOKENIZER}: the folder is missing, expected the tokenizer of the data")
+    if record.tokenizer is None:
+        return
     found = _digests(folder / TOKENIZER)
-    for name in (record.tokenizer or {}).keys() | (found if record.tokenizer is not None else {}).keys():
-        expected = (record.tokenizer or {}).get(name)
-        if found.get(name) != expected:
-            raise SecateurError(
-                f"{folder / TOKENIZER / name}: found {_said(found.get(name))}, expected {_said(expected)}"
-            )
+    for name in sorted(record.tokenizer.keys() | found.keys()):
+        now, before = found.get(name), record.tokenizer.get(name)
+        if now != before:
+            raise SecateurError(f"{folder / TOKENIZER / name}: found {_said(now)}, expected {_said(before)}")
 
 
 def _said(digest: str | None) -> str:

@@ -13,10 +13,15 @@ from typing import BinaryIO
 from secateur.files.lock import held, is_ours
 
 
-def atomic_write(path: Path | str, content: str | bytes | Iterable[bytes | memoryview]) -> None:
+def atomic_write(
+    path: Path | str, content: str | bytes | Iterable[bytes | memoryview], *, in_work_folder: bool = False
+) -> None:
     """Write `content`, or its pieces one after another, beside `path`, flush it to the disk, then rename it into place.
 
     What a killed process left beside the same `path` is removed first; a process that is still alive keeps its own.
+
+    Args:
+        in_work_folder: do not look for what was left: the folder has many files, and goes as a whole.
 
     Raises:
         OSError: the disk is full or the folder cannot be written, and names `path`; an existing `path` is untouched.
@@ -25,7 +30,8 @@ def atomic_write(path: Path | str, content: str | bytes | Iterable[bytes | memor
     content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     pieces = [content] if isinstance(content, bytes) else content
     try:
-        remove_unfinished(path)
+        if not in_work_folder:
+            remove_unfinished(path)
         with _new_file(path) as (file, temporary):
             try:
                 file.writelines(pieces)

@@ -12,18 +12,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from secateur.data.packing import BlockDataset
-from secateur.data.prepare import PreparedData, copy_tokenizer, load_prepared, prepare, save_prepared
+from secateur.data.prepare import PreparedData, copy_tokenizer
 from secateur.environment import hardware, versions
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, describe_moe
@@ -35,9 +35,10 @@ from secateur.files.refused import refusal_in_words, refused_by_the_disk
 from secateur.files.seen import Seen
 from secateur.modeling_secateur import ExpertLayout
 from secateur.pretraining.arguments import training_arguments
+from secateur.pretraining.data import MADE_AGAIN, data_of, seen_in
 from secateur.pretraining.models import given_tokenizer, load_model, load_moe, make_model, model_config, model_facts
 from secateur.pretraining.options import DEVICES, PretrainOptions
-from secateur.pretraining.preflight import check_batch, check_before_data, check_data
+from secateur.pretraining.preflight import check_batch, check_before_data
 from secateur.pretraining.run_folder import RunFolder, write_json
 from secateur.pretraining.run_log import RunLog
 from secateur.pretraining.settings import ModelSettings, RecordSettings, RunSettings
@@ -107,7 +108,7 @@ def run_pretraining(
                 folder.require_new()
                 write_json(folder.run, {"config": settings.record.options, "command": _command(), **_environment()})
             try:
-                data = _data(settings, folder, lambda: found.tokenizer, on_progress)
+                data = data_of(settings, folder, lambda: found.tokenizer, on_progress)
             except Exception:
                 if launch.is_main():
                     folder.run.unlink()  # nothing was begun, so nothing may block the next try
@@ -118,7 +119,7 @@ def run_pretraining(
                 Shared(
                     data=data,
                     data_folder=folder.data,
-                    seen=_seen(folder.data),
+                    seen=seen_in(folder.data),
                     sizes=sizes,
                     layout=found.moe.layout,
                     command=_command(),
@@ -159,11 +160,11 @@ def resume(
     with only_our_messages():
         launch.join()
         with _alone_in(folder):
-            data = _data(settings, folder, lambda: given_tokenizer(settings.model), on_progress)
+            data = data_of(settings, folder, lambda: given_tokenizer(settings.model), on_progress)
             shared = Shared(
                 data=data,
                 data_folder=folder.data,
-                seen=_seen(folder.data),
+                seen=seen_in(folder.data),
                 sizes=sizes,
                 layout=None,
                 command=folder.read_run().get("command"),
@@ -171,11 +172,6 @@ def resume(
                 on_progress=on_progress,
             )
             return _finish(settings, folder, shared)
-
-
-def _seen(data: Path) -> Seen:
-    """On the rank that writes; others may not see the folder."""
-    return Seen.of(path for path in sorted(data.rglob("*")) if path.is_file()) if launch.is_main() else Seen()
 
 
 def _sizes(settings: RunSettings) -> ParallelSizes:
@@ -219,61 +215,11 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _report(folder: RunFolder, data: Seen) -> Any:
-    data.check(advice=f"the model is whole; {_MADE_AGAIN.format(folder.data)}")
+    data.check(advice=f"the model is whole; {MADE_AGAIN.format(folder.data)}")
     write_report(folder.path)
     for name in ("report.json", "plan.json"):
         atomic_write(folder.model / name, (folder.path / name).read_bytes())
     return read_object(folder.path / "report.json")
-
-
-def _data(
-    settings: RunSettings,
-    folder: RunFolder,
-    tokenizer: Callable[[], PreTrainedTokenizerBase | None],
-    on_progress: OnStage | None,
-) -> PreparedData:
-    """The tokens of the run; rank 0 prepares them for all, by the tokenizer that was given or one that it trains."""
-    if launch.is_main() and not folder.data.is_dir():
-
-        def progress(what: str, done: int, total: int | None) -> None:
-            if on_progress is not None:
-                on_progress(what, done, total or 0)
-
-        began = _data_digest(folder)
-        data = prepare(
-            settings.data.data,
-            tokenizer=tokenizer(),
-            vocab_size=settings.model.vocab_size,
-            sequence_length=settings.data.sequence_length,
-            validation_share=settings.data.validation_share,
-            seed=settings.data.seed,
-            max_bytes=settings.data.max_data_bytes,
-            text_key=settings.data.text_key,
-            progress=progress,
-        )
-        check_data(settings.model, settings.training, data)
-        if began not in (None, data.report["digest"]):
-            raise SecateurError(
-                f"{folder.data}: it is missing, and the text that it was made from is not the same any more; put the "
-                "folder back, or the text, or start a new run"
-            )
-        save_prepared(data, folder.data)
-        launch.barrier()
-        return data
-    launch.barrier()
-    try:
-        return load_prepared(folder.data)
-    except SecateurError as error:
-        raise SecateurError(f"{error}; {_MADE_AGAIN.format(folder.data)}") from error
-
-
-_MADE_AGAIN = "take {} away and go on with --resume, which makes it again from the same text"
-
-
-def _data_digest(folder: RunFolder) -> str | None:
-    """Of the text that the run in a folder began with; None of a new one."""
-    told = folder.read_run().get("data") if folder.run.is_file() else None
-    return told.get("digest") if isinstance(told, dict) else None
 
 
 def _stage(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
@@ -299,7 +245,7 @@ def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
     # asked to resume after its last step, the Trainer would make one more
     if not checkpoint or checkpoints.step_of(checkpoint) < training.steps:
         _train_steps(settings, folder, shared, moe, checkpoint, run=run)
-    shared.seen.check(advice=_MADE_AGAIN.format(shared.data_folder))
+    shared.seen.check(advice=MADE_AGAIN.format(shared.data_folder))
     _save_model(folder, moe.model, shared.data_folder)
     if launch.is_main():
         folder.whole_plan().save(folder.plan)

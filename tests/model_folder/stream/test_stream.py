@@ -113,7 +113,7 @@ def test_a_streamed_model_can_be_run_again(tmp_path: Path) -> None:
     for _ in range(2):
         states = MemoryStates()
         streamed.run_layers(BATCHES, states)
-        runs.append([states.get(3, index) for index in range(len(BATCHES))])
+        runs.append([states.get(3, index)[0] for index in range(len(BATCHES))])
     assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
 
 
@@ -131,14 +131,14 @@ def test_states_give_back_the_bits_that_were_put(kind: str, tmp_path: Path) -> N
     states.form = "tensor"
     states.finish(1)
     for index, value in enumerate(first):
-        found = states.get(1, index)
+        found, _ = states.get(1, index)
         assert torch.equal(found, value)
         assert found.dtype == value.dtype
         assert found.data_ptr() % 64 == 0 or kind == "memory"
         states.put(2, index, value + 1)
     states.form = "tensor"
     states.finish(2)
-    assert torch.equal(states.get(2, 1), first[1] + 1)
+    assert torch.equal(states.get(2, 1)[0], first[1] + 1)
 
 
 def test_only_finished_stages_on_the_disk_count(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_only_finished_stages_on_the_disk_count(tmp_path: Path) -> None:
     states.put(2, 0, torch.ones(1))
     again = DiskStates(tmp_path / "states")
     assert (again.first, again.form) == (1, "tuple 2")
-    assert torch.equal(again.get(1, 0), torch.ones(1))
+    assert torch.equal(again.get(1, 0)[0], torch.ones(1))
     (tmp_path / "states/stage.json").write_text('{"stage": "x"}')
     with pytest.raises(SecateurError, match="not what an unfinished run writes"):
         DiskStates(tmp_path / "states")
@@ -182,7 +182,7 @@ def test_layers_for_further_tokens_are_not_run(tmp_path: Path) -> None:
     for name, content in (("with", with_mtp("model.layers.3.")), ("without", deepseek())):
         streamed, states = StreamedModel(found_in(write(tmp_path / name, *content))), MemoryStates()
         streamed.run_layers(BATCHES, states)
-        results.append([states.get(3, index) for index in range(len(BATCHES))])
+        results.append([states.get(3, index)[0] for index in range(len(BATCHES))])
         assert streamed.num_layers == 3
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
@@ -426,7 +426,7 @@ def test_padding_may_be_no_number_and_a_token_may_not(is_padding: bool, tmp_path
         return
     streamed.run_layers(batches, states, visit=visit)
     streamed.run_head(batches, states, use=lambda index, batch, logits: shapes.append(logits.shape[1]))
-    assert states.get(3, 0)[1, 7:].isnan().all()
+    assert states.get(3, 0)[0][1, 7:].isnan().all()
     assert shapes == [12, 12, 5]
 
 

@@ -7,7 +7,7 @@ a whole instead, and generates.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed:
         model, problems = load(pruning.after.files.path, pruning.after)
     except Exception as error:  # see _loads
         return [Check(claim=LOADS, passed=False, detail=_short(error))]
-    if problems := _without(problems, _unread(pruning.before)):
+    if problems := _of_result(problems, pruning.before):
         return [Check(claim=LOADS, passed=False, detail=str(problems)[:LONGEST])]
     return [loads, _compared(pruning, sample, expected, model, equal), _speaks(model, sample)]
 
@@ -92,7 +92,7 @@ def _loads(pruning: Pruning) -> Check:
     folder = pruning.after
     try:
         found = problems_by_names(folder)
-        problems = _without(found, _unread(pruning.before)) if found else {}
+        problems = _of_result(found, pruning.before)
     except Exception as error:  # whatever transformers makes of a wrong folder, it is the folder's failure
         return Check(claim=LOADS, passed=False, detail=_short(error))
     detail = str(problems)[:LONGEST] if problems else str(folder.config.model_class.__name__)
@@ -101,13 +101,11 @@ def _loads(pruning: Pruning) -> Check:
     return Check(claim=LOADS, passed=not problems, detail=detail)
 
 
-def _unread(source: ModelFolder) -> set[str]:
-    """Names in the source that its class has no place for either."""
-    return set(problems_by_names(source).get(UNEXPECTED, ()))
-
-
-def _without(problems: Mapping[str, Sequence[str]], unread: Set[str]) -> dict[str, list[str]]:
-    """What transformers reports, but for names that are unread of the source, too."""
+def _of_result(problems: Mapping[str, Sequence[str]], source: ModelFolder) -> dict[str, list[str]]:
+    """What transformers reports, but for names that its class has no place for in the source either."""
+    if not problems:
+        return {}
+    unread = set(problems_by_names(source).get(UNEXPECTED, ()))
     left = {kind: [one for one in found if kind != UNEXPECTED or one not in unread] for kind, found in problems.items()}
     return {kind: found for kind, found in left.items() if found}
 

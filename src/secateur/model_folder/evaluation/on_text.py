@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from secateur.data.batch import Batch
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, foreign
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
-from secateur.model_folder.read.load import load_whole, run_of, why_not_loaded
+from secateur.model_folder.read.load import CANNOT_RUN, load_whole, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import MemoryStates
@@ -90,7 +90,7 @@ def loaded_losses(folder: ModelFolder, batches: Sequence[Batch], device: str, on
     with torch.no_grad():
         for step, batch in enumerate(batches, start=1):
             moved = batch.to(device)
-            with run_of(f"{folder.files.path} ({folder.config.model_type})"):
+            with foreign(f"{folder.files.path} ({folder.config.model_type}): {CANNOT_RUN}"):
                 output = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False)
             parts.append(block_losses(output.logits, batch.input_ids, batch.attention_mask))
             on_step(step, len(batches))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from secateur.model_folder.read.names import split
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config
 
 DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
+CANNOT_RUN = "the model cannot be run on this"  # around a forward: it says nothing of whose fault that is
 UNEXPECTED = "unexpected_keys"  # of what transformers reports of a load
 ALIGNED = 64  # bytes that torch gives every tensor of its own a multiple of
 WHILE_LOADING = 1.5  # times the bytes of a model: while experts are stacked, some of them are there twice
@@ -81,22 +81,6 @@ def _config(folder: ModelFolder) -> PreTrainedConfig:
         config: PreTrainedConfig = read_pruned_config(floats(dict(folder.files.config)))
         return config
     return copy.deepcopy(folder.config.config)
-
-
-@contextlib.contextmanager
-def run_of(name: str) -> Iterator[None]:
-    """Around the forward of a model that transformers wrote: what that raises says nothing of whose fault it is.
-
-    Raises:
-        SecateurError: it raised something; the message names the model. What the disk refuses stays an OSError.
-    """
-    try:
-        yield
-    except (SecateurError, OSError):
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise SecateurError(f"{name}: the model cannot be run on this: {reason:.400}") from error
 
 
 def load(

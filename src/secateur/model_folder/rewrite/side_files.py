@@ -72,15 +72,11 @@ BESIDE_OTHERS = "it lies with weights of the unpruned model in another form"
 
 @dataclass(frozen=True, kw_only=True)
 class SideFiles:
-    """copied: as they are. rewritten: name -> new content. left_out: name -> why, also weights in other forms.
-
-    made_anew: names in the source of what `apply` writes itself.
-    """
+    """copied: as they are. rewritten: name -> new content. left_out: name -> why, also weights in other forms."""
 
     copied: tuple[PurePosixPath, ...]
     rewritten: Mapping[PurePosixPath, bytes]
     left_out: Mapping[PurePosixPath, str]
-    made_anew: tuple[PurePosixPath, ...]
 
 
 def side_files(folder: ModelFolder, plan: Plan) -> SideFiles:
@@ -93,7 +89,6 @@ def side_files(folder: ModelFolder, plan: Plan) -> SideFiles:
         SecateurError: a file says something of the experts, and no rule can say it of the kept ones.
     """
     copied: list[PurePosixPath] = []
-    made_anew: list[PurePosixPath] = []
     rewritten: dict[PurePosixPath, bytes] = {}
     left_out: dict[PurePosixPath, str] = {}
     for relative in folder.files.left_out:
@@ -101,10 +96,10 @@ def side_files(folder: ModelFolder, plan: Plan) -> SideFiles:
         left_out[relative] = OTHER_FORMS if rule is None else rule.why
     folders = {relative.parent for relative in left_out} - {PurePosixPath()}  # such as original/ or onnx/
     for relative in folder.files.others:
-        rule = _rule_for(relative)
         if str(relative) in MADE_ANEW or is_side_file(str(relative), PLAN):
-            made_anew.append(relative)
-        elif relative.parent in folders:
+            continue
+        rule = _rule_for(relative)
+        if relative.parent in folders:
             left_out[relative] = BESIDE_OTHERS
         elif rule is None:
             copied.append(relative)
@@ -119,7 +114,7 @@ def side_files(folder: ModelFolder, plan: Plan) -> SideFiles:
                 copied.append(relative)
             else:
                 rewritten[relative] = after
-    return SideFiles(copied=tuple(copied), rewritten=rewritten, left_out=left_out, made_anew=tuple(made_anew))
+    return SideFiles(copied=tuple(copied), rewritten=rewritten, left_out=left_out)
 
 
 def _rule_for(relative: PurePosixPath) -> Rule | None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.batch import Batch
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, foreign
 from secateur.files.progress import OnProgress, silent
-from secateur.model_folder.read.load import run_of
+from secateur.model_folder.read.load import CANNOT_RUN
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.parts import PartModel
 from secateur.model_folder.stream.relay import Relay
@@ -125,11 +125,11 @@ class StreamedModel:
         return hidden
 
     def _run(self, relay: Relay, stage: int, index: int, batch: Batch, states: States) -> tuple[Any, Tensor]:
-        given = states.get(stage, index).to(self._device) if stage else None
-        shared = states.shared(stage, index) if 0 < stage < self.num_layers else NOTHING
+        given, shared = states.get(stage, index) if stage else (None, NOTHING)
+        given = None if given is None else given.to(self._device)
         moved = batch.to(self._device)
         try:
-            with run_of(self._name):
+            with foreign(f"{self._name}: {CANNOT_RUN}"):
                 return relay.run(stage, given, lambda: self._call(moved), checks=index == 0, shared=shared)
         except SecateurError as error:
             told = str(error)

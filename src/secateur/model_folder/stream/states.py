@@ -37,11 +37,8 @@ class States(Protocol):
     first: int
     form: str | None
 
-    def get(self, stage: int, index: int) -> Tensor:
-        """What batch `index` brings to the stage, on the host."""
-
-    def shared(self, stage: int, index: int) -> Shared:
-        """What the layers before the stage left for it and later ones, of batch `index`; see `stream.shared`."""
+    def get(self, stage: int, index: int) -> tuple[Tensor, Shared]:
+        """What batch `index` brings to the stage, on the host, and what layers before it left; see `stream.shared`."""
 
     def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
         """Keep both."""
@@ -59,11 +56,8 @@ class MemoryStates:
         self._hidden: dict[int, Tensor] = {}  # a batch's next state takes the place of the last
         self._shared: dict[int, Shared] = {}
 
-    def get(self, stage: int, index: int) -> Tensor:
-        return self._hidden[index]
-
-    def shared(self, stage: int, index: int) -> Shared:
-        return self._shared[index]
+    def get(self, stage: int, index: int) -> tuple[Tensor, Shared]:
+        return self._hidden[index], self._shared[index]
 
     def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
         self._hidden[index] = _plain(hidden)
@@ -82,7 +76,7 @@ class KeptStates(MemoryStates):
 
     def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
         super().put(stage, index, hidden, shared)
-        self.handed_on.append(self.get(stage, index))
+        self.handed_on.append(self._hidden[index])
 
 
 class StageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,29 +112,8 @@ class DiskStates:
             self._digests[found.stage] = found.sha256
         self._keep_only(self.first)
 
-    def get(self, stage: int, index: int) -> Tensor:
-        return self._read(stage, index)[HIDDEN]
-
-    def shared(self, stage: int, index: int) -> Shared:
-        return {name: tensor for name, tensor in self._read(stage, index).items() if name != HIDDEN}
-
-    def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
-        path = self._path(stage, index)
-        path.parent.mkdir(exist_ok=True)
-        kept = {name: _plain(tensor) for name, tensor in {HIDDEN: hidden, **shared}.items()}
-        content = with_sorted_metadata(safetensors.torch.save(kept))
-        self._digests.setdefault(stage, {})[index] = hashlib.sha256(content).hexdigest()
-        atomic_write(path, content)
-
-    def finish(self, stage: int) -> None:
-        digests = self._digests[stage]
-        atomic_write(self._record, json.dumps({"stage": stage, "form": self.form, "sha256": digests}))
-        self._digests = {stage: digests}
-        self._keep_only(stage)
-
-    def _read(self, stage: int, index: int) -> dict[str, Tensor]:
-        """What `put` wrote.
-
+    def get(self, stage: int, index: int) -> tuple[Tensor, Shared]:
+        """
         Raises:
             SecateurError: the file is not the one that was written.
         """
@@ -149,8 +122,22 @@ class DiskStates:
             content = file.read()
         if hashlib.sha256(content).hexdigest() != self._digests[stage].get(index):
             raise SecateurError(f"{path}: not what an unfinished run writes, use --restart")
-        found = safetensors.torch.load(content)
-        return {name: tensor.clone() for name, tensor in found.items()}  # else at any address, by which products round
+        found = {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
+        return found.pop(HIDDEN), found  # clones: else they begin at any address, by which products round
+
+    def put(self, stage: int, index: int, hidden: Tensor, shared: Shared = NOTHING) -> None:
+        path = self._path(stage, index)
+        path.parent.mkdir(exist_ok=True)
+        kept = {name: _plain(tensor) for name, tensor in {HIDDEN: hidden, **shared}.items()}
+        content = with_sorted_metadata(safetensors.torch.save(kept))
+        self._digests.setdefault(stage, {})[index] = hashlib.sha256(content).hexdigest()
+        atomic_write(path, content, in_work_folder=True)
+
+    def finish(self, stage: int) -> None:
+        digests = self._digests[stage]
+        atomic_write(self._record, json.dumps({"stage": stage, "form": self.form, "sha256": digests}))
+        self._digests = {stage: digests}
+        self._keep_only(stage)
 
     def _path(self, stage: int, index: int) -> Path:
         return self._folder / f"{stage:05}" / f"{index:06}.safetensors"
