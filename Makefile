@@ -12,8 +12,8 @@ demo: .venv/.installed
 	  --multiple-of 2 --eval-steps 100 --save-steps 350
 	@echo "open $(DEMO)/report.html"
 
-# Whole files to two workers, in the order that tests/conftest.py gives them.
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+# Whole files to three workers, as some wait for jobs of theirs, in the order that tests/conftest.py gives them.
+SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(SPREAD)
