@@ -38,7 +38,7 @@ from secateur.train.distributed.fsdp import reshard_
 from support.small_jobs import job
 from support.tiny_models import tiny_model
 
-STUCK = timedelta(seconds=60)
+STUCK = timedelta(seconds=300)
 
 _ALL: dict[tuple[str, int], Scenarios] = {}
 folder = Path()  # on a rank: of its job, shared by all ranks

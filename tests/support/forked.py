@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 SECONDS = 5.0  # of CPU time for one input
 MEMORY = 300 * 2**20  # bytes above what the process had
 ADDRESSES = 3 * 2**30  # bytes of address space above it; what asks for more gets a MemoryError
-WAIT = 60.0  # seconds of the clock for one input, which a reader that waits for a pipe does not spend of the CPU
+WAIT = 180.0  # seconds of the clock for one input, which a reader that waits for a pipe does not spend of the CPU
 
 Kind = Literal["read", "refused", "uncaught", "hang", "memory", "died"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from support.small_runs import light_report
 
-PATIENCE = 120.0
+PATIENCE = 900.0  # a job that hangs; on a busy machine one that does not takes minutes
 TERM_TO_KILL = 10.0
 
 
@@ -37,7 +37,7 @@ class Ended:
 def job(num_ranks: int, target: Callable[..., Any], *values: Any, folder: Path) -> Ended:
     """Run `target(*values)` on every rank; `folder` takes what they say."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.pretraining.run"])
+    context.set_forkserver_preload(["secateur.cli", "secateur.pretraining.run"])
     port = _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     said = folder / f"said-{port}"

@@ -179,10 +179,10 @@ def in_child(target: Callable[..., None], *values: Any, stderr: Path | None = No
     Children are forked from a process that has imported everything and done nothing, so they start at once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.pretraining.run"])
+    context.set_forkserver_preload(["secateur.cli", "secateur.pretraining.run"])
     process = context.Process(target=_call, args=(target, values, stderr))
     process.start()
-    process.join(120)
+    process.join(900)
     if process.is_alive():
         process.kill()
         raise AssertionError("the child hangs")

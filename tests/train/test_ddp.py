@@ -46,7 +46,7 @@ MICRO_BATCHES, ROWS, LENGTH = 2, 2, 8  # a step; rows of one rank
 def on_two_ranks(target: Callable[..., None], folder: Path, *values: Any) -> None:
     """Run `target(rank, folder, *values)` on two ranks of one process group; their errors become one of the test's."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.pretraining.run"])
+    context.set_forkserver_preload(["secateur.cli", "secateur.pretraining.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +54,7 @@ def on_two_ranks(target: Callable[..., None], folder: Path, *values: Any) -> Non
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(90)
+        process.join(300)
         if process.is_alive():
             process.kill()
     errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
@@ -67,7 +67,7 @@ def _rank(target: Callable[..., None], rank: int, port: int, folder: Path, value
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in where.items()}, ACCELERATE_USE_CPU="1")
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=300))
         target(rank, folder, *values)
         dist.destroy_process_group()
     except BaseException:

@@ -37,6 +37,7 @@ from support.distributed_runs import (
     sharded,
     whole,
 )
+from support.long_tests import ARE_RUN, long
 from support.tiny_models import tiny_model
 
 ONE = Scenarios(__name__, 1)
@@ -44,7 +45,7 @@ TWO = Scenarios(__name__, 2)
 FOUR = Scenarios(__name__, 4)
 
 SMALL = {"num_hidden_layers": 2}
-ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 14, 5
+ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 9, 5
 QUICK_PHASE = PhaseConstants(windows=2, min_rank_correlation=0.5, max_total_variation=0.2)
 PRUNING: dict[str, Any] = {"at_step": PRUNE_AT, "target_params": 0.8, "window_steps": 2}
 
@@ -139,6 +140,7 @@ SPLITS: dict[str, tuple[Scenarios, Kind, int]] = {
     "fsdp 2, tp 2, ep 4": (FOUR, {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}, 4),
     "replicas 2, fsdp 2, ep 2": (FOUR, {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, 2),
 }
+LONG = {"fsdp 4", "fsdp 4, ep 2", "fsdp 2, tp 2, ep 2"}  # other numbers of ranks for what the rest has, too
 
 
 def settings(ranks: int) -> Kind:
@@ -155,7 +157,8 @@ def split_run(name: str, sizes: Kind, ranks: int) -> Kind:
 
 
 for _name, (_ranks, _sizes, _placed) in SPLITS.items():
-    _ranks.add(_name, split_run, _name, _sizes, _placed)
+    if ARE_RUN or _name not in LONG:
+        _ranks.add(_name, split_run, _name, _sizes, _placed)
 
 
 @functools.cache
@@ -172,14 +175,14 @@ def in_one_process(ranks: int, optimizer: Callable[[nn.Module], torch.optim.Opti
 def momentum() -> Kind:
     sizes = {"fsdp_size": 2, "ep_size": 2}
     model = sharded("qwen3_moe", dtype=torch.float64, changes=SMALL, **sizes)
-    return in_job(model, sizes, optimizer=sgd, **settings(2)).go(0, 12).result()
+    return in_job(model, sizes, optimizer=sgd, **settings(2)).go(0, 9).result()
 
 
 @TWO.scenario
 def copies() -> Kind:
     model = whole("qwen3_moe", dtype=torch.float64, changes=SMALL)
     run = Run(model, train=DistributedDataParallel(model), parts=2, part=dist.get_rank(), **settings(2))
-    return run.go(0, 12).result()
+    return run.go(0, 9).result()
 
 
 @TWO.scenario
@@ -373,7 +376,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.torchrun
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[long] * (one in LONG)) for one in SPLITS])
 def test_a_run_through_pruning_and_rearrangement_is_that_of_one_process(two: Any, four: Any, name: str) -> None:
     ranks, _, placed = SPLITS[name]
     results = (two if ranks is TWO else four)[name]

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from secateur.model_folder.rewrite.report import VERIFIED
 from secateur.modeling_secateur import layer_of
 from support.claims import fallen, not_checked
+from support.long_tests import long
 from support.model_folders import INDEX
 
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT / "benchmarks"))
 memory_limit: Any = importlib.import_module("memory_limit")
 
-LONG = "SECATEUR_LONG_TESTS"
 LAYERS = 28  # of 50 MB: half of all of it is what a process with torch and transformers needs, and two layers beside
 
 
@@ -64,7 +64,7 @@ def noisy(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.skipif(LONG not in os.environ, reason=f"takes half a minute; {LONG}=1 runs it")
+@long
 @pytest.mark.skipif(memory_limit.why_not() is not None, reason=str(memory_limit.why_not()))
 def test_a_model_is_pruned_and_proved_in_half_as_much_memory_as_it_has_bytes(tmp_path: Path) -> None:
     total = noisy(tmp_path / "source")
