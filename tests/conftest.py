@@ -1,8 +1,9 @@
-"""For all tests: one thread, no network, quiet transformers, the longest files first."""
+"""For all tests: one thread, no network, quiet transformers, files in memory, the longest test files first."""
 
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of children too: sums are rounded by the number of threads
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+MEMORY, ROOM = "/dev/shm", 4 * 2**30  # waiting for a disk takes a quarter of the time there, and says nothing here
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 LONGEST = ("torchrun", "process")  # by what their tests need
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import os
@@ -65,9 +66,12 @@ def package_of(path: Path) -> str:
 
 
 PATHS = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
-USED = {
-    module: used_names(ast.parse(path.read_text(encoding="utf-8")), package_of(path)) for module, path in PATHS.items()
-}
+
+
+@functools.cache
+def used_by(module: str) -> set[str]:
+    path = PATHS[module]
+    return used_names(ast.parse(path.read_text(encoding="utf-8")), package_of(path))
 
 
 def module_of(name: str) -> str | None:
@@ -91,8 +95,9 @@ def room_of(module: str) -> str:
     )
 
 
+@functools.cache
 def imported_modules(module: str) -> set[str]:
-    return {found for name in USED[module] if (found := module_of(name)) is not None}
+    return {found for name in used_by(module) if (found := module_of(name)) is not None}
 
 
 def imported_rooms(room: str) -> set[str]:
@@ -189,13 +194,13 @@ def test_every_pure_part_exists(part: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in PATHS if is_in(module, PURE)])
 def test_pure_modules_use_no_model_no_process_group_and_only_each_other(module: str) -> None:
-    assert not {name for name in USED[module] if is_in(name, MODELS_AND_PROCESSES)}
+    assert not {name for name in used_by(module) if is_in(name, MODELS_AND_PROCESSES)}
     assert not {other for other in imported_modules(module) if not is_in(other, PURE + GROUND)}
 
 
 @pytest.mark.parametrize("module", [module for module in PATHS if room_of(module) != "train"])
 def test_only_training_knows_torch_distributed(module: str) -> None:
-    used = {name for name in USED[module] if is_in(name, ("torch.distributed",))}
+    used = {name for name in used_by(module) if is_in(name, ("torch.distributed",))}
     if room_of(module) == "training_checkpoint":  # a file format lives there, which needs no process group
         used = {name for name in used if not is_in(name, ("torch.distributed.checkpoint",))}
     assert not used

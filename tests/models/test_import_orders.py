@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import secateur
+from support.long_tests import long
 
 AUTO = "from transformers import AutoConfig, AutoModelForImageClassification"
 ORDERS = {
@@ -18,6 +19,7 @@ ORDERS = {
     "the module of V-MoE first": f"import secateur.models.vmoe.modeling; {AUTO}",
     "a model class first": f"import secateur; from transformers import MixtralForCausalLM; {AUTO}",
 }
+LONG = {"Secateur first", "a model class first"}  # a new process each
 BUILD = """
 sizes = dict(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
 config = AutoConfig.for_model("vmoe", **sizes, num_experts=4, moe_layers=[1])
@@ -27,7 +29,7 @@ print(type(config).__module__, type(model).__module__, type(model).__name__)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [pytest.param(one, marks=[long] * (one in LONG)) for one in ORDERS])
 def test_the_auto_classes_build_a_v_moe(order: str) -> None:
     path = os.pathsep.join([str(Path(secateur.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     said = subprocess.run(

@@ -18,6 +18,7 @@ from secateur.pretraining.run_folder import RunFolder
 from secateur.train import checkpoints
 from support.faults import AnotherPlan, Kill, LimitFileSize, OnRank, Signal
 from support.job_runs import STEP_END, Runs, keep_checkpoints
+from support.long_tests import long
 from support.small_jobs import Ended
 from support.small_runs import assert_same_run
 
@@ -173,6 +174,7 @@ def test_torchrun_restarts_the_job_which_goes_on_by_itself(
         assert (out / "model" / name).read_bytes() == (expected / "model" / name).read_bytes()
 
 
+@long
 def test_torchrun_blames_the_rank_that_was_killed(
     runs: Runs, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
