@@ -16,6 +16,7 @@ from secateur import cli
 from secateur.criteria import CRITERIA, Criterion, activation
 from secateur.decide.by_score import plan_by_criterion
 from secateur.decide.keep import Keep
+from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.files.work_folder import place_of_work, work_folder
@@ -28,7 +29,7 @@ from secateur.model_folder.rewrite.undo import restore
 from secateur.model_folder.stages import Asked, run_stages
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
-from secateur.plans import Plan
+from secateur.plans import LayerPlan, Plan
 from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats
 from secateur.surgery.oracle import barred_experts
 from support.claims import ALL, outcome
@@ -126,7 +127,8 @@ def start(root: Path, *hooks: Callable[[], None], **options: Any) -> dict[str, A
 
 STAGES = {
     "before the statistics are kept": Kill("secateur.observation.observation:Observation.save"),
-    "after the statistics are kept": Kill("secateur.observation.observation:Observation.save", when="after"),
+    "before the statistics are known": Kill("secateur.observation.observation:Observation.save", when="after"),
+    "after the statistics are kept": Kill("secateur.files.kept:Kept.add", when="after"),
     "before the plan": Kill("secateur.model_folder.stages:decide_plan"),
     "after the weights": Kill("secateur.model_folder.rewrite.apply:write_weights", when="after"),
     "before verifying": Kill("secateur.model_folder.stages:verify_model"),
@@ -240,6 +242,65 @@ def test_statistics_outlive_a_start_that_needs_none(folder: Path, monkeypatch: p
 def refusing_to_write(*_: Any, dry_run: bool = False, **options: Any) -> None:
     if not dry_run:
         raise SecateurError("no more today")
+
+
+def interrupted_before_writing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a start that had its statistics and its plan."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "apply_to_model", refusing_to_write)
+        with pytest.raises(SecateurError, match="no more today"):
+            start(folder)
+    return place_of_work(folder / "out")
+
+
+def test_statistics_that_were_changed_since_are_refused_by_name_and_a_restart_helps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = interrupted_before_writing(folder, monkeypatch) / "stats.safetensors"
+    before = Observation.load(kept)
+    layers = {
+        layer: LayerStats(num_tokens=one.num_tokens, token_count=one.token_count.flip(0), **one.sums)
+        for layer, one in before.stats.layers.items()
+    }
+    Observation(stats=RouterStats(layers=layers), model=before.model, data=before.data).save(kept)
+    with pytest.raises(
+        SecateurError, match=r"\.out\.pruning/stats\.safetensors: it was changed since .*asked\.json.*--restart"
+    ):
+        start(folder, observe=not_again)
+    assert not (folder / "out").exists()
+    assert start(folder, restart=True)["verified"]["passed"] is True
+
+
+def test_statistics_that_are_gone_or_of_which_nothing_is_noted_are_taken_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def again(found: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+        data, take = made_up(found, stats)
+        return data, lambda: taken.append(take())
+
+    for name in ("stats.safetensors", "asked.json"):
+        (interrupted_before_writing(folder, monkeypatch) / name).unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "apply_to_model", refusing_to_write)
+            with pytest.raises(SecateurError, match="no more today"):
+                start(folder, observe=again)
+    assert len(taken) == 2
+    start(folder, observe=not_again)
+
+
+def test_statistics_that_change_while_the_result_is_written_get_it_no_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes() + b" ")
+
+    monkeypatch.setattr(module, "copy_file", spoil)
+    with pytest.raises(SecateurError, match=r"stats\.safetensors: it was changed"):
+        start(folder)
+    assert not (folder / "out").exists()
 
 
 def test_restart_throws_away_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,3 +575,19 @@ def test_bytes_to_keep_are_those_of_what_is_written(tmp_path: Path) -> None:
     whole = run_stages(source, tmp_path / "whole", choice, mtp="whole", dry_run=True)["outcome"]
     assert whole["experts_after"] < whole["experts_before"]
     assert whole["bytes_after"] <= without
+
+
+def test_a_share_to_keep_is_one_of_what_is_written(tmp_path: Path) -> None:
+    """With its MTP layers dropped, a model is pruned as if it never had any."""
+    config, tensors = with_mtp("mtp.layers.0.")
+    write(tmp_path / "source", config, tensors)
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+    write(tmp_path / "plain", config | {"num_nextn_predict_layers": 0}, plain)
+    choice = Choice(criterion="laep", rule=Rule(target_params=0.8))
+
+    def pruned(name: str, **options: Any) -> dict[int, LayerPlan]:
+        out = tmp_path / f"of {name}"
+        run_stages(tmp_path / name, out, choice, observe=made_up, verify_tokens=0, **options)
+        return dict(Plan.load(out / "plan.json").layers)
+
+    assert pruned("source", mtp="drop") == pruned("plain")

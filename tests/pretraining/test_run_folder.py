@@ -127,6 +127,41 @@ def filled(tmp_path: Path) -> RunFolder:
     return folder
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The folder of one after step 20, of a run that went on to step 30."""
+    folder = filled(tmp_path)
+    folder.run.write_text('{"config": {}}')
+    (folder.checkpoints / "checkpoint-20").mkdir(parents=True)
+    folder.note_digests(folder.checkpoints / "checkpoint-20")
+    return folder.checkpoints / "checkpoint-20"
+
+
+def test_what_comes_after_a_checkpoint_is_nothing_to_it(tmp_path: Path, checkpoint: Path) -> None:
+    folder = RunFolder(tmp_path)
+    append_line(folder.metrics, {"kind": "train", "step": 31, "seconds": 9.0})
+    folder.check_digests(checkpoint)
+    folder.rewind(20)
+    folder.check_digests(checkpoint)
+    (checkpoint / "run-digests.json").unlink()  # as an earlier release left it
+    folder.run.unlink()
+    folder.check_digests(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "loads.jsonl"])
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "changed"])
+def test_a_record_that_is_not_the_one_of_the_checkpoint_is_named(
+    tmp_path: Path, checkpoint: Path, name: str, is_gone: bool
+) -> None:
+    path = tmp_path / name
+    text = path.read_text().replace(": 10", ": 11", 1) + " "
+    path.unlink()
+    if not is_gone:
+        path.write_text(text)
+    with pytest.raises(SecateurError, match=rf"{name}: it was changed, or taken away, since .*checkpoint-20"):
+        RunFolder(tmp_path).check_digests(checkpoint)
+
+
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (9, []), (10, [10]), (25, [10, 20]), (30, [10, 20, 30])])
 def test_rewinding_keeps_the_lines_up_to_the_step(tmp_path: Path, step: int, kept: list[int]) -> None:
     folder = filled(tmp_path)

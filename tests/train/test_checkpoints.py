@@ -134,6 +134,30 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
         last_whole(tmp_path, "a")
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_was_changed_since_is_named_where_a_run_would_go_on_from_it(tmp_path: Path, name: str) -> None:
+    checkpoint = make(tmp_path, 10)
+    (checkpoint / name).write_bytes(b"y" + (checkpoint / name).read_bytes()[1:])
+    assert last_whole(tmp_path) == checkpoint  # it was finished, so nothing removes it
+    with pytest.raises(SecateurError, match=rf"checkpoint-10/{name}: it was changed .*take .*checkpoint-10 away"):
+        last_whole(tmp_path, "a")
+
+
+def test_of_the_largest_files_the_seal_holds_the_size_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SEALED", 90)
+    sealed = json.loads((make(tmp_path, 10) / COMPLETE).read_text())
+    assert (sealed["sizes"], sealed["sha256"].keys()) == (FILES, FILES.keys() - {"optimizer/__0_0.distcp"})
+    assert last_whole(tmp_path, "a") == tmp_path / "checkpoint-10"
+
+
+def test_a_seal_of_an_earlier_release_has_no_digests_and_is_one(tmp_path: Path) -> None:
+    seal_of = make(tmp_path, 10) / COMPLETE
+    earlier = json.loads(seal_of.read_text())
+    del earlier["sha256"]
+    seal_of.write_text(json.dumps(earlier))
+    assert last_whole(tmp_path, "a") == tmp_path / "checkpoint-10"
+
+
 def test_only_unfinished_checkpoints_are_removed(tmp_path: Path) -> None:
     whole, unfinished = make(tmp_path, 10), make(tmp_path, 20, sealed=False)
     foreign = [tmp_path / name for name in ("runs", "checkpoint-best", "checkpoint-", "my-checkpoint-30")]

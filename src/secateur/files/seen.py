@@ -10,6 +10,7 @@ from pathlib import Path
 from secateur.errors import SecateurError
 from secateur.files.digest import sha256_of
 
+ONLY_FOR_PEOPLE = (".md", ".html")
 AGAIN = "nothing was written, start again when nobody changes it"
 SMALL = 2**20  # bytes of a file of which the content is compared too
 
@@ -33,6 +34,12 @@ class Seen:
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Seen:
         return cls({path: _state(path) for path in paths})
+
+    @classmethod
+    def beside_each_other(cls, folder: Path) -> Seen:
+        """Of the files that lie in a folder itself, but for those that only people read; none of what is no folder."""
+        files = (path for path in sorted(folder.iterdir()) if path.is_file()) if folder.is_dir() else ()
+        return cls.of(path for path in files if path.suffix not in ONLY_FOR_PEOPLE)
 
     def __or__(self, other: Seen) -> Seen:
         return Seen({**self.states, **other.states})

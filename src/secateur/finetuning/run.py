@@ -17,9 +17,10 @@ from transformers import PrinterCallback, TrainerState
 from secateur.environment import peak_memory_bytes
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
+from secateur.files.limits import SHOWN
 from secateur.files.new_folder import check_target, written_beside
 from secateur.files.records import as_record
-from secateur.files.work_folder import Work, as_noted, place_of_work, work_folder
+from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
 from secateur.finetuning.images import image_task
 from secateur.finetuning.model import LOGS, Loaded, check_trainable, load, write
 from secateur.finetuning.options import SCHEDULES, FinetuneOptions, check_modality, in_parts, option
@@ -149,10 +150,10 @@ def _finished(out: Path, asked: Mapping[str, Any], *, dry_run: bool) -> dict[str
     now = _as_asked(asked)
     with _work(out) as work:
         try:
-            _check_same(Asked(model=now.model, data=record.data, options=record.options), now)
+            _check_same(Asked(model=now.model, data=record.data, options=record.options), now, out / FINETUNED)
             if work.before is None and work.entries():
                 raise SecateurError(f"nothing says what {work.path} is of")
-            _check_same(work.before or now, now)
+            _check_same(work.before or now, now, work.noted)
         except SecateurError as error:
             raise SecateurError(f"--out {out}: it is there already, and not from this run ({error})") from error
         if not dry_run:
@@ -204,7 +205,7 @@ def _begin(work: Work[Asked], asked: Mapping[str, Any], *, resume: bool) -> tupl
             f"--resume: {work.noted} is gone, so nothing says what {last} is of; begin anew with --restart"
         )
     if work.before is not None and resume:
-        _check_same(work.before, _as_asked(asked))
+        _check_same(work.before, _as_asked(asked), work.noted)
     if last is not None:
         checkpoints.last_whole(work.path, run)
     if last is None:
@@ -214,14 +215,23 @@ def _begin(work: Work[Asked], asked: Mapping[str, Any], *, resume: bool) -> tupl
     return run, last
 
 
-def _check_same(before: Asked, now: Asked) -> None:
+def _check_same(before: Asked, now: Asked, told_by: Path) -> None:
     options = before.options.to_json()
     for name, value in now.options.to_json().items():
         if (was := options[name]) != value:
-            raise SecateurError(f"--resume: {option(name)} is {value!r}, but the run was started with {was!r}")
+            raise SecateurError(
+                f"--resume: {option(name)} is {value!r}, but the run was started with {was!r} (options.{name} in "
+                f"{told_by})"
+            )
     for what in ("model", "data"):
-        if getattr(before, what) != getattr(now, what):
-            raise SecateurError(f"--resume: the {what} is not the one that the run was started with")
+        was, now_is = getattr(before, what), getattr(now, what)
+        if names := differing(was, now_is):
+            name = names[0]
+            raise SecateurError(
+                f"--resume: the {what} is not the one that the run was started with: {what}.{name} in {told_by} is "
+                f"{was.get(name)!r:.{SHOWN}}, expected {now_is.get(name)!r:.{SHOWN}}; give what was given then, or begin "
+                "anew with --restart"
+            )
 
 
 def _write_all(loaded: Loaded, source: ModelFolder, work: Work[Asked], record: Mapping[str, Any], folder: Path) -> None:

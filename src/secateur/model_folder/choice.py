@@ -147,7 +147,8 @@ def decide_plan(source: Source, choice: Choice, *, on_bytes: OnProgress = silent
         assert source.stats is not None
         rule = dataclasses.replace(choice.rule, uniform=choice.allocation == "uniform")
         sizes = facts.bytes_per_expert
-        plan = decide(source.stats, limits, rule, params_per_expert=sizes, total_params=facts.total_bytes)
+        total = source.sizes.total_bytes
+        plan = decide(source.stats, limits, rule, params_per_expert=sizes, total_params=total)
     else:
         assert choice.keep is not None
         plan = plan_by_criterion(

@@ -14,6 +14,7 @@ import msgspec
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_object
+from secateur.files.kept import Kept
 from secateur.files.new_folder import check_target, copy_file, is_occupied, remove_leftovers, roll_back
 from secateur.files.progress import OnStage, stage
 from secateur.files.records import as_record
@@ -46,6 +47,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     undo: str | None
     mtp: str | None
     replaces: int | None = None  # number of the folder at `out` that the result will replace
+    kept: dict[str, str] = {}  # SHA-256 of the files in the work folder that were finished since
 
 
 def run_stages(
@@ -129,6 +131,7 @@ def run_stages(
         stats = work.path / KEPT_STATS  # once they are finished; an unfinished pass keeps what it has beside them
         data, take = observe(found, stats) if choice.needs_data and observe is not None else (None, None)
         asked = _asked(source, choice, data, undo, asked_of_mtp, _number(out) if force else None)
+        kept = Kept(work, work.before.kept if work.before else {})
         if _is_finished(work.before, asked, out):  # killed after the last step
             if undo is not None:
                 roll_back(out, undo)  # both have their names, so it only takes away the note of that
@@ -136,16 +139,19 @@ def run_stages(
             work.remove()
             return _finished(out, source)
         _check_same(work, asked)
-        _remove_unfinished_undo(work, asked, undo, out)
+        _remove_unfinished_undo(work, kept, asked, undo, out)
         _check_targets(model, out, undo, force)
-        kept = work.before and work.before.data  # of statistics that this start may not need, and the next one may
-        work.note(msgspec.structs.asdict(asked) | {"data": asked.data or kept})
+        # of statistics that this start may not need, and the next one may
+        before = work.before and work.before.data
+        kept.note(msgspec.structs.asdict(asked) | {"data": asked.data or before})
         if take is not None:
-            if not stats.is_file():
+            # statistics without a digest are of a process that was killed when they had just got their name
+            observed = Observation.load(stats) if kept.has(KEPT_STATS) else None
+            # a start with another criterion may have recorded fewer sums
+            if observed is None or set(choice.sums) - set(observed.stats.sums):
+                kept.forget(KEPT_STATS)
                 take()
-            observed = Observation.load(stats)
-            if set(choice.sums) - set(observed.stats.sums):  # kept by a start with another criterion
-                take()
+                kept.add(KEPT_STATS)
                 observed = Observation.load(stats)
             seen = of_observation(observed, found, str(stats))
             source = dataclasses.replace(seen, left_out_bytes=source.left_out_bytes)
@@ -155,11 +161,14 @@ def run_stages(
             if work.before is None and take is None:
                 work.remove()  # a first start that was refused leaves nothing to go on from
             raise
+        kept.forget(KEPT_PLAN)
         plan.save(work.path / KEPT_PLAN)
+        kept.add(KEPT_PLAN)
 
         def finish(written: Path) -> None:
             if take is not None:
                 copy_file(stats, written / STATS)
+                kept.check(KEPT_STATS, written / STATS)
             _verify(model, written, out, verify_tokens, on_progress)
 
         apply_to_model(
@@ -261,11 +270,11 @@ def _check_same(work: Work[Asked], asked: Asked) -> None:
         )
 
 
-def _remove_unfinished_undo(work: Work[Asked], asked: Asked, undo: Path | None, out: Path) -> None:
+def _remove_unfinished_undo(work: Work[Asked], kept: Kept, asked: Asked, undo: Path | None, out: Path) -> None:
     """Of a start that was killed after the undo folder got its name and before the result did."""
     if undo is None or work.before is None or _number(out) != work.before.replaces or work.before.undo != asked.undo:
         return
-    if holds_undo(undo) and (work.path / KEPT_PLAN).is_file():
+    if holds_undo(undo) and kept.has(KEPT_PLAN):
         _, written = read_record(undo)
         if written == Plan.load(work.path / KEPT_PLAN):
             shutil.rmtree(undo)
@@ -280,7 +289,7 @@ def _is_finished(before: Asked | None, asked: Asked, out: Path) -> bool:
     """Whether `out` is the result of an earlier start that was asked for the same, and not what that was to replace."""
     if before is None or not (out / VERIFIED).is_file() or _number(out) == before.replaces:
         return False
-    return before == msgspec.structs.replace(asked, replaces=before.replaces)
+    return before == msgspec.structs.replace(asked, replaces=before.replaces, kept=before.kept)
 
 
 def _asked(

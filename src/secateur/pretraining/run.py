@@ -262,7 +262,10 @@ def _train(settings: RunSettings, folder: RunFolder, shared: Shared) -> None:
 def _last_checkpoint(folder: RunFolder, run: str) -> str | None:
     checkpoints.remove_unfinished(folder.checkpoints)
     found = checkpoints.last_whole(folder.checkpoints, run)
-    return str(found) if found else None
+    if found is None:
+        return None
+    folder.check_digests(found)
+    return str(found)
 
 
 def _first_model(settings: ModelSettings, folder: RunFolder, shared: Shared, *, seed: int) -> MoEModel:

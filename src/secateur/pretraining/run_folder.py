@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,10 +17,15 @@ from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.json import read_lines, read_object
 from secateur.files.lock import locked
 from secateur.files.records import Count, Finite, as_record
+from secateur.files.work_folder import differing
 from secateur.plans import Plan
 from secateur.pretraining.options import PretrainOptions
 from secateur.reporting.run_files import EvalPoint, RunFile
 from secateur.surgery.events import PruneEvent, read_events
+from secateur.train.checkpoints import step_of
+
+
+DIGESTS = "run-digests.json"  # in a checkpoint
 
 
 class RunFolder:
@@ -151,10 +157,37 @@ class RunFolder:
         """Drop all lines after `step` from the logs; returns the training seconds of the last line that stays."""
         seconds = 0.0
         for path in (self.metrics, self.loads):
-            kept = [(logged, line) for logged, line in _whole_lines(path) if logged.step <= step]
-            atomic_write(path, "".join(json.dumps(line) + "\n" for _, line in kept))
-            seconds = max([seconds, *(logged.seconds for logged, _ in kept)])
+            kept, text = _until(path, step)
+            atomic_write(path, text)
+            seconds = max([seconds, *(logged.seconds for logged in kept)])
         return seconds
+
+    def note_digests(self, checkpoint: Path) -> None:
+        """Keep in a new checkpoint what run.json and the logs hold now, by which a resume knows them again."""
+        write_json(checkpoint / DIGESTS, self._digests(step_of(checkpoint)))
+
+    def check_digests(self, checkpoint: Path) -> None:
+        """See that run.json, and the logs up to its step, are what they were when a checkpoint was written.
+
+        Raises:
+            SecateurError: one of them was changed, or is gone.
+        """
+        noted = checkpoint / DIGESTS
+        if not noted.exists():  # of an earlier release
+            return
+        before = as_record(read_object(noted), dict[str, str], str(noted))
+        now = self._digests(step_of(checkpoint))
+        if names := differing(before, now):
+            raise SecateurError(
+                f"{self.path / names[0]}: it was changed, or taken away, since {checkpoint} was written; put it back, or "
+                "start a new run"
+            )
+
+    def _digests(self, step: int) -> dict[str, str]:
+        texts = {path.name: _until(path, step)[1].encode() for path in (self.metrics, self.loads)}
+        if self.run.is_file():
+            texts[self.run.name] = self.run.read_bytes()
+        return {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
 
 
 class Logged(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,6 +229,12 @@ def _in_order(value: Any, *, by_name: bool = False) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON, written whole or not at all."""
     atomic_write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _until(path: Path, step: int) -> tuple[list[Logged], str]:
+    """The lines of a log up to a step, read and as text."""
+    kept = [(logged, line) for logged, line in _whole_lines(path) if logged.step <= step]
+    return [logged for logged, _ in kept], "".join(json.dumps(line) + "\n" for _, line in kept)
 
 
 def _whole_lines(path: Path) -> list[tuple[Logged, Any]]:

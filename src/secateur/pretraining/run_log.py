@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from secateur.files.progress import Steps
 from secateur.pretraining.run_folder import RunFolder, append_line
 from secateur.train.callback import LAEPCallback
-from secateur.train.training_log import TrainingLog, finite_or_none
+from secateur.train.training_log import TrainingLog, checkpoint_of, finite_or_none
 
 
 class RunLog(TrainingLog):
@@ -125,4 +125,5 @@ class RunLog(TrainingLog):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._folder.flush_logs()  # a whole checkpoint never has fewer lines than its step
+        self._folder.note_digests(checkpoint_of(args, state))
         super().on_save(args, state, control, **kwargs)

@@ -1,7 +1,8 @@
 """Which checkpoints of a run are whole, and of which run they are.
 
 The Trainer writes a checkpoint file by file. When all files are on the disk, a list of them with their sizes is
-renamed into the folder last; a folder without that list, or with a file that differs from it, was never finished.
+renamed into the folder last; a folder without that list, or with a file of another size, was never finished. Of all but
+the largest files the list has the SHA-256 too: a run goes on from what was written, or not at all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, fsync_folder, fsync_tree
+from secateur.files.digest import sha256_of
 from secateur.files.json import read_json
 from secateur.files.records import Count, as_record
 from secateur.files.refused import refusal_in, refusal_in_words
@@ -24,14 +26,21 @@ from secateur.train.distributed import launch
 
 COMPLETE = "complete.json"
 FORMAT = "secateur-checkpoint"
+# Bytes of a file that is known by its SHA-256; of larger ones, which hold weights and the state of the optimizer, only
+# the size is. To read hundreds of GB back on one rank at every checkpoint would take minutes.
+SEALED = 2**26
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """complete.json: the run that a checkpoint is of, and bytes of each of its files."""
+    """complete.json: the run that a checkpoint is of, bytes of each of its files, and the SHA-256 of those up to SEALED.
+
+    Without `sha256` an earlier release wrote it.
+    """
 
     format: Literal["secateur-checkpoint"]
     run: str
     sizes: Annotated[dict[str, Count], msgspec.Meta(min_length=1, description="an object with the size of each file")]
+    sha256: dict[str, str] = {}
 
 
 def seal(checkpoint: Path, run: str) -> None:
@@ -43,7 +52,9 @@ def seal(checkpoint: Path, run: str) -> None:
     fsync_tree(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    atomic_write(checkpoint / COMPLETE, json.dumps({"format": FORMAT, "run": run, "sizes": sizes}, indent=1))
+    digests = {name: sha256_of(checkpoint / name) for name, size in sizes.items() if size <= SEALED}
+    sealed = {"format": FORMAT, "run": run, "sizes": sizes, "sha256": digests}
+    atomic_write(checkpoint / COMPLETE, json.dumps(sealed, indent=1))
     fsync_folder(checkpoint.parent)
 
 
@@ -59,16 +70,32 @@ def is_whole(checkpoint: Path) -> bool:
 def last_whole(folder: Path, run: str | None = None) -> Path | None:
     """The whole checkpoint with the most steps, or None.
 
+    Args:
+        run: of a run that is about to go on from it.
+
     Raises:
-        SecateurError: it is not of `run`, when that is given.
+        SecateurError: it is not of `run`, when that is given, or holds something else than was written.
     """
     last = max(filter(is_whole, _all(folder)), key=step_of, default=None)
-    if last is not None and run is not None and read_seal(last).run != run:
-        raise SecateurError(
-            f"{last}: a checkpoint of another run (other settings or other data), expected one of this run; take it "
-            "out of the folder"
-        )
+    if last is not None and run is not None:
+        _check_seal(last, run)
     return last
+
+
+def _check_seal(checkpoint: Path, run: str) -> None:
+    sealed = read_seal(checkpoint)
+    if sealed.run != run:
+        raise SecateurError(
+            f"{checkpoint}: a checkpoint of another run (other settings or other data), expected one of this run; take "
+            "it out of the folder"
+        )
+    for name, digest in sealed.sha256.items():
+        found = sha256_of(checkpoint / name)
+        if found != digest:
+            raise SecateurError(
+                f"{checkpoint / name}: it was changed since the checkpoint was written (SHA-256 {found}, expected "
+                f"{digest}); put it back, or take {checkpoint} away to go on from the checkpoint before, or anew"
+            )
 
 
 def remove_unfinished(folder: Path) -> list[Path]:

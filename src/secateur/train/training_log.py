@@ -86,7 +86,12 @@ class TrainingLog(TrainerCallback):
             self._on_progress(state.global_step, state.max_steps, numbers)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._run)
+        seal(checkpoint_of(args, state), self._run)
+
+
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that the Trainer writes after this step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def check_finite(which: str, loss: float, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import SecateurError
 from secateur.files.given import StrPaths, as_texts, check_given
 from secateur.files.progress import OnProgress, OnStage, stage
+from secateur.files.seen import Seen
 from secateur.model_folder.evaluation.lm_harness import check_installed, run_tasks
 from secateur.model_folder.measure.data_choice import DataOptions, device_named
 from secateur.model_folder.measure.data_pass import by_layer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.data.calibration import Calibration
 
 FORMAT, VERSION = "secateur-eval", 1
+AGAIN = "start again when nobody changes it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ def evaluate(
         check_installed()
         if not tasks:
             raise SecateurError(f"--lm-eval {lm_eval!r}: it names no task")
+    seen = {model: Seen.beside_each_other(model) for model in folders}
     kind = _kind(folders, with_data=bool(asked.data))
     found: dict[str, Any] = {"data": None, "models": []}
     if kind == "images":
@@ -135,9 +138,11 @@ def evaluate(
         found = _on_images(folders, asked, others, device=device_named(device), on_stage=on_progress)
     elif asked.data:
         found = _on_text(folders, asked, stream, device=device_named(device), on_stage=on_progress)
+    for files in seen.values() if asked.data else ():  # tokenizers too, which were read before the weights
+        files.check(advice=AGAIN)
     runs = {
-        str(model): run_tasks(model, tasks, batch_size=asked.text_batch_size, device=device_named(device))
-        for model in folders
+        str(model): run_tasks(model, tasks, batch_size=asked.text_batch_size, device=device_named(device), seen=files)
+        for model, files in seen.items()
         if tasks
     }
     content = {

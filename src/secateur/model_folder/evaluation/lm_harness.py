@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.seen import Seen
 
 PACKAGE = "lm_eval"
 MODELS = f"{PACKAGE}.models.huggingface"  # where its class for models of transformers is
@@ -41,14 +42,16 @@ def check_installed() -> Any:
         raise SecateurError(f"--lm-eval needs the package lm-eval, which is not installed ({error})") from error
 
 
-def run_tasks(model: Path, tasks: Sequence[str], *, batch_size: int, device: str) -> TaskRuns:
+def run_tasks(model: Path, tasks: Sequence[str], *, batch_size: int, device: str, seen: Seen) -> TaskRuns:
     """Run the tasks one after another on a model folder that lm-eval loads once, through transformers.
 
     Pruned models whose layers differ load there as well: importing Secateur has registered them. A task that fails,
-    whatever the reason, takes nothing from the others.
+    whatever the reason, takes nothing from the others. It has failed, too, where a file of the model was changed by its
+    end.
 
     Args:
         tasks: names that lm-eval knows, or .yaml files of its form. device: where the model runs.
+        seen: the files of the model as they were at first.
 
     Raises:
         SecateurError: lm-eval is not installed.
@@ -66,6 +69,7 @@ def run_tasks(model: Path, tasks: Sequence[str], *, batch_size: int, device: str
             found = harness.simple_evaluate(
                 model=loaded, tasks=[task], batch_size=batch_size, device=device, task_manager=known
             )
+            seen.check(advice="run it again")
             for name, metrics in found["results"].items():
                 runs.results[name] = {metric: _number(value) for metric, value in metrics.items()}
     del loaded
