@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from secateur.data.batch import Batch
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import SecateurError
 from secateur.model_folder.evaluation import on_text as evaluate_module
+from secateur.model_folder.evaluation.evaluate import evaluate
 from secateur.model_folder.evaluation.on_text import evaluate_text
 from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losses, difference, summary
 from secateur.model_folder.read import load as load_module
@@ -273,6 +275,40 @@ def test_what_was_measured_before_a_task_fails_is_printed_and_the_failure_is_nam
     assert (status, len(found["models"])) == (2, 1)
     assert list(found["lm_eval"][str(made / "source")]) == ["one", "two"]
     assert list(found["lm_eval_failures"][str(made / "source")]) == ["broken", "exits"]
+
+
+def test_a_task_on_a_model_that_was_changed_has_failed_and_those_before_it_have_not(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(made / "source", tmp_path / "source"))
+
+    def change_it(task: str, model: lm_eval_stand_in.HFLM) -> dict[str, Any]:
+        if task == "two":
+            os.utime(source / "config.json", (1, 1))
+        return metrics_of(task, model)
+
+    lm_eval_stand_in.install(monkeypatch, change_it)
+    status, out, err = run(source, "--lm-eval", "one,two", "--json")
+    found = json.loads(out)
+    assert (status, list(found["lm_eval"][str(source)])) == (2, ["one"])
+    assert "config.json: it was changed while it was in use" in found["lm_eval_failures"][str(source)]["two"]
+    assert "run it again" in err
+
+
+def test_a_tokenizer_that_is_changed_while_models_are_measured_is_an_error_and_a_card_is_not(
+    made: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(made / "source", tmp_path / "source"))
+    for name in ("README.md", "tokenizer.json"):
+        (source / name).touch()
+
+    def measure(name: str) -> None:
+        change = lambda what, done, total: (source / name).write_text("other")  # noqa: E731
+        evaluate(source, data=made / "code.jsonl", samples=2, sequence_length=16, batch_size=2, on_progress=change)
+
+    measure("README.md")
+    with pytest.raises(SecateurError, match=r"tokenizer\.json: it was changed .*; start again when nobody changes it"):
+        measure("tokenizer.json")
 
 
 def test_a_model_that_lm_eval_cannot_load_fails_all_its_tasks_and_no_other_models(

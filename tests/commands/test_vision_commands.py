@@ -28,6 +28,7 @@ from secateur.decide.keep import Keep
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.model_folder.evaluation.accuracy import difference, scores, summary
+from secateur.model_folder.evaluation.evaluate import evaluate
 from secateur.model_folder.evaluation.on_images import evaluate_images
 from secateur.model_folder.measure import on_images
 from secateur.model_folder.measure.image_batches import draw
@@ -397,6 +398,16 @@ def test_models_of_different_numbers_of_classes_are_not_compared(made: Path, tmp
     model_folder(tmp_path / "ten", num_labels=10)
     status, _, err = run("eval", tmp_path / "ten", made / "source", "--data", tmp_path / "not read")
     assert (status, f"source: it tells 5 classes, {tmp_path / 'ten'} 10" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("name", [FILE, "model.safetensors"])
+def test_a_model_that_is_changed_while_it_is_measured_on_images_is_an_error(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    source = Path(shutil.copytree(made / "source", tmp_path / "source"))
+    change = lambda what, done, total: os.utime(source / name, (1, 1))  # noqa: E731
+    with pytest.raises(SecateurError, match=f"{name}: it was changed while it was in use: .*; start again"):
+        evaluate(source, data=made / "images.npz", on_progress=change)
 
 
 def test_a_model_without_a_classifier_is_observed_and_not_evaluated(made: Path, tmp_path: Path, run: Run) -> None:

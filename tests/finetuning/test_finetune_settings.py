@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from secateur.errors import SecateurError
 from secateur.finetuning import model as model_module
 from secateur.finetuning import run as program
 from secateur.finetuning.options import NOT_FOR, FinetuneOptions, in_parts
@@ -29,6 +31,27 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sequence_length": {"sequence_length": 64},
     "report_to": {"report_to": "wandb"},
 }
+
+
+DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "an option": ({"options": FinetuneOptions(data=("a.txt",), seed=7)}, r"--seed is 0, but .* 7 \(options\.seed in "),
+    "a value": ({"model": {"path": "a", "files": {}}}, r"model\.files in \S+ is \{\}, expected \{'x': \[1, 2\]\}"),
+    "a key that is gone": ({"data": {}}, r"data\.train in \S+ is None, expected \['a'\]"),
+    "a key more": ({"data": {"train": ["a"], "more": 1}}, r"data\.more in \S+ is 1, expected None"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_note_that_says_another_thing_is_named_with_its_field(damage: str) -> None:
+    asked = program.Asked(
+        model={"path": "a", "files": {"x": [1, 2]}}, data={"train": ["a"]}, options=FinetuneOptions(data=("a.txt",))
+    )
+    changes, message = DAMAGES[damage]
+    noted = Path(".out.finetuning/asked.json")
+    program._check_same(asked, asked, noted)
+    with pytest.raises(SecateurError, match=message) as refused:
+        program._check_same(msgspec.structs.replace(asked, **changes), asked, noted)
+    assert str(noted) in str(refused.value)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(FinetuneOptions)])

@@ -20,6 +20,7 @@ from secateur.errors import SecateurError
 from secateur.models.vmoe.flax_checkpoint import read_vmoe
 from secateur.models.vmoe.flax_files import read_arrays
 from support.flax_files import CHUNKS_KEY, array, info, packed, params, random_arrays, slices, write
+from support.model_folders import contents
 
 ROUTER = "Encoder/encoderblock_1/Moe/Router/dense/kernel"
 
@@ -141,8 +142,20 @@ def test_the_command_makes_a_folder_that_transformers_loads(tmp_path: Path) -> N
     config = model.config
     assert (config.num_experts_per_tok, config.ensemble_size, config.group_images) == (1, 2, 4)
     assert (config.capacity_factor, config.eval_capacity_factor) == (1.5, 1.5)
-    with pytest.raises(SecateurError, match="it is there already"):
+    before = contents(tmp_path / "out")
+    again = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "it was there already, as this command writes it" in again.stdout.replace("\n", " ")
+    weights = tmp_path / "out/model.safetensors"
+    weights.write_bytes(before["model.safetensors"][:-1] + b"\0")
+    with pytest.raises(SecateurError, match=r"it is there already .* its files are others"):
         CliRunner().invoke(app, words, catch_exceptions=False)
+    weights.write_bytes(before["model.safetensors"])
+    with pytest.raises(SecateurError, match="it is there already"):
+        CliRunner().invoke(app, [*words, "--group-images", "8"], catch_exceptions=False)
+    (tmp_path / "out/preprocessor_config.json").unlink()  # so it is not looked at further
+    with pytest.raises(SecateurError, match=r"it is there already and not an empty folder$"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert sorted(path.name for path in tmp_path.iterdir() if "e3" not in path.name) == ["out"]
 
 
 @pytest.mark.parametrize(

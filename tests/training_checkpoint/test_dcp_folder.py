@@ -116,6 +116,31 @@ def test_targets_that_are_not_free_are_refused(source: Path, tmp_path: Path) -> 
     assert (tmp_path / "empty/.metadata").exists()
 
 
+@pytest.mark.parametrize("format", ["dcp", "shards"])
+def test_a_result_that_is_there_already_needs_no_more_and_another_one_is_refused(
+    request: pytest.FixtureRequest, tmp_path: Path, format: str
+) -> None:
+    source: Path = request.getfixturevalue("source" if format == "dcp" else "shards")
+    report = apply_to_checkpoint(source, PLAN, tmp_path / "out")
+    before = digests(tmp_path / "out")
+    assert apply_to_checkpoint(source, PLAN, tmp_path / "out") == report | {"is_there": True}
+    assert digests(tmp_path / "out") == before
+    refused(source, tmp_path / "out", "another plan or other options", Plan.identity({0: 8, 1: 8, 2: 8}))
+    with pytest.raises(SecateurError, match=r"not an empty folder$"):
+        apply_to_checkpoint(source, PLAN, tmp_path / "out", dry_run=True)
+    weights = next(name for name in before if name.endswith((".distcp", ".safetensors")))
+    for name in (weights, "plan.json", "report.json"):  # report.json is not JSON then
+        path = tmp_path / "out" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(SecateurError):
+            apply_to_checkpoint(source, PLAN, tmp_path / "out")
+        path.write_bytes(content)
+    (tmp_path / "out/more").touch()
+    refused(source, tmp_path / "out", "its files are others")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
 def test_other_files_are_copied_and_what_a_plan_cannot_reach_is_refused(source: Path, tmp_path: Path) -> None:
     (source / "rank").mkdir()
     (source / "rank/rng_state.pth").write_bytes(b"\0any")

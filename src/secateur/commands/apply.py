@@ -12,6 +12,7 @@ from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.plan_options import Force, Removed
 from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
+from secateur.files.new_folder import IS_THERE
 
 
 def apply(
@@ -94,8 +95,11 @@ def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:
     before, after = (sum(layer[f"experts_{when}"] for layer in layers) for when in ("before", "after"))
     tensors = sum(part["tensors_changed"] for part in report["checkpoints"])
     size = [in_words(report[f"bytes_{when}"]) for when in ("before", "after")]
+    did = "would write" if dry_run else "wrote"
     lines = [
-        f"{'would write' if dry_run else 'wrote'} {out}",
+        f"{out} is there already, as this command writes it; nothing was written"
+        if IS_THERE in report
+        else f"{did} {out}",
         f"experts {before} -> {after} in {len(layers)} layers, {tensors} tensors changed, {size[0]} -> {size[1]}",
     ]
     lines += [

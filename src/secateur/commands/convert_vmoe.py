@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.shown import show
+from secateur.files.new_folder import IS_THERE
 
 
 def convert_vmoe(
@@ -46,4 +47,5 @@ def convert_vmoe(
         f"{len(result.moe_layers)} of {result.num_layers} blocks"
     )
     words += f", {result.members} members" if result.members > 1 else ""
+    words += "; it was there already, as this command writes it" if IS_THERE in result.to_json() else ""
     show(result, words, as_json=as_json, quiet=quiet)

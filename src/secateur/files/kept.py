@@ -12,7 +12,7 @@ from secateur.files.work_folder import Work
 
 
 class Kept:
-    """The digests are in the note of the work, under "kept": without the note, or its digest, a file counts for nothing.
+    """The digests are in the note of the work, under "kept"; without its digest there, a file counts for nothing.
 
     A file is forgotten before it is written anew, and added when it is whole.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import re
@@ -44,12 +45,44 @@ def check_apart(source: Path, out: Path, option: str = "--out") -> None:
 def check_free(out: Path, option: str = "--out") -> None:
     """Raises SecateurError: a folder cannot be written here, as it holds something or is none."""
     if is_occupied(out):
-        raise SecateurError(f"{option} {out}: it is there already and not an empty folder")
+        raise occupied(out, option=option)
+
+
+def occupied(out: Path, why: object = None, *, option: str = "--out") -> SecateurError:
+    """The error about a target that is not free. why: what the command would have written is another thing."""
+    more = "" if why is None else f", and not what this command would write: {why}"
+    return SecateurError(f"{option} {out}: it is there already and not an empty folder{more}")
+
+
+def same_folders(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files with the same bytes, and no links."""
+    files = [{path.relative_to(root): path for path in root.rglob("*") if not path.is_dir()} for root in (one, other)]
+    return files[0].keys() == files[1].keys() and all(
+        not path.is_symlink() and path.is_file() and filecmp.cmp(path, files[1][name], shallow=False)
+        for name, path in files[0].items()
+    )
 
 
 def is_occupied(out: Path) -> bool:
     """Whether more than an empty folder has this name."""
     return out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+
+
+IS_THERE = "is_there"  # in what a function returns: the result was there already, and nothing had to be written
+
+
+@contextlib.contextmanager
+def compared_beside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to write into, compared with `out` when the block ends well, and removed in any case.
+
+    Raises:
+        SecateurError: they differ. OSError: the disk refused.
+    """
+    with _hidden(out.resolve()) as beside:
+        yield beside
+        if not same_folders(beside, out):
+            raise occupied(out, "its files are others")
+        shutil.rmtree(beside)
 
 
 @contextlib.contextmanager

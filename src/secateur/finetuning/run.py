@@ -229,8 +229,8 @@ def _check_same(before: Asked, now: Asked, told_by: Path) -> None:
             name = names[0]
             raise SecateurError(
                 f"--resume: the {what} is not the one that the run was started with: {what}.{name} in {told_by} is "
-                f"{was.get(name)!r:.{SHOWN}}, expected {now_is.get(name)!r:.{SHOWN}}; give what was given then, or begin "
-                "anew with --restart"
+                f"{was.get(name)!r:.{SHOWN}}, expected {now_is.get(name)!r:.{SHOWN}}; give what was given then, or "
+                "begin anew with --restart"
             )
 
 

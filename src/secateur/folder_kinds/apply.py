@@ -12,6 +12,7 @@ from secateur.errors import SecateurError
 from secateur.files.given import StrPath, check_given, check_least
 from secateur.files.new_folder import check_target
 from secateur.files.progress import OnProgress, OnStage, stage
+from secateur.model_folder.rewrite.report import REPORT
 from secateur.model_folder.rewrite.undo import holds_undo
 from secateur.plans import REMOVED, Plan
 from secateur.results import Result, Written
@@ -84,7 +85,8 @@ def apply(
         on_progress: called with ("writing", bytes written, bytes to write).
 
     Returns:
-        What was written: layers, bytes, folders.
+        What was written: layers, bytes, folders. Where the result is there already, byte for byte as it would be
+        written, it is left as it is, and "is_there" is in `to_json()`.
 
     Raises:
         SecateurError: the source is damaged or of no known kind, the plan does not fit, or a target is not free.
@@ -105,7 +107,7 @@ def apply(
         if dry_run or force or undo or mtp or removed or names != "auto" or ep != 1 or experts_from != "config":
             raise SecateurError(f"{plan}: an undo folder; it restores all of the source and takes no other option")
         return _restored(source, Path(plan), out, on_bytes)
-    if not force:
+    if not force and not (out / REPORT).is_file():  # an earlier result may be what would be written
         check_target(source, out)
     write = _writer(source)
     decided = _meaning(plan if isinstance(plan, Plan) else Plan.load(Path(plan)), removed)

@@ -24,7 +24,6 @@ from secateur.reporting.run_files import EvalPoint, RunFile
 from secateur.surgery.events import PruneEvent, read_events
 from secateur.train.checkpoints import step_of
 
-
 DIGESTS = "run-digests.json"  # in a checkpoint
 
 
@@ -179,8 +178,8 @@ class RunFolder:
         now = self._digests(step_of(checkpoint))
         if names := differing(before, now):
             raise SecateurError(
-                f"{self.path / names[0]}: it was changed, or taken away, since {checkpoint} was written; put it back, or "
-                "start a new run"
+                f"{self.path / names[0]}: it was changed, or taken away, since {checkpoint} was written; put it back, "
+                "or start a new run"
             )
 
     def _digests(self, step: int) -> dict[str, str]:

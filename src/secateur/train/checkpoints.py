@@ -32,7 +32,7 @@ SEALED = 2**26
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """complete.json: the run that a checkpoint is of, bytes of each of its files, and the SHA-256 of those up to SEALED.
+    """complete.json: the run that a checkpoint is of, the bytes of each file, and the SHA-256 of those up to SEALED.
 
     Without `sha256` an earlier release wrote it.
     """

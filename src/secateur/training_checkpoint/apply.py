@@ -13,7 +13,15 @@ from secateur import modeling_secateur
 from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write
 from secateur.files.json import read_json
-from secateur.files.new_folder import check_target, copy_file, written_beside
+from secateur.files.new_folder import (
+    IS_THERE,
+    check_apart,
+    check_target,
+    compared_beside,
+    copy_file,
+    occupied,
+    written_beside,
+)
 from secateur.files.progress import OnProgress, counted, silent
 from secateur.files.seen import Seen
 from secateur.plans import JSON, Plan, is_side_file
@@ -85,14 +93,18 @@ def apply_to_checkpoint(
         on_bytes: called with (bytes written, bytes to write).
 
     Returns:
-        The report, which is also written as report.json.
+        The report, which is also written as report.json. Where `out` is there already, byte for byte as it would be
+        written, nothing is written, and it also has IS_THERE.
 
     Raises:
         SecateurError: the source is not such a checkpoint or is damaged, or was changed meanwhile; the plan does not
             fit, `out` is not free.
         OSError: the disk refused; nothing is left under the name of `out`.
     """
-    check_target(source, out)
+    may_be_there = not dry_run and not out.is_symlink() and (out / REPORT).is_file()
+    if not may_be_there:
+        check_target(source, out)
+    check_apart(source, out)
     check_reroutes(plan)
     seen = Seen.of(path for path in sorted(source.rglob("*")) if path.is_file())
     parts = _parts(source, naming, plan)
@@ -107,7 +119,9 @@ def apply_to_checkpoint(
     report = describe(source, filled, parts, copied, configs)
     if dry_run:
         return report
-    with written_beside(out) as beside:
+    if may_be_there and read_json(out / REPORT) != json.loads(json.dumps(report)):
+        raise occupied(out, f"{REPORT} in it is of another source, another plan or other options")
+    with (compared_beside if may_be_there else written_beside)(out) as beside:
         _write_parts(parts, beside, on_bytes)
         for relative in copied:
             copy_file(source / relative, beside / relative)
@@ -123,7 +137,7 @@ def apply_to_checkpoint(
         atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
         seen.check([*(source / part.folder / name for part in parts for name in part.stored.files),
                     *(source / relative for relative in others)])  # fmt: skip
-    return report
+    return report | {IS_THERE: True} if may_be_there else report
 
 
 def _parts(source: Path, naming: Naming | None, plan: Plan) -> list[Part]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from secateur import modeling_secateur
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
-from secateur.files.new_folder import check_target, copy_file, roll_back, written_beside, written_together
+from secateur.files.new_folder import IS_THERE, check_target, is_occupied, roll_back, written_beside, written_together
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.read.model_folder import BY_CONFIG, ModelFolder, read_model_folder
-from secateur.model_folder.read.tensor_files import CONFIG, TensorFiles
+from secateur.model_folder.read.tensor_files import CONFIG, INDEX, TensorFiles
+from secateur.model_folder.rewrite.already import check_is_there, holds_result
 from secateur.model_folder.rewrite.card import card
 from secateur.model_folder.rewrite.compare import verify_written
 from secateur.model_folder.rewrite.config_json import edited_config
@@ -23,8 +23,9 @@ from secateur.model_folder.rewrite.pieces import dropped_tensors, kept_tensors
 from secateur.model_folder.rewrite.replace import check_out
 from secateur.model_folder.rewrite.report import REPORT, describe, page
 from secateur.model_folder.rewrite.side_files import CARD, CODE, PAGE, PLAN, side_files
+from secateur.model_folder.rewrite.target import Target
 from secateur.model_folder.rewrite.undo import write_undo
-from secateur.model_folder.rewrite.writer import Shard, file_metadata, into_shards, write_index, write_shard
+from secateur.model_folder.rewrite.writer import Shard, file_metadata, index_of, into_shards
 from secateur.model_folder.rewrite.zero_slots import check_buildable, check_removal
 from secateur.plans import JSON, Plan
 from secateur.surgery.config_json import is_pruned, loading_lines
@@ -65,7 +66,8 @@ def apply_to_model(
         finish: called with the complete folder before it gets its name; what it raises undoes everything.
 
     Returns:
-        The report, which is also written as report.json.
+        The report, which is also written as report.json. Where `out` and `undo` are there already, byte for byte as
+        they would be written, nothing is written, and it also has IS_THERE.
 
     Raises:
         SecateurError: the source is damaged or is no such model, or was changed meanwhile; the plan does not fit, `out`
@@ -74,10 +76,8 @@ def apply_to_model(
     """
     if undo is not None and not dry_run:
         roll_back(out, undo)
-    replaces = check_out(source, out, force=force)
-    if undo is not None:
-        check_target(source, undo, "--undo")
-        check_target_pair(out, undo)
+    may_be_there = not (force or dry_run) and holds_result(out) and (undo is None or is_occupied(undo))
+    replaces = not may_be_there and _check_targets(source, out, undo, force=force)
     folder = read_model_folder(source, experts_from)
     _check_plan(folder, plan, expert_parallel, mtp)
     filled = plan.filled(folder.all_counts)  # lists every layer; what is saved is the plan that was given
@@ -98,28 +98,36 @@ def apply_to_model(
     limit = None if folder.files.index is None else _largest_file(folder.files)
     shards = into_shards(kept, limit)
     on_chunk = counted(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
-    with _written(out, undo, replaces) as (beside, side):
-        write_weights(folder.files, shards, beside, on_chunk)
+
+    def fill(target: Target, beside: Path, side: Path | None) -> None:
+        write_weights(folder.files, shards, beside, on_chunk, target)
         if limit is not None:
-            write_index(beside, shards, index_metadata(folder.files, sum(tensor.length for tensor in kept)))
+            metadata = index_metadata(folder.files, sum(tensor.length for tensor in kept))
+            target.text(beside / INDEX, index_of(shards, metadata))
         for relative in beside_weights.copied:
-            copy_file(source / relative, beside / relative)
+            target.copy(source / relative, beside / relative)
         for relative, content in beside_weights.rewritten.items():
-            (beside / relative).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(beside / relative, content)
-        atomic_write(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            target.text(beside / relative, content)
+        target.text(beside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if is_pruned(config):
-            atomic_write(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
-        history.save(beside / PLAN)
-        verify_written(folder, read_model_folder(beside), filled, left_out, ENDS)
+            target.text(beside / CODE, Path(modeling_secateur.__file__).read_text(encoding="utf-8"))
+        target.plan(beside / PLAN, history)
         original = source / CARD
         text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else None
-        atomic_write(beside / CARD, card(report, text, loading_lines(config)))
-        atomic_write(beside / PAGE, page(report))
-        atomic_write(beside / REPORT, json.dumps(report, indent=2) + "\n")
+        target.text(beside / CARD, card(report, text, loading_lines(config)))
+        target.text(beside / PAGE, page(report))
+        target.text(beside / REPORT, json.dumps(report, indent=2) + "\n")
         if side is not None:
             write_undo(folder.files, plan, mtp, into_shards(dropped, _largest_file(folder.files), stem="dropped"), side,
-                       beside_weights.copied, on_chunk)  # fmt: skip
+                       beside_weights.copied, on_chunk, target)  # fmt: skip
+
+    if may_be_there:
+        check_is_there(source, out, undo, report, fill)
+        folder.files.check_unchanged()
+        return report | {IS_THERE: True}
+    with _written(out, undo, replaces) as (beside, side):
+        fill(Target(), beside, side)
+        verify_written(folder, read_model_folder(beside), filled, left_out, ENDS)
         finish(beside)
         if replaces:
             check_out(source, out, force=True)  # nobody has put anything else there meanwhile
@@ -145,11 +153,20 @@ def check_target_pair(out: Path, undo: Path) -> None:
         raise SecateurError(f"--undo {undo}: it and --out {out} are the same or inside each other")
 
 
-def write_weights(folder: TensorFiles, shards: list[Shard], target: Path, on_chunk: OnChunk) -> None:
+def write_weights(folder: TensorFiles, shards: list[Shard], beside: Path, on_chunk: OnChunk, target: Target) -> None:
     """Write files whose bytes come from the files of `folder`."""
     metadata = file_metadata(folder)
     for shard in shards:
-        write_shard(shard, lambda file: folder.path / file, target / shard.file, metadata, on_chunk)
+        target.shard(shard, lambda file: folder.path / file, beside / shard.file, metadata, on_chunk)
+
+
+def _check_targets(source: Path, out: Path, undo: Path | None, *, force: bool) -> bool:
+    """Whether `out` holds a result to replace; raises SecateurError where a target is not free."""
+    replaces = check_out(source, out, force=force)
+    if undo is not None:
+        check_target(source, undo, "--undo")
+        check_target_pair(out, undo)
+    return replaces
 
 
 def _check_plan(folder: ModelFolder, plan: Plan, expert_parallel: int, mtp: str | None) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import msgspec
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
 from secateur.files.digest import sha256_of
 from secateur.files.json import read_object
 from secateur.files.new_folder import check_target, copy_file, written_beside
@@ -27,7 +26,8 @@ from secateur.files.seen import Seen
 from secateur.model_folder.read.model_folder import BY_FILES, ModelFolder, understand
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, dropped_tensors, kept_tensors
-from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
+from secateur.model_folder.rewrite.target import Target
+from secateur.model_folder.rewrite.writer import Shard, Writer
 from secateur.plans import Plan
 from secateur.surgery.fits import check_copies
 
@@ -47,26 +47,26 @@ def write_undo(
     side: Path,
     copied: Sequence[PurePosixPath],
     on_chunk: OnChunk,
+    target: Target,
 ) -> None:
     """Fill the new folder `side`.
 
     Args:
         dropped: the files to write, with what the pruned folder lacks. copied: files that are the same there.
+        target: takes the files.
     """
     for shard in dropped:
-        write_shard(shard, lambda file: folder.path / file, side / shard.file, {"format": "pt"}, on_chunk)
+        target.shard(shard, lambda file: folder.path / file, side / shard.file, {"format": "pt"}, on_chunk)
     weights = {}
     for name, header in folder.headers.items():
         path = folder.path / name
-        kept = side / HEADERS / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as file:
-            atomic_write(kept, file.read(header.data_start))
+            target.text(side / HEADERS / name, file.read(header.data_start))
         weights[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     index = [] if folder.index is None else [PurePosixPath(INDEX)]
     replaced = [PurePosixPath(CONFIG), *index, *(name for name in folder.others if name not in copied)]
     for relative in replaced:
-        copy_file(folder.path / relative, side / FILES / relative)
+        target.copy(folder.path / relative, side / FILES / relative)
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -77,7 +77,7 @@ def write_undo(
         "replaced": [str(relative) for relative in replaced],
         "copied": {str(relative): sha256_of(folder.path / relative) for relative in copied},
     }
-    atomic_write(side / RECORD, json.dumps(record, indent=2) + "\n")
+    target.text(side / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silent) -> dict[str, Any]:

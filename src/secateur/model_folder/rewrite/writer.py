@@ -12,10 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
 from secateur.files.progress import OnChunk
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
-from secateur.model_folder.read.tensor_files import INDEX, TensorFiles
+from secateur.model_folder.read.tensor_files import TensorFiles
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
@@ -56,29 +55,31 @@ def write_shard(
     target: Path,
     metadata: Mapping[str, str],
     on_chunk: OnChunk,
+    *,
+    writer: type[Writer] | None = None,
 ) -> None:
     """Write one file and flush it to the disk.
 
     Args:
-        source: the path of a file that a piece names.
+        source: the path of a file that a piece names. writer: what takes the pieces; a `Writer`.
 
     Raises:
         OSError: the disk refused. SecateurError: a source file has become shorter, the header would be too long, or a
             piece is of a kind that APPEND does not know.
     """
     header = _header(shard.tensors, metadata)
-    with Writer(target, source, on_chunk) as writer:
-        writer.put(header)
+    with (writer or Writer)(target, source, on_chunk) as opened:
+        opened.put(header)
         for tensor in shard.tensors:
             for piece in tensor.pieces:
-                writer.append(piece)
+                opened.append(piece)
 
 
-def write_index(folder: Path, shards: Iterable[Shard], metadata: Mapping[str, object]) -> None:
+def index_of(shards: Iterable[Shard], metadata: Mapping[str, object]) -> str:
     """The list of the files' tensors, as transformers reads it."""
     listed = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     index = {"metadata": dict(metadata), "weight_map": dict(sorted(listed.items()))}
-    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return json.dumps(index, indent=2) + "\n"
 
 
 def file_metadata(folder: TensorFiles) -> dict[str, str]:
@@ -144,6 +145,9 @@ class Writer:
             except OSError as error:
                 if error.errno not in CANNOT:
                     raise
+        return self._through_memory(descriptor, start, length)
+
+    def _through_memory(self, descriptor: int, start: int, length: int) -> int:
         data = os.pread(descriptor, min(length, BUFFER), start)
         self.put(data, of_piece=True)
         return len(data)

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.files.atomic import atomic_write
 from secateur.files.given import StrPath, check_given
-from secateur.files.new_folder import check_free, written_beside
+from secateur.files.new_folder import IS_THERE, check_free, compared_beside, is_occupied, written_beside
 from secateur.files.progress import OnStage, no_loading_bars
 from secateur.files.refused import refused_by_the_disk
 from secateur.files.seen import Seen
@@ -19,6 +19,7 @@ from secateur.models.vmoe.pixels import FILE, default_pixels
 from secateur.results import Written
 
 FORMAT, VERSION = "secateur-convert-vmoe", 1
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ def convert_vmoe(
         on_progress: never called, as no part of the work is known to be half of it; every function takes it.
 
     Returns:
-        The folder, and the sizes of the model.
+        The folder, and the sizes of the model. Where the folder is there already, byte for byte as it would be
+        written, it is left as it is, and "is_there" is in `to_json()`.
 
     Raises:
         SecateurError: `out` is not free, the files are damaged, or hold another model.
@@ -74,7 +76,9 @@ def convert_vmoe(
     """
     check_given(convert_vmoe, locals())
     prefix, out = Path(prefix), Path(out)
-    check_free(out)
+    may_be_there = is_occupied(out) and all((out / name).is_file() for name in (CONFIG, FILE))
+    if not may_be_there:
+        check_free(out)
     prefix = prefix.with_name(prefix.name.removesuffix(".index"))
     seen = Seen.of(path for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.*")) if path.is_file())
     model = read_vmoe(
@@ -86,7 +90,7 @@ def convert_vmoe(
         group_images=group_images,
     )
     config: Any = model.config
-    with written_beside(out) as beside:
+    with (compared_beside if may_be_there else written_beside)(out) as beside:
         with refused_by_the_disk(beside), no_loading_bars():
             model.save_pretrained(beside)
         atomic_write(beside / FILE, json.dumps(default_pixels(config), indent=2) + "\n")
@@ -108,5 +112,6 @@ def convert_vmoe(
             "moe_layers": list(config.moe_layers),
             "experts": config.num_experts,
             "members": config.ensemble_size,
+            **({IS_THERE: True} if may_be_there else {}),
         },
     )
