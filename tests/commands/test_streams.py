@@ -12,14 +12,16 @@ from rich.progress import Progress
 from secateur import cli
 from secateur.commands import bars
 from secateur.commands.exits import fail
-from secateur.commands.streams import all_signs_printable
+from secateur.commands.streams import all_signs_printable, check_words
+from secateur.errors import SecateurError
 
 
-def test_signs_that_the_terminal_does_not_have_are_written_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_signs_that_the_terminal_does_not_have_are_written_in_ascii(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     out = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    monkeypatch.setattr(sys, name, io.TextIOWrapper(out, encoding="ascii"))
     all_signs_printable()
-    print("1 ± 2 \udcff é", flush=True)
+    print("1 ± 2 \udcff é", flush=True, file=getattr(sys, name))
     assert out.getvalue() == b"1 +- 2 \\udcff \\xe9\n"
 
 
@@ -40,3 +42,5 @@ def test_an_empty_argument_is_refused(monkeypatch: pytest.MonkeyPatch, capfd: py
         cli.main()
     assert caught.value.code == 2
     assert capfd.readouterr().err.startswith("error: an empty argument after 'inspect'")
+    with pytest.raises(SecateurError, match="an empty argument as the command"):
+        check_words(["", "inspect"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 
-from secateur.files.atomic import atomic_write
+from secateur.files.atomic import atomic_write, write_together
 
 
 def test_a_new_file_has_the_permissions_any_new_file_gets(tmp_path: Path) -> None:
@@ -25,8 +26,9 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_beside_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         atomic_write(tmp_path / "file", "new")
+    assert caught.value.filename == str(tmp_path / "file")  # which fsync does not know
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -36,3 +38,16 @@ def test_text_is_utf8_and_bytes_are_as_given(tmp_path: Path) -> None:
     atomic_write(tmp_path / "bytes", b"\x00\xff")
     assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\n"
     assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+
+
+def test_of_files_that_are_written_together_no_new_one_stays_after_an_error(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+
+    def write(name: str) -> None:
+        if name == "last":
+            raise OSError(28, "No space left on device")
+        (tmp_path / name).write_text("new")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_together({tmp_path / name: functools.partial(write, name) for name in ("new", "old", "last")})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "new"}

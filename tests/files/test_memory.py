@@ -60,6 +60,9 @@ def test_a_container_that_sees_its_own_part_of_the_tree_is_found_in_it(tmp_path:
     files = {"memory.max": "6000", "memory.current": "1000"}
     assert free_memory(_v2(tmp_path / "1", files, group="0::/docker/7", top="/docker/7")) == 5000
     assert free_memory(_v2(tmp_path / "2", files, group="0::/", top="/../..")) == 5000
+    _machine(
+        tmp_path / "3", group="", mount="", files={"sys/fs/other/memory.max": "9", "sys/fs/other/memory.current": "1"}
+    )
     assert free_memory(_v2(tmp_path / "3", files, group="0::/../other", top="/")) == 5000
 
 

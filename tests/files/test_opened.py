@@ -38,6 +38,17 @@ def test_what_is_no_file_is_refused_by_name_and_reason(
         read(Path("odd"))
 
 
+def test_a_pipe_is_a_file_only_where_that_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    both = os.open(tmp_path / "pipe", os.O_RDWR)  # somebody writes
+    os.write(both, b"{}")
+    with pytest.raises(SecateurError, match="it is a pipe, expected a file"), opened(tmp_path / "pipe"):
+        raise AssertionError
+    with opened(tmp_path / "pipe", pipes=True) as file:
+        assert os.read(file.fileno(), 2) == b"{}"
+    os.close(both)
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"{}")
 

@@ -130,3 +130,9 @@ def test_the_first_cause_that_the_system_names_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="quota") as caught, refused_by_the_disk(tmp_path / "file"):
         fail()
     assert caught.value.filename == str(tmp_path / "file")
+
+
+def test_a_file_that_is_made_to_ask_the_disk_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), refused_by_the_disk(tmp_path / "file"):
+        raise RuntimeError("a bug")
+    assert list(tmp_path.iterdir()) == []

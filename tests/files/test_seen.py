@@ -66,3 +66,20 @@ def test_of_a_large_file_only_what_the_folder_says_of_it_is_compared(tmp_path: P
     write_over(path)
     with pytest.raises(SecateurError, match="it was written to"):
         seen.check()
+
+
+def test_what_may_not_be_read_is_left_to_whoever_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a").write_text("a")
+    monkeypatch.setattr("secateur.files.seen.sha256_of", refuse)
+    Seen.of([tmp_path / "a"]).check()
+
+
+def test_of_a_folder_its_own_files_count_but_for_those_that_only_people_read(tmp_path: Path) -> None:
+    for name in ("a.json", "README.md", "report.html", "inside/b.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    assert Seen.beside_each_other(tmp_path).states.keys() == {tmp_path / "a.json"}
+    assert Seen.beside_each_other(tmp_path / "nowhere") == Seen()
