@@ -128,11 +128,11 @@ def _sums(name: str, weights: Tensor) -> tuple[float, float]:
     if not weights.is_floating_point():
         raise SecateurError(f"{name} has type {weights.dtype}, expected floating point; decode quantised weights first")
     absolute = square = 0.0
+    # one for all chunks: to get memory takes longer than the sums
+    buffer = torch.empty(min(CHUNK, weights.numel()), dtype=torch.float64, device=weights.device)
     for chunk in weights.detach().flatten().split(CHUNK):  # type: ignore[no-untyped-call]
-        wide = chunk.to(torch.float64)
+        wide = buffer[: len(chunk)].copy_(chunk)
         square += float(torch.dot(wide, wide))
-        if chunk.dtype is torch.float64:
-            wide = wide.clone()  # `to` gave the weights themselves
         absolute += float(wide.abs_().sum())
     if not torch.isfinite(torch.tensor([absolute, square])).all():
         raise SecateurError(f"{name} has entries that are not finite")

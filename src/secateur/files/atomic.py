@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,6 +97,23 @@ def fsync_file(path: Path) -> None:
     """Put on the disk what another library wrote."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def flushed_meanwhile() -> Iterator[Callable[[Path], None]]:
+    """Gives what begins to put a file on the disk while other work goes on; all are there when the block ends well.
+
+    Raises:
+        OSError: the disk refused one.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        begun: list[Future[None]] = []
+        try:
+            yield lambda path: begun.append(pool.submit(fsync_file, path))
+            for one in begun:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def fsync_tree(folder: Path) -> None:

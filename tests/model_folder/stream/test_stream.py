@@ -59,8 +59,13 @@ def test_one_layer_at_a_time_is_in_memory_and_each_is_read_once(
     files = sum(one.length for one in found_in(tmp_path / "model").files.tensors.values())
     assert sum(sizes.values()) == files
     read: list[int] = []
-    original = LazyTensor.__getitem__
-    monkeypatch.setattr(LazyTensor, "__getitem__", lambda self, index: seen(read, original(self, index)))
+    original = LazyTensor.read_into
+
+    def read_into(self: LazyTensor, memory: memoryview) -> None:
+        read.append(len(memory))
+        original(self, memory)
+
+    monkeypatch.setattr(LazyTensor, "read_into", read_into)
     in_memory: list[int] = []
     steps: list[tuple[int, int]] = []
 
@@ -115,11 +120,6 @@ def test_a_streamed_model_can_be_run_again(tmp_path: Path) -> None:
         streamed.run_layers(BATCHES, states)
         runs.append([states.get(3, index)[0] for index in range(len(BATCHES))])
     assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
-
-
-def seen(read: list[int], tensor: Tensor) -> Tensor:
-    read.append(tensor.nbytes)
-    return tensor
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])

@@ -21,7 +21,7 @@ from secateur.errors import SecateurError
 from secateur.families import logits_of
 from secateur.model_folder.checks.check import LONGEST, Check
 from secateur.model_folder.checks.contents import Pruning
-from secateur.model_folder.checks.oracle import without_dropped
+from secateur.model_folder.checks.oracle import kept_spans, without_dropped
 from secateur.model_folder.checks.sample import NEW_TOKENS, generated, is_of_images, sample_for
 from secateur.model_folder.read.load import UNEXPECTED, WHILE_LOADING, load, problems_by_names, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -146,7 +146,7 @@ def _cannot(source: ModelFolder, why: object) -> str:
 
 def _streamed(folder: ModelFolder, sample: Tensor, source_of: Pruning | None = None) -> Run:
     """One decoder layer in memory at a time; of a source without what its pruning drops."""
-    streamed = StreamedModel(folder)
+    streamed = StreamedModel(folder, spans={} if source_of is None else kept_spans(folder, source_of.plan))
     batches, states, logits = [Batch(input_ids=sample)], KeptStates(), []
     changed: AbstractContextManager[None] = nullcontext()
     if source_of is not None:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from secateur.families import describe_moe
 from secateur.model_folder.read.load import text_model
 from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.rewrite.pieces import copies_of
+from secateur.model_folder.stream.lazy_tensor import Span
 from secateur.modeling_secateur import layer_of
 from secateur.observation.call import read_call
 from secateur.plans import LayerPlan, Plan
@@ -45,6 +47,24 @@ def silenced(model: PreTrainedModel, folder: ModelFolder, plan: Plan) -> Iterato
             vars(experts)["forward"] = _without(f"layer {layer}: experts", gone, experts.forward)
             stack.callback(vars(experts).pop, "forward")
         yield
+
+
+def kept_spans(folder: ModelFolder, plan: Plan) -> dict[str, list[Span]]:
+    """What to read of the tensors of experts, when no dropped one can be chosen: of each, its name in the files."""
+    spans: dict[str, list[Span]] = {}
+    for name, place in folder.located.items():
+        if place.role != "expert" or not (gone := plan.layers[place.layer].gone):
+            continue
+        tensor = folder.files.tensors[name]
+        if place.spec is None:
+            if place.expert in gone:
+                spans[name] = []
+            continue
+        layer_plan = plan.layers[place.layer]
+        rows = place.spec.rows(sorted(layer_plan.order), layer_plan.experts_before)
+        copies = copies_of(name, tensor, place.spec.axis.dim, rows)
+        spans[name] = [(piece.start - tensor.start, piece.length) for piece in copies]
+    return spans
 
 
 def _experts(text: PreTrainedModel, folder: ModelFolder) -> dict[int, nn.Module]:

@@ -1,4 +1,4 @@
-"""Sums over the weights of a model folder, for criteria without data; one expert of one tensor in memory at a time.
+"""Sums over the weights of a model folder, for criteria without data; WORKERS times one tensor of one expert in memory.
 
 The projection matrices of an expert are its tensors with two axes or more; what has fewer is a bias or a scale and does
 not count. The row of a router is what has more than one number an expert; one number an expert is a bias of it.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
-from typing import BinaryIO
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.pieces import Copy, copies_of, whole
 
+WORKERS = min(4, os.cpu_count() or 1)
 DTYPES = torch_dtypes("F64 F32 F16 BF16")
 # what a criterion needs -> whose tensors those are, and what becomes of one expert's
 READERS = {"expert weights": ("expert", WeightStats.of_experts), "router weights": ("router", WeightStats.of_router)}
@@ -49,19 +54,18 @@ def weight_stats(
     tensors = {name: folder.files.tensors[name] for name in places}
     _check_types(needs, tensors)
     matrices = [name for name, tensor in tensors.items() if _is_matrix(tensor, places[name])]
-    total, done = sum(tensors[name].length for name in matrices), 0
+    matrices.sort(key=lambda name: (tensors[name].file, tensors[name].start))
+    parts = [part for name in matrices for part in _by_expert(name, tensors[name], places[name], folder)]
+    total, done = sum(part.length for part in parts), 0
     sums: dict[int, WeightStats] = {}
-    for file, names in itertools.groupby(sorted(matrices, key=lambda name: _where(tensors[name])), _file_in(tensors)):
-        with (folder.files.path / file).open("rb") as opened:
-            for name in names:
-                place, tensor = places[name], tensors[name]
-                count = folder.all_counts[place.layer]
-                for expert, copies in _by_expert(name, tensor, place, count):
-                    row = _read(opened, folder.files.path / file, copies, DTYPES[tensor.dtype])
-                    one = sums_of(name, row[None], first=expert, num_experts=count)
-                    sums[place.layer] = sums[place.layer] + one if place.layer in sums else one
-                done += tensor.length
-                on_bytes(done, total)
+    with _workers() as pool:
+        for file, of_file in itertools.groupby(parts, lambda part: part.copies[0].file):
+            with (folder.files.path / file).open("rb", buffering=0) as opened:
+                here = list(of_file)
+                for part, one in zip(here, pool.map(partial(_sums, sums_of, opened), here), strict=True):
+                    sums[part.layer] = sums[part.layer] + one if part.layer in sums else one
+                    done += part.length
+                    on_bytes(done, total)
     return dict(sorted(sums.items()))
 
 
@@ -77,11 +81,9 @@ def router_rows(folder: ModelFolder) -> dict[int, dict[str, Tensor]]:
         if place.role != "router" or place.layer not in folder.counts or not _is_matrix(tensor, place):
             continue
         _check_types("router weights", {name: tensor})
-        path = folder.files.path / tensor.file
         mine = rows.setdefault(place.layer, {}).setdefault(place.key, [])
-        with path.open("rb") as opened:
-            for _, copies in _by_expert(name, tensor, place, folder.counts[place.layer]):
-                mine.append(_read(opened, path, copies, DTYPES[tensor.dtype]))
+        with (folder.files.path / tensor.file).open("rb", buffering=0) as opened:
+            mine += [_read(opened, part) for part in _by_expert(name, tensor, place, folder)]
     return {layer: {key: torch.stack(one) for key, one in keys.items()} for layer, keys in sorted(rows.items())}
 
 
@@ -105,33 +107,59 @@ def _is_matrix(tensor: StoredTensor, place: ExpertPart) -> bool:
     return entries > 1 if place.role == "router" else axes > 1 and entries > 0
 
 
-def _where(tensor: StoredTensor) -> tuple[str, int]:
-    return tensor.file, tensor.start
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Of a tensor, what one expert of the `count` of its layer has, and where its bytes are."""
+
+    name: str
+    dtype: torch.dtype
+    layer: int
+    expert: int
+    count: int
+    copies: tuple[Copy, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(piece.length for piece in self.copies)
 
 
-def _file_in(tensors: dict[str, StoredTensor]) -> Callable[[str], str]:
-    return lambda name: tensors[name].file
+def _by_expert(name: str, tensor: StoredTensor, place: ExpertPart, folder: ModelFolder) -> Iterator[_Part]:
+    """One for every expert that the tensor holds."""
+    count, dtype = folder.all_counts[place.layer], DTYPES[tensor.dtype]
+    found: dict[int, tuple[Copy, ...]] = {place.expert: (whole(tensor),)}
+    if (spec := place.spec) is not None:  # by rows, without those that belong to no expert
+        rows = [spec.rows([expert], count)[:1] for expert in range(count)]
+        found = {expert: tuple(copies_of(name, tensor, spec.axis.dim, of_one)) for expert, of_one in enumerate(rows)}
+    for expert, copies in found.items():
+        yield _Part(name=name, dtype=dtype, layer=place.layer, expert=expert, count=count, copies=copies)
 
 
-def _by_expert(
-    name: str, tensor: StoredTensor, place: ExpertPart, count: int
-) -> Iterator[tuple[int, tuple[Copy, ...]]]:
-    """(expert, where its bytes are), for every expert that the tensor holds."""
-    if place.spec is None:
-        yield place.expert, (whole(tensor),)
-        return
-    for expert in range(count):
-        rows = place.spec.rows([expert], count)[:1]  # without those that belong to no expert
-        yield expert, tuple(copies_of(name, tensor, place.spec.axis.dim, rows))
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that work on one expert each; that several work on one costs more, where others use the machine too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of those that begin now
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
-def _read(file: BinaryIO, path: Path, copies: tuple[Copy, ...], dtype: torch.dtype) -> Tensor:
-    """The entries of the bytes, one after another, in one axis."""
-    data = bytearray(sum(piece.length for piece in copies))
-    view, at = memoryview(data), 0
-    for piece in copies:
-        file.seek(piece.start)
-        if file.readinto(view[at : at + piece.length]) != piece.length:  # type: ignore[attr-defined]
-            raise SecateurError(f"{path}: it has become shorter while it was read")
-        at += piece.length
-    return torch.frombuffer(data, dtype=dtype)
+def _sums(sums_of: Callable[..., WeightStats], file: FileIO, part: _Part) -> WeightStats:
+    return sums_of(part.name, _read(file, part)[None], first=part.expert, num_experts=part.count)
+
+
+def _read(file: FileIO, part: _Part) -> Tensor:
+    """The entries of a part, one after another, in one axis."""
+    data = bytearray(part.length)
+    view = memoryview(data)
+    for piece in part.copies:
+        done = 0
+        while done < piece.length:
+            count = os.preadv(file.fileno(), [view[done : piece.length]], piece.start + done)
+            if not count:
+                raise SecateurError(f"{file.name}: it has become shorter while it was read")
+            done += count
+        view = view[piece.length :]
+    return torch.frombuffer(data, dtype=part.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 from secateur import modeling_secateur
 from secateur.errors import SecateurError
+from secateur.files.atomic import flushed_meanwhile
 from secateur.files.new_folder import IS_THERE, check_target, is_occupied, roll_back, written_beside, written_together
 from secateur.files.progress import OnChunk, OnProgress, counted, silent
 from secateur.model_folder.read.facts import model_facts
@@ -100,7 +101,7 @@ def apply_to_model(
     on_chunk = counted(sum(tensor.length for tensor in (*kept, *dropped)), on_bytes)
 
     def fill(target: Target, beside: Path, side: Path | None) -> None:
-        write_weights(folder.files, shards, beside, on_chunk, target)
+        # the small files first: once there is much to write, each would wait for all of it
         if limit is not None:
             metadata = index_metadata(folder.files, sum(tensor.length for tensor in kept))
             target.text(beside / INDEX, index_of(shards, metadata))
@@ -117,6 +118,7 @@ def apply_to_model(
         target.text(beside / CARD, card(report, text, loading_lines(config)))
         target.text(beside / PAGE, page(report))
         target.text(beside / REPORT, json.dumps(report, indent=2) + "\n")
+        write_weights(folder.files, shards, beside, on_chunk, target)
         if side is not None:
             write_undo(folder.files, plan, mtp, into_shards(dropped, _largest_file(folder.files), stem="dropped"), side,
                        beside_weights.copied, on_chunk, target)  # fmt: skip
@@ -126,7 +128,8 @@ def apply_to_model(
         folder.files.check_unchanged()
         return report | {IS_THERE: True}
     with _written(out, undo, replaces) as (beside, side):
-        fill(Target(), beside, side)
+        with flushed_meanwhile() as flush:
+            fill(Target(flush), beside, side)
         verify_written(folder, read_model_folder(beside), filled, left_out, ENDS)
         finish(beside)
         if replaces:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.files.atomic import atomic_write
+from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.new_folder import copy_file
 from secateur.files.progress import OnChunk
 from secateur.model_folder.rewrite.compare import same_files
@@ -16,7 +16,10 @@ from secateur.plans import Plan, is_side_file
 
 
 class Target:
-    """Writes every file that it is given."""
+    """Writes every file that it is given; `flush` puts one of weights on the disk, or begins to."""
+
+    def __init__(self, flush: Callable[[Path], object] = fsync_file) -> None:
+        self._flush = flush
 
     def shard(
         self,
@@ -27,7 +30,7 @@ class Target:
         on_chunk: OnChunk,
     ) -> None:
         """A file of weights, see `write_shard`."""
-        write_shard(shard, source, path, metadata, on_chunk)
+        write_shard(shard, source, path, metadata, on_chunk, flush=self._flush)
 
     def text(self, path: Path, content: str | bytes) -> None:
         """A small file."""
@@ -51,6 +54,7 @@ class Comparison(Target):
     """Compares, byte for byte, and writes nothing; raises `DifferentError`, which names the file."""
 
     def __init__(self) -> None:
+        super().__init__(flush=lambda path: None)
         self._same: set[Path] = set()
 
     def shard(
@@ -62,7 +66,7 @@ class Comparison(Target):
         on_chunk: OnChunk,
     ) -> None:
         self._expect(path, path.is_file())
-        write_shard(shard, source, path, metadata, on_chunk, writer=Comparer)
+        write_shard(shard, source, path, metadata, on_chunk, flush=self._flush, writer=Comparer)
 
     def text(self, path: Path, content: str | bytes) -> None:
         wanted = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files.atomic import fsync_file
 from secateur.files.progress import OnChunk
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
 from secateur.model_folder.read.tensor_files import TensorFiles
@@ -56,19 +57,21 @@ def write_shard(
     metadata: Mapping[str, str],
     on_chunk: OnChunk,
     *,
+    flush: Callable[[Path], object] = fsync_file,
     writer: type[Writer] | None = None,
 ) -> None:
     """Write one file and flush it to the disk.
 
     Args:
-        source: the path of a file that a piece names. writer: what takes the pieces; a `Writer`.
+        source: the path of a file that a piece names.
+        flush: what puts the file on the disk, or begins to. writer: what takes the pieces; a `Writer`.
 
     Raises:
         OSError: the disk refused. SecateurError: a source file has become shorter, the header would be too long, or a
             piece is of a kind that APPEND does not know.
     """
     header = _header(shard.tensors, metadata)
-    with (writer or Writer)(target, source, on_chunk) as opened:
+    with (writer or Writer)(target, source, on_chunk, flush) as opened:
         opened.put(header)
         for tensor in shard.tensors:
             for piece in tensor.pieces:
@@ -89,10 +92,16 @@ def file_metadata(folder: TensorFiles) -> dict[str, str]:
 
 
 class Writer:
-    """A new file that takes pieces, one after another; it is on the disk when the block ends."""
+    """A new file that takes pieces, one after another; it is flushed when the block ends, see `write_shard`."""
 
-    def __init__(self, target: Path, source: Callable[[str], Path], on_chunk: OnChunk) -> None:
-        self._target, self._source, self._on_bytes = target, source, on_chunk
+    def __init__(
+        self,
+        target: Path,
+        source: Callable[[str], Path],
+        on_chunk: OnChunk,
+        flush: Callable[[Path], object] = fsync_file,
+    ) -> None:
+        self._target, self._source, self._on_bytes, self._flush = target, source, on_chunk, flush
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> Writer:
@@ -100,12 +109,10 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                os.fsync(self._out)
-        finally:
-            for descriptor in (self._out, *self._open.values()):
-                os.close(descriptor)
+        for descriptor in (self._out, *self._open.values()):
+            os.close(descriptor)
+        if kind is None:
+            self._flush(self._target)
 
     def append(self, piece: Piece) -> None:
         """Append the bytes of a piece by the rule for its kind, and report them."""

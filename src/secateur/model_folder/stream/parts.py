@@ -7,7 +7,7 @@ names and packings go through its own conversion, and what no file holds is comp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +30,8 @@ from secateur.files.progress import no_loading_bars
 from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.load import DTYPES, text_model
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.stream.lazy_tensor import LazyTensor
+from secateur.model_folder.stream.lazy_tensor import LazyTensor, Span, UnreadTensor
+from secateur.model_folder.stream.placed import PlacingConverter, with_placing
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config, replace_tensor_
 
 RECORDS = ("output_router_logits", "output_hidden_states", "output_attentions")  # what a forward may keep of all layers
@@ -47,13 +48,16 @@ class PartModel:
     those outside; parts of other models than the text model (images, sounds) are never filled.
     """
 
-    def __init__(self, folder: ModelFolder, device: str) -> None:
+    def __init__(self, folder: ModelFolder, device: str, spans: Mapping[str, Sequence[Span]]) -> None:
         """
+        Args:
+            spans: what is read of the tensors that it names; all of the others.
+
         Raises:
             SecateurError: a quantised model, a tensor that is missing, unknown or of a type to be decoded first.
         """
         _refuse_quantised(folder)
-        self._folder, self._device = folder.files, device
+        self._folder, self._device, self._spans = folder.files, device, spans
         self.model, self.dtype = _build(folder)
         self.text = text_model(self.model, folder)
         self._text_path = _path_of(self.model, self.text)
@@ -61,7 +65,8 @@ class PartModel:
         self._empty = dict(_tensors(self.model))
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head_path = _path_of(self.model, head) if head is not None else None
-        self._transforms: list[Any] = get_model_conversion_mapping(self.model)
+        self._transforms: list[Any] = with_placing(get_model_conversion_mapping(self.model))
+        self._placed: set[str] = set()  # names in the files
         self._names = self._sort_names(folder)
 
     def part_bytes(self) -> dict[Part, int]:
@@ -114,19 +119,22 @@ class PartModel:
         return "outside" if _is_in(live, self._text_path) else None
 
     def _sort_names(self, folder: ModelFolder) -> dict[Part, list[str]]:
-        """Part -> names in the files, by the names that transformers gives them in the model."""
+        """Part -> names in the files, by the names that transformers gives them in it; notes which are placed."""
         renamings = [transform for transform in self._transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in self._transforms if isinstance(transform, WeightConverter)]
         live = self.model.state_dict()
         prefix = self.model.base_model_prefix
         parts: dict[Part, list[str]] = {"outside": [], "head": [], **{number: [] for number in range(len(self.layers))}}
+        placing = {key for one in converters if isinstance(one, PlacingConverter) for key in one.source_patterns}
         unknown = []
         for name in folder.files.tensors:
             if name in folder.mtp:
                 continue
-            renamed, _ = rename_source_key(name, renamings, converters, prefix, live)
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, live)
             if renamed not in live and name in live:
-                renamed = name
+                renamed, pattern = name, None
+            if pattern in placing:
+                self._placed.add(name)
             if renamed not in live:
                 unknown.append(renamed)
             elif (part := self._part_of(renamed)) is not None:
@@ -172,7 +180,7 @@ class PartModel:
                 vars(module).pop("_is_hf_initialized", None)
 
     def _load(self, names: list[str]) -> None:
-        state = {name: LazyTensor(self._folder.path, name, self._folder.tensors[name]) for name in names}
+        state = {name: self._lazy(name) for name in names}
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
@@ -187,6 +195,10 @@ class PartModel:
         for _, tensor in _tensors(self.model):
             if tensor.device.type != "meta" and tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor.data = tensor.data.clone()  # a piece of a larger one, which it would keep in memory
+
+    def _lazy(self, name: str) -> LazyTensor:
+        kind = UnreadTensor if name in self._placed else LazyTensor
+        return kind(self._folder.path, name, self._folder.tensors[name], self._spans.get(name))
 
     @torch.no_grad()
     def _compute_buffers(self, live: list[str], modules: dict[str, nn.Module]) -> None:

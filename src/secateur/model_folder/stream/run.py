@@ -8,8 +8,9 @@ stacked -, the hidden states of all batches unless they are kept on the disk, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from secateur.errors import SecateurError, foreign
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.load import CANNOT_RUN
 from secateur.model_folder.read.model_folder import ModelFolder
+from secateur.model_folder.stream.lazy_tensor import Span
 from secateur.model_folder.stream.parts import PartModel
 from secateur.model_folder.stream.relay import Relay
 from secateur.model_folder.stream.shared import NOTHING
@@ -27,6 +29,7 @@ from secateur.model_folder.stream.states import States
 
 # (layer's number, layer) -> what is in force while it is loaded, which gives what is called before each batch
 Visit = Callable[[int, nn.Module], AbstractContextManager[Callable[[Batch], None]]]
+ALL_OF_ALL: Mapping[str, Sequence[Span]] = MappingProxyType({})
 
 
 class StreamedModel:
@@ -36,15 +39,19 @@ class StreamedModel:
     that the decoder layers are in, `model` or inside it. layers_path: where in `model` they are.
     """
 
-    def __init__(self, folder: ModelFolder, *, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: ModelFolder, *, device: str = "cpu", spans: Mapping[str, Sequence[Span]] = ALL_OF_ALL
+    ) -> None:
         """
         Args:
             device: where layers run; hidden states wait on the host.
+            spans: what is read of the tensors that it names, in the files: (first byte, bytes) each. The rest of them
+                is 0.
 
         Raises:
             SecateurError: a quantised model, or a tensor that is missing, unknown or of a type to be decoded first.
         """
-        self._parts, self._device, self._found = PartModel(folder, device), device, folder
+        self._parts, self._device, self._found = PartModel(folder, device, spans), device, folder
         self.model, self.text, self.layers_path = self._parts.model, self._parts.text, self._parts.layers_path
         self.num_layers, self.dtype = len(self._parts.layers), self._parts.dtype
 
