@@ -79,7 +79,8 @@ def run_stages(
         force: replace an earlier result at `out`, see `check_out`.
         restart: begin anew, whatever an interrupted pruning left.
         dry_run: check everything and say what would be done; write nothing.
-        on_progress: called with ("reading weights" | "writing" | "comparing", bytes done, bytes in all).
+        on_progress: called with ("reading weights" | "writing" | "comparing", bytes done, bytes in all), and as by
+            `verify_model`.
 
     Returns:
         {"outcome": see `decide.outcome`, "verified": see `verify.as_json`, "report": see `apply_to_model`}; of a dry
@@ -222,7 +223,7 @@ def _verify(model: Path, written: Path, out: Path, num_tokens: int, on_progress:
         model,
         written,
         num_tokens=num_tokens,
-        on_bytes=stage("comparing", on_progress),
+        on_progress=on_progress,
     )
     failed = [f"{check.claim} ({check.detail})" for check in checks if check.passed is False]
     if failed:

@@ -12,7 +12,7 @@ from msgspec import Struct
 from secateur.errors import SecateurError
 from secateur.files.given import StrPath, check_given
 from secateur.files.json import read_object
-from secateur.files.progress import OnProgress, OnStage, silent, stage
+from secateur.files.progress import OnStage, stage
 from secateur.files.records import as_record
 from secateur.model_folder.checks.check import Check
 from secateur.model_folder.read.model_folder import read_model_folder
@@ -52,14 +52,16 @@ def verify(
         source: the folder of the model that was pruned. pruned: the folder that `apply` wrote.
         tokens: length of the sample that both models are run on; 0 runs neither.
         text: a file to take the sample from; random without it. seed: of the random sample.
-        on_progress: called with ("comparing", bytes compared, bytes to compare).
+        on_progress: called with ("comparing", bytes compared, bytes to compare) and ("running the source" or "running
+            the result", decoder layers done, in all).
 
     Returns:
         All checks, and whether they passed. A check that fails raises nothing; later ones are left out where they make
         no sense after it.
 
     Raises:
-        SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
+        SecateurError: one of the two is no model folder, is damaged, was changed meanwhile, or the pruned one has no
+            report of `apply`.
 
     Example:
         >>> secateur.verify("models/Qwen3-30B-A3B", "pruned").passed
@@ -69,8 +71,7 @@ def verify(
     check_tokens(tokens)
     source, pruned = Path(source), Path(pruned)
     sample = None if text is None else Path(text)
-    on_bytes = stage("comparing", on_progress)
-    checks = verify_model(source, pruned, num_tokens=tokens, text=sample, seed=seed, on_bytes=on_bytes)
+    checks = verify_model(source, pruned, num_tokens=tokens, text=sample, seed=seed, on_progress=on_progress)
     content = as_json(source, pruned, checks)
     return Verification(passed=content["passed"], checks=tuple(checks), content=content)
 
@@ -82,20 +83,21 @@ def verify_model(
     num_tokens: int = 32,
     text: Path | None = None,
     seed: int = 0,
-    on_bytes: OnProgress = silent,
+    on_progress: OnStage | None = None,
 ) -> list[Check]:
     """Compare a pruned folder with the source it was made from.
 
     Args:
         num_tokens: of the sample that both models are run on; 0 runs neither. text: a file to take it from; without
             one the tokens are random, from `seed`.
-        on_bytes: called with (bytes compared, bytes to compare).
+        on_progress: see `verify`.
 
     Returns:
         All checks, in the order they were made. A later one is left out where it makes no sense after a failure.
 
     Raises:
-        SecateurError: one of the two is no model folder, is damaged, or the pruned one has no report of `apply`.
+        SecateurError: one of the two is no model folder, is damaged, was changed meanwhile, or the pruned one has no
+            report of `apply`.
     """
     given, mtp = read_applied(pruned / REPORT)
     before, after = read_model_folder(source, read_experts_from(pruned / REPORT)), read_model_folder(pruned)
@@ -108,7 +110,11 @@ def verify_model(
     counts = counts_check(pruning)
     if not counts.passed:
         return [counts]
-    return [counts, *content_checks(pruning, on_bytes), *computing_checks(pruning, num_tokens, text, seed)]
+    contents = content_checks(pruning, stage("comparing", on_progress))
+    computing = computing_checks(pruning, num_tokens, text, seed, on_progress)
+    for folder in (before, after):
+        folder.files.seen.check(advice="start again when nobody changes it")
+    return [counts, *contents, *computing]
 
 
 def as_json(source: Path, pruned: Path, checks: list[Check]) -> dict[str, Any]:

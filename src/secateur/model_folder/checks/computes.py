@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError
 from secateur.families import logits_of
+from secateur.files.progress import OnProgress, OnStage, silent, stage
 from secateur.model_folder.checks.check import LONGEST, Check
 from secateur.model_folder.checks.contents import Pruning
 from secateur.model_folder.checks.oracle import kept_spans, without_dropped
@@ -48,12 +49,15 @@ class NotRun(Exception):  # noqa: N818 - no error: the reason why a claim is not
     """A model cannot be run here, and that is no failure of its folder."""
 
 
-def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed: int) -> list[Check]:
+def computing_checks(
+    pruning: Pruning, num_tokens: int, text: Path | None, seed: int, on_progress: OnStage | None = None
+) -> list[Check]:
     """The claims for which a model is built.
 
     Args:
         num_tokens: of the sample that both models are run on; 0 runs neither. text: a file to take it from; random
             without one, from `seed`.
+        on_progress: called with ("running the source" or "running the result", decoder layers done, in all).
 
     Raises:
         SecateurError: the source itself cannot be run.
@@ -69,22 +73,23 @@ def computing_checks(pruning: Pruning, num_tokens: int, text: Path | None, seed:
         return [loads, *(Check(claim=claim, passed=None, detail="--tokens 0") for claim in (equal, SPEAKS))]
     sample = sample_for(pruning.before.files.path, pruning.before, num_tokens, text, seed)
     try:
-        expected = _source_run(pruning, sample)
+        expected = _source_run(pruning, sample, stage("running the source", on_progress))
     except NotRun as reason:
         return [loads, *(Check(claim=claim, passed=None, detail=str(reason)) for claim in (equal, SPEAKS))]
     too_large = why_not_loaded(pruning.after, WHILE_LOADING)
+    on_step = stage("running the result", on_progress)
     if too_large is not None:
         speaks = Check(claim=SPEAKS, passed=None, detail=too_large)
         if not expected.hidden:
             return [loads, Check(claim=equal, passed=None, detail=too_large), speaks]
-        return [loads, _compared(pruning, sample, expected, None, equal), speaks]
+        return [loads, _compared(pruning, sample, expected, None, equal, on_step), speaks]
     try:
         model, problems = load(pruning.after.files.path, pruning.after)
     except Exception as error:  # see _loads
         return [Check(claim=LOADS, passed=False, detail=_short(error))]
     if problems := _of_result(problems, pruning.before):
         return [Check(claim=LOADS, passed=False, detail=str(problems)[:LONGEST])]
-    return [loads, _compared(pruning, sample, expected, model, equal), _speaks(model, sample)]
+    return [loads, _compared(pruning, sample, expected, model, equal, on_step), _speaks(model, sample)]
 
 
 def _loads(pruning: Pruning) -> Check:
@@ -110,7 +115,7 @@ def _of_result(problems: Mapping[str, Sequence[str]], source: ModelFolder) -> di
     return {kind: found for kind, found in left.items() if found}
 
 
-def _source_run(pruning: Pruning, sample: Tensor) -> Run:
+def _source_run(pruning: Pruning, sample: Tensor, on_step: OnProgress) -> Run:
     """The source with its dropped experts barred or silent: layer by layer, or as a whole where that cannot be.
 
     Raises:
@@ -120,7 +125,7 @@ def _source_run(pruning: Pruning, sample: Tensor) -> Run:
     reason = "it reads images and is run as a whole"
     try:
         if not is_of_images(source):
-            return _streamed(source, sample, pruning)
+            return _streamed(source, sample, on_step, pruning)
     except SecateurError as error:
         reason = str(error)
     except UNABLE as error:
@@ -144,7 +149,9 @@ def _cannot(source: ModelFolder, why: object) -> str:
     return f"{source.files.path}: the source itself cannot be run ({why})"[:LONGEST]
 
 
-def _streamed(folder: ModelFolder, sample: Tensor, source_of: Pruning | None = None) -> Run:
+def _streamed(
+    folder: ModelFolder, sample: Tensor, on_step: OnProgress = silent, source_of: Pruning | None = None
+) -> Run:
     """One decoder layer in memory at a time; of a source without what its pruning drops."""
     streamed = StreamedModel(folder, spans={} if source_of is None else kept_spans(folder, source_of.plan))
     batches, states, logits = [Batch(input_ids=sample)], KeptStates(), []
@@ -152,16 +159,18 @@ def _streamed(folder: ModelFolder, sample: Tensor, source_of: Pruning | None = N
     if source_of is not None:
         changed = without_dropped(streamed.model, folder, source_of.plan)
     with changed:
-        streamed.run_layers(batches, states)
+        streamed.run_layers(batches, states, on_step=on_step)
         streamed.run_head(batches, states, lambda index, batch, found: logits.append(found))
     return Run(logits=logits[0], hidden=tuple(states.handed_on))
 
 
-def _compared(pruning: Pruning, sample: Tensor, expected: Run, model: nn.Module | None, claim: str) -> Check:
+def _compared(
+    pruning: Pruning, sample: Tensor, expected: Run, model: nn.Module | None, claim: str, on_step: OnProgress
+) -> Check:
     """The result on the same sample: the loaded `model`, or layer by layer."""
     ascending = all(pruning.plan.layers[layer].is_ascending for layer in pruning.before.counts)
     try:
-        found = _streamed(pruning.after, sample) if model is None else Run(logits=logits_of(model, sample))
+        found = _streamed(pruning.after, sample, on_step) if model is None else Run(logits=logits_of(model, sample))
     except Exception as error:  # see _loads
         return Check(claim=claim, passed=False, detail=_short(error))
     same = torch.equal(found.logits, expected.logits)

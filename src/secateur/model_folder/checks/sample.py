@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 from secateur.files.opened import opened
 from secateur.model_folder.read.model_folder import ModelFolder
 
-NEW_TOKENS = 4  # that the pruned model generates
+PROMPT, NEW_TOKENS = 4, 4  # at most so many of the sample are what the pruned model goes on from, by so many
 
 
 def is_of_images(folder: ModelFolder) -> bool:
@@ -53,7 +53,7 @@ def _text_of(path: Path) -> str:
 
 
 def generated(model: PreTrainedModel, tokens: Tensor) -> list[int] | None:
-    """What the model says after the tokens, greedily; None for a model that does not speak.
+    """What the model says after the first of the tokens, greedily; None for a model that does not speak.
 
     By settings of our own: those of a folder may ask for several sequences, for sampling, or for what needs more.
     """
@@ -63,8 +63,9 @@ def generated(model: PreTrainedModel, tokens: Tensor) -> list[int] | None:
         max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
     )
     model.generation_config = settings  # from which generate() takes what the settings that it is given do not say
+    prompt = tokens[:, :PROMPT]
     with torch.no_grad():
         found: Any = model.generate(  # type: ignore[operator]
-            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+            prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
         )
-    return [int(token) for token in found[0, tokens.shape[1] :]]
+    return [int(token) for token in found[0, prompt.shape[1] :]]
