@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -117,3 +118,15 @@ def test_what_a_living_process_writes_is_not_taken_for_a_leftover(tmp_path: Path
 
     atomic_write(tmp_path / "file", (piece for make in (pieces,) for piece in make()))
     assert in_it(tmp_path) == {"file": "mine"}
+
+
+@pytest.mark.parametrize("partial", ["../victim", "victim"])
+def test_a_note_that_names_another_folder_takes_nothing_away(tmp_path: Path, partial: str) -> None:
+    for name in ("here/side", "victim", "here/victim"):
+        (tmp_path / name).mkdir(parents=True)
+    here = tmp_path.resolve() / "here"
+    number = (here / partial).stat().st_ino
+    note = {"side": str(here / "side"), "partial": partial, "number": number}
+    (here / ".out.pair.json").write_text(json.dumps(note))
+    roll_back(here / "out", here / "side")
+    assert {path.name for path in here.iterdir()} == {"side", "victim", ".out.pair.json"}
