@@ -15,7 +15,7 @@ import pytest
 
 from secateur import cli
 from secateur.commands.exits import fail
-from secateur.commands.interrupts import Interrupted, interruptible, interruption_in
+from secateur.commands.interrupts import Interrupted, interruptible, interruption_in, leave_interrupted
 from secateur.placement import milp
 from support.faults import Signal
 from support.model_folders import plan_of, saved
@@ -169,3 +169,13 @@ def test_the_interruption_is_found_behind_what_was_made_of_it() -> None:
     assert interruption_in(raised(after_it_was_caught)) is None
     assert interruption_in(SystemExit(130)) is None
     assert interruption_in(OSError("no")) is None
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: interrupted; run the same command again\n"), ("1", "")])
+def test_a_job_says_one_line_and_a_second_signal_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: str, said: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert getattr(raised(lambda: leave_interrupted(KeyboardInterrupt())), "code", None) == 130
+    assert capfd.readouterr().err == said
+    assert [signal.getsignal(number) for number in STATUS] == [signal.SIG_IGN] * 2

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from secateur.errors import SecateurError
 from secateur.model_folder.checks import computes, contents
+from secateur.model_folder.checks.claims import check_tokens
 from secateur.model_folder.checks.sample import NEW_TOKENS
 from secateur.model_folder.rewrite.side_files import SideFiles
 
@@ -49,3 +51,11 @@ def test_a_model_generates_all_tokens_that_it_is_asked_for(
 ) -> None:
     monkeypatch.setattr(computes, "generated", lambda model, sample: said)
     assert computes._speaks(None, torch.zeros(1, 2)).passed is passed  # type: ignore[arg-type]
+
+
+def test_a_sample_of_one_token_shows_nothing_and_is_refused() -> None:
+    for number in (0, 2, 32):
+        check_tokens(number)
+    for number in (1, -1):
+        with pytest.raises(SecateurError, match=f"--tokens {number}: expected 0, or 2 and more"):
+            check_tokens(number)
