@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import cli
-from secateur.model_folder.checks import sample
+from secateur.model_folder.checks import contents, sample
 from secateur.model_folder.checks.check import Check
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.read import load as load_module
@@ -201,3 +201,23 @@ def test_a_sample_of_one_token_is_refused(
     for tokens in ("1", "-1"):
         status, _, err = run(capsys, monkeypatch, folders, f"--tokens={tokens}")
         assert (status, "expected 0, or 2 and more" in err) == (2, True)
+
+
+@pytest.mark.parametrize("folder", ["source", "out"])
+def test_a_folder_that_changes_while_it_is_verified_is_told(
+    folder: str, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of its weight files, behind the back of the comparison: it was the same when it was compared."""
+    original = contents.content_checks
+
+    def change_after(*arguments: Any) -> list[Check]:
+        found = original(*arguments)
+        change(folders / folder, "o_proj.weight")
+        return found
+
+    monkeypatch.setattr(contents, "content_checks", change_after)
+    status, out, err = run(capsys, monkeypatch, folders, "--tokens=0")
+    assert (status, out) == (2, "")
+    assert f"{folder}/model-" in err
+    assert "it was changed while it was in use" in err
+    assert err.strip().endswith("start again when nobody changes it")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.files.atomic import atomic_write, write_together
+from secateur.files.atomic import atomic_write, flushed_meanwhile, write_together
 
 
 def test_a_new_file_has_the_permissions_any_new_file_gets(tmp_path: Path) -> None:
@@ -51,3 +51,41 @@ def test_of_files_that_are_written_together_no_new_one_stays_after_an_error(tmp_
     with pytest.raises(OSError, match="No space left"):
         write_together({tmp_path / name: functools.partial(write, name) for name in ("new", "old", "last")})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "new"}
+
+
+def test_what_is_flushed_meanwhile_is_on_the_disk_when_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, real = list[int](), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    paths = [tmp_path / name for name in "ab"]
+    with flushed_meanwhile() as flush:
+        for path in paths:
+            path.write_text(path.name)
+            flush(path)
+    assert flushed == [path.stat().st_ino for path in paths]
+
+
+def test_a_disk_that_refuses_to_flush_is_told_with_the_file_unless_the_block_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'$"), flushed_meanwhile() as flush:
+        flush(tmp_path / "a")
+
+    def fails() -> None:
+        with flushed_meanwhile() as flush:
+            flush(tmp_path / "a")
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        fails()

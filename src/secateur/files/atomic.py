@@ -94,9 +94,16 @@ def _of_file(error: OSError, path: Path) -> OSError:
 
 
 def fsync_file(path: Path) -> None:
-    """Put on the disk what another library wrote."""
+    """Put on the disk what was written.
+
+    Raises:
+        OSError: the disk refused; it names the file.
+    """
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise _of_file(error, path) from error
 
 
 @contextlib.contextmanager

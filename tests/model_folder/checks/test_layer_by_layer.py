@@ -9,8 +9,12 @@ import pytest
 
 from secateur.model_folder.checks import computes
 from secateur.model_folder.checks.claims import verify_model
+from secateur.model_folder.checks.oracle import kept_spans
 from secateur.model_folder.read import load as load_module
+from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
+from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.apply import apply_to_model
+from secateur.model_folder.stream.lazy_tensor import LazyTensor, Span
 from secateur.plans import Plan
 from support import tiny_vision
 from support.claims import detail, fallen, not_checked
@@ -36,6 +40,10 @@ KINDS: dict[str, tuple[Callable[[Path], object], Plan]] = {
 }
 
 
+def bytes_of_experts(folder: ModelFolder) -> int:
+    return sum(folder.files.tensors[name].length for name, place in folder.located.items() if place.role == "expert")
+
+
 @pytest.fixture
 def _nothing_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "free_memory", lambda: 1)
@@ -52,10 +60,42 @@ def test_a_model_of_this_kind_is_proved_layer_by_layer(kind: str, tmp_path: Path
     write, plan = KINDS[kind]
     write(tmp_path / "source")
     apply_to_model(tmp_path / "source", plan, tmp_path / "out")
-    checks = verify_model(tmp_path / "source", tmp_path / "out", num_tokens=12)
+    told: list[tuple[str, int, int]] = []
+    checks = verify_model(
+        tmp_path / "source", tmp_path / "out", num_tokens=12, on_progress=lambda *now: told.append(now)
+    )
     assert (fallen(checks), not_checked(checks)) == (set(), {"speaks"}), checks
     assert detail(checks, "logits").endswith("one layer in memory at a time")
     assert kind == "another order" or "bit for bit" in detail(checks, "logits")
+    ends = {what: (done, total) for what, done, total in told if what != "comparing"}
+    assert ends.keys() == {"running the source", "running the result"}
+    assert len(set(ends.values())) == 1
+    assert all(done == total > 2 for done, total in ends.values())
+
+
+@pytest.mark.parametrize("kind", ["uneven", "stacked on the disk", "zero slots"])
+def test_of_the_source_dropped_experts_are_not_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what is shown does not depend on them; of the experts as many bytes are read as the result has."""
+    write, plan = KINDS[kind]
+    write(tmp_path / "source")
+    apply_to_model(tmp_path / "source", plan, tmp_path / "out")
+    found, result = read_model_folder(tmp_path / "source"), read_model_folder(tmp_path / "out")
+    spans = kept_spans(found, plan.filled(found.all_counts))
+    not_read = sum(found.files.tensors[name].length - sum(length for _, length in spans[name]) for name in spans)
+    assert not_read > 0
+    assert bytes_of_experts(found) - not_read == bytes_of_experts(result)
+    seen: set[str] = set()
+    original = LazyTensor.__init__
+
+    def init(self: LazyTensor, folder: Path, name: str, stored: StoredTensor, given: list[Span] | None = None) -> None:
+        if folder == tmp_path / "source":
+            assert given == spans.get(name), name
+            seen.add(name)
+        original(self, folder, name, stored, given)
+
+    monkeypatch.setattr(LazyTensor, "__init__", init)
+    assert fallen(verify_model(tmp_path / "source", tmp_path / "out", num_tokens=8)) == set()
+    assert spans.keys() <= seen
 
 
 @pytest.mark.usefixtures("_nothing_whole")

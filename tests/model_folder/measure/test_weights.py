@@ -91,6 +91,17 @@ def test_no_more_than_one_expert_of_one_tensor_is_read_at_a_time(
     assert sum(value.nbytes for value in sizes) == seen[-1][0] == seen[-1][1]
 
 
+def test_each_worker_is_one_thread_of_torch_and_the_others_stay_as_they_are() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with module._workers() as pool:
+            assert {*pool.map(lambda _: torch.get_num_threads(), range(8))} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def qwen(folder: Path, change: Any = lambda tensors: None) -> ModelFolder:
     """A tiny Qwen3-MoE with plain numbers in it."""
     saved("qwen3_moe", folder / "made")

@@ -2,8 +2,8 @@
 
 Every layer is loaded once, all batches go through it, and it is released; what a visitor sees of it, and the logits at
 the end, are bit for bit those of the whole model. What does not fit in memory this way: the tensors outside the layers
-(embedding, LM head), one layer - for a while about 1.7 times, where its experts lie in files of their own and are
-stacked -, the hidden states of all batches unless they are kept on the disk, and what a forward of one batch needs.
+(embedding, LM head), one layer - for a while up to twice, where experts are rearranged otherwise than `placed` does -,
+the hidden states of all batches unless they are kept on the disk, and what a forward of one batch needs.
 """
 
 from __future__ import annotations
