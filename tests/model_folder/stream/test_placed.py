@@ -40,8 +40,8 @@ def placed(converter: Any, lists: list[list[UnreadTensor]]) -> Tensor:
     one = deepcopy(placing)
     for pattern, tensors in zip(one.source_patterns, lists, strict=True):
         one.collected_tensors[pattern] = [lambda tensor=tensor: tensor for tensor in tensors]
+    assert not placing.collected_tensors  # which belongs to this target alone
     (result,) = one.convert("model.experts.x", model=None, loading_info=None).values()
-    assert not placing.collected_tensors
     return result
 
 
