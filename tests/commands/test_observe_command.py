@@ -269,12 +269,12 @@ def test_a_full_disk_leaves_no_half_file_and_the_run_goes_on(
 ) -> None:
     real, calls = states.atomic_write, 0
 
-    def full(path: Path, content: str | bytes) -> None:
+    def full(path: Path, content: str | bytes, **how: bool) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        real(path, content)
+        real(path, content, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(states, "atomic_write", full)

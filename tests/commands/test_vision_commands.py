@@ -222,7 +222,8 @@ def test_a_pruning_that_was_killed_goes_on_after_the_pass(when: str, made: Path,
         shutil.copytree(made / "source", tmp_path / name / "source")
     words = ["--keep", "0.5", "--data", str(made / "images.npz"), "--quiet"]
     assert in_child(typed, tmp_path / "one", words) == 0
-    kill = Kill("secateur.observation.observation:Observation.save", when=when)
+    target = "secateur.observation.observation:Observation.save" if when == "before" else "secateur.files.kept:Kept.add"
+    kill = Kill(target, when=when)
     assert in_child(typed, tmp_path / "two", words, kill) == -9
     hooks = [Kill("secateur.model_folder.measure.on_images:ImageObservation.observe")] if when == "after" else []
     assert in_child(typed, tmp_path / "two", words, *hooks) == 0
