@@ -23,6 +23,7 @@ from secateur.model_folder.read.config import REFUSED, read_config
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.plans import LayerPlan, Plan
+from support.long_tests import long
 from support.model_folders import saved
 from support.small_configs import VOCABULARY, small_config
 from support.tiny_models import FAMILIES
@@ -160,6 +161,7 @@ def test_the_chain_ends_in_what_the_barred_source_computes(model_type: str, tmp_
     assert any(check.detail.endswith("bit for bit") for check in checks), checks
 
 
+@long
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FOUND)
 def test_the_experts_of_the_model_of_full_size_are_found_by_its_config(model_type: str) -> None:
