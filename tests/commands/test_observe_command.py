@@ -378,6 +378,13 @@ def test_an_sglang_recording_becomes_statistics(folder: Path, run: Run) -> None:
     assert found.stats.sums == ()
     assert found.model == model_facts(found_in(folder / "model"))
     assert (found.data["format"], found.data["file"], found.data["steps"]) == ("sglang", "recorded.pt", 1)
+    before = (folder / "stats.safetensors").stat()
+    status, out, _ = run("--sglang", folder / "recorded.pt", data=False)
+    assert (status, "holds these statistics already; nothing was written" in out) == (0, True)
+    assert (folder / "stats.safetensors").stat() == before
+    Observation(stats=found.stats, data={"others": 1}).save(folder / "stats.safetensors")
+    status, _, error = run("--sglang", folder / "recorded.pt", data=False)
+    assert (status, "it is there already; --force writes over a file" in error) == (2, True)
     status, _, error = run("--sglang", folder / "recorded.pt", "--force")
     assert (status, "--sglang and --data" in error) == (2, True)
 

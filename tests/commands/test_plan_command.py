@@ -168,7 +168,13 @@ def test_it_says_what_the_plan_does(run: Run, tmp_path: Path) -> None:
     assert "every layer: 4 -> 2" in out
     assert "20.00 % of the routed tokens lose their expert" in out  # 0 + 20 and 20 + 0 of 200
     assert "never routed to: 2 experts, 2 of them go" in out
+    assert "holds this plan already; nothing was written" in run(*words)[1]
+    again = json.loads(run(*words, "--json")[1])
+    assert again.pop("is_there") is True
+    assert again == json.loads(run(*words, "--json", "--force")[1])
+    words[words.index("2")] = "3"
     assert "plan.json: it is there already; --force writes over a file" in run(*words)[2]
+    words[words.index("3")] = "2"
     status, out, _ = run(*words, "--json", "--force")
     result = json.loads(out)
     assert (result["bytes_before"], result["bytes_after"], result["rerouted_share"]) == (2000, 1800, 0.2)

@@ -12,6 +12,7 @@ from secateur.commands.bars import stage_bars
 from secateur.commands.model_options import ExpertsFrom
 from secateur.commands.shown import show
 from secateur.files.bytes_in_words import in_words
+from secateur.files.new_folder import IS_THERE
 
 
 def observe(
@@ -80,10 +81,11 @@ def observe(
 
 def _summary(result: dict[str, Any], dry_run: bool) -> str:
     data = result["data"]
-    lines = [
-        f"{'would write' if dry_run else 'wrote'} {result['out']}: {len(result['moe_layers'])} MoE layers of "
-        f"{result['layers']} layers"
-    ]
+    did = "would write" if dry_run else "wrote"
+    first = f"{did} {result['out']}"
+    if IS_THERE in result:
+        first = f"{result['out']} holds these statistics already; nothing was written"
+    lines = [f"{first}: {len(result['moe_layers'])} MoE layers of {result['layers']} layers"]
     if "images" in data:
         lines.append(f"{data['images']:,} images of {data['of']:,}, {data['batch_size']} at a time")
     if "tokens" in data:

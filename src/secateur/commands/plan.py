@@ -14,6 +14,7 @@ from secateur.commands.rule_options import help_for_folders, with_rule_options
 from secateur.commands.shown import show
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
+from secateur.files.new_folder import IS_THERE
 
 LISTED = 12  # layers in a message
 
@@ -92,7 +93,10 @@ def plan(
             on_progress=on_progress,
             **rule,
         )
-    lines = [f"{'would write' if dry_run else 'wrote'} {out or 'a plan'}", *outcome_lines(result.to_json())]
+    did = "would write" if dry_run else "wrote"
+    is_there = IS_THERE in result.to_json()
+    first = f"{out} holds this plan already; nothing was written" if is_there else f"{did} {out or 'a plan'}"
+    lines = [first, *outcome_lines(result.to_json())]
     show(result, "\n".join(lines), as_json=as_json, quiet=quiet)
 
 

@@ -12,12 +12,13 @@ from secateur.decide.rules import RuleOptions, check_names, given, spelled_out
 from secateur.errors import SecateurError
 from secateur.files.given import StrPath, check_given
 from secateur.files.new_file import check_new_file
+from secateur.files.new_folder import IS_THERE
 from secateur.files.progress import OnStage, stage
 from secateur.model_folder.choice import choice_of, decide_plan, outcome
 from secateur.model_folder.mtp import PRUNE, check_mtp
 from secateur.model_folder.source import Source, of_loads, read_source
 from secateur.placement.loads import read_loads
-from secateur.plans import Plan
+from secateur.plans import Plan, plan_at
 from secateur.results import Result
 
 LOADS = "loads.jsonl"  # of a training run
@@ -103,7 +104,8 @@ def plan(
         rule: for laep, the options of one rule, which also decides how many go; see `Rule`.
 
     Returns:
-        The plan, and what it does to the model.
+        The plan, and what it does to the model. Where `out` holds this plan already it is left as it is, and "is_there"
+        is in `to_json()`.
 
     Raises:
         SecateurError: what is needed is not there, options contradict each other, or the model cannot keep so few.
@@ -120,9 +122,12 @@ def plan(
     path, target = Path(source), None if out is None else Path(out)
     whole = None if model is None else Path(model)
     base = None if pretrained is None else Path(pretrained)
+    sources, there = list[Path](), None
     if target is not None:
         only_read = (None if (path / LOADS).is_file() else path, whole, base)
-        check_new_file(target, force, *(one for one in only_read if one is not None))
+        sources = [one for one in only_read if one is not None]
+        there = None if force else plan_at(target)
+        check_new_file(target, force or there is not None, *sources)
     choice = choice_of(
         criterion or _default(path, has_rule=bool(given(rule)), has_base=base is not None),
         keep=keep,
@@ -140,9 +145,12 @@ def plan(
     if mtp == PRUNE:
         check_mtp(read, choice)
     decided = decide_plan(read, choice, on_bytes=stage("reading weights", on_progress))
-    if target is not None and not dry_run:
-        decided.save(target)
-    done = outcome(read, decided)
+    is_there = there is not None and there == decided  # the command was killed after its last step, or is given twice
+    if target is not None and not is_there:
+        check_new_file(target, force, *sources)
+        if not dry_run:
+            decided.save(target)
+    done = outcome(read, decided) | ({IS_THERE: True} if is_there else {})
     return Planned(
         plan=decided,
         out=target,

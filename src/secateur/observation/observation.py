@@ -33,6 +33,10 @@ class Observation:
         if self.model is not None and found != dict(self.model.num_experts):
             raise SecateurError(f"statistics of experts {found}, expected those of the model: {self.model.num_experts}")
 
+    def is_same(self, other: Observation) -> bool:
+        """Whether both hold the same statistics of the same model and data."""
+        return self.stats.digest() == other.stats.digest() and self.model == other.model and self.data == other.data
+
     def save(self, path: Path | str) -> None:
         """Write a statistics file that also says all this."""
         self.stats.save(path, {"model": self.model.to_json() if self.model else None, "data": dict(self.data)})

@@ -18,7 +18,7 @@ from secateur.files.progress import OnStage, stage
 from secateur.placement.loads import Loads, as_loads, read_loads
 from secateur.placement.one_layer import Placement
 from secateur.placement.sglang import sglang_location
-from secateur.plans import LayerPlan, Plan
+from secateur.plans import LayerPlan, Plan, plan_at
 from secateur.results import Result
 
 FORMAT = "secateur-placement"
@@ -112,7 +112,7 @@ def place(
     for option, (path, text) in texts.items():
         check_new_file(path, force or _is_text(path, text), option=f"--{option}")
     if plan is not None:
-        check_new_file(Path(plan), force or _is_plan(Path(plan), made), option="--plan")
+        check_new_file(Path(plan), force or plan_at(Path(plan)) == made, option="--plan")
     writers: dict[Path, Callable[[], None]] = {
         path: functools.partial(atomic_write, path, text) for path, text in texts.values()
     }
@@ -124,13 +124,6 @@ def place(
 
 def _is_text(path: Path, text: str) -> bool:
     return path.is_file() and path.read_bytes() == text.encode()
-
-
-def _is_plan(path: Path, plan: Plan) -> bool:
-    try:
-        return path.is_file() and Plan.load(path) == plan
-    except SecateurError:
-        return False
 
 
 def _check_targets(written: Mapping[str, StrPath | None], loads: StrPath | Mapping[int, Any]) -> None:

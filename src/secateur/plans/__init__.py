@@ -22,6 +22,7 @@ from secateur.plans.plan import (
     WEIGHTS,
     ZERO_SLOT,
     Plan,
+    plan_at,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "Plan",
     "Source",
     "is_side_file",
+    "plan_at",
 ]

@@ -295,3 +295,11 @@ def _as_json(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
     raise SecateurError(f"plan: {name} is {value!r}, expected something JSON can hold")
+
+
+def plan_at(path: Path) -> Plan | None:
+    """The plan that a file holds; None where it is not there or holds something else."""
+    try:
+        return Plan.load(path) if path.is_file() else None
+    except SecateurError:
+        return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from secateur.errors import SecateurError
 from secateur.files.given import StrPath, StrPaths, as_texts, check_given
 from secateur.files.new_file import check_new_file
+from secateur.files.new_folder import IS_THERE
 from secateur.files.progress import OnStage
 from secateur.model_folder.measure.data_choice import Activations, DataOptions, device_named
 from secateur.model_folder.measure.data_pass import prepare
@@ -99,7 +100,8 @@ def observe(
         on_progress: called with ("observing, layer 2 of 24", batches done, batches in all); of images without a layer.
 
     Returns:
-        The statistics, where they are, and what they are of.
+        The statistics, where they are, and what they are of. Where `out` holds those of the recording already,
+        it is left as it is, and "is_there" is in `to_json()`.
 
     Raises:
         SecateurError: the model or the data cannot be used, or not together, or `out` is not free.
@@ -125,7 +127,9 @@ def observe(
         activations=activations,
     )
     is_ours = out.is_file() and not restart and recording is None and _is_of_a_killed_run(out)
-    check_new_file(out, force or is_ours, *(source for source in (model, recording) if source is not None))
+    there = None if force or recording is None else _observation_at(out)
+    sources = [source for source in (model, recording) if source is not None]
+    check_new_file(out, force or is_ours or there is not None, *sources)
     if recording is not None and asked.data:
         raise SecateurError("--sglang and --data: a recording needs no text")
     if recording is not None and sums:
@@ -134,8 +138,12 @@ def observe(
     observation: Observation | None
     if recording is not None:
         about, observation = _recorded(folder, recording)
-        if not dry_run:
-            observation.save(out)
+        if there is not None and there.is_same(observation):
+            about[IS_THERE] = True
+        else:
+            check_new_file(out, force, *sources)
+            if not dry_run:
+                observation.save(out)
     else:
         ready = prepare(
             folder,
@@ -175,6 +183,16 @@ def _is_of_a_killed_run(out: Path) -> bool:
     work = WorkFolder(out)
     work.remove_empty()
     return work.is_begun
+
+
+def _observation_at(path: Path) -> Observation | None:
+    """The statistics in a file; None where it is not there or holds something else."""
+    from secateur.observation.observation import Observation
+
+    try:
+        return Observation.load(path) if path.is_file() else None
+    except SecateurError:
+        return None
 
 
 def _recorded(folder: ModelFolder, path: Path) -> tuple[dict[str, Any], Observation]:

@@ -151,7 +151,7 @@ class TextObservation:
             data={**self._data.to_json(), "batch_size": self._batch_size, "versions": versions()},
         )
         self._found.files.check_unchanged(read=self._found.files.model_files)
-        if self._is_new and self._out.exists() and not _are_same(Observation.load(self._out), observation):
+        if self._is_new and self._out.exists() and not Observation.load(self._out).is_same(observation):
             raise SecateurError(f"--out {self._out}: it is there already, and not from this run; take it away")
         observation.save(self._out)
         return observation
@@ -193,10 +193,6 @@ class TextObservation:
             in_memory=in_memory,
             sums_bytes=sums,
         )
-
-
-def _are_same(one: Observation, other: Observation) -> bool:
-    return one.stats.digest() == other.stats.digest() and one.model == other.model and one.data == other.data
 
 
 def _check_family(folder: ModelFolder) -> None:
