@@ -10,9 +10,9 @@ from pathlib import Path
 PRETRAIN = (
     "--data corpus/prose --data corpus/code --preset qwen3_moe --vocab-size 300 --sequence-length 32 --batch-size 4 "
     "--steps 12 --warmup-steps 2 --log-steps 2 --eval-steps 4 --save-steps 4 --window-steps 3 --threads 1 "
-    "--prune-at-step 7 --multiple-of 2 --set hidden_size=32 --set num_hidden_layers=2 --set num_attention_heads=2 "
-    "--set num_key_value_heads=1 --set head_dim=16 --set num_experts=8 --set moe_intermediate_size=16 "
-    "--set intermediate_size=32 --quiet"
+    "--prune-at-step 7 --target-params 0.75 --multiple-of 2 --min-experts 4 --set hidden_size=32 "
+    "--set num_hidden_layers=2 --set num_attention_heads=2 --set num_key_value_heads=1 --set head_dim=16 "
+    "--set num_experts=8 --set moe_intermediate_size=16 --set intermediate_size=32 --quiet"
 )
 
 
