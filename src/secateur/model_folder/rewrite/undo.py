@@ -112,7 +112,9 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
                 writer.put(read_bytes(undo / HEADERS / name, most=LENGTH.size + MAX_HEADER))
                 for part in parts[name]:
                     writer.append(part.now)
-            _check_digest(beside / name, weights.sha256, "the folders do not belong together")
+            made_of = dict.fromkeys([str(undo / HEADERS / name), *(part.now.file for part in parts[name])])
+            why = f"one of {', '.join(made_of)} was changed, or the folders do not belong together"
+            _check_digest(beside / name, weights.sha256, why)
         for name in record.replaced:
             copy_file(undo / FILES / name, beside / name)
         for name, digest in record.copied.items():
