@@ -70,6 +70,8 @@ class Damages:
     def _reference(self, reader: Reader) -> tuple[Path, Ended, Tree]:
         if reader.name not in self._whole:
             folder = self._folder(reader)
+            if not (folder / reader.file).is_file():
+                raise RuntimeError(f"{reader.name}: there is no such file to damage")
             for _ in range(2):  # the first one imports
                 self._copy(folder)
                 ended, _ = traced(reader.words.split(), self._stage.trial, self._stage.said, self._stage.hooks)
