@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from faults_campaign.damages import EVERY, WHOLE_EVERY, Damages
 from faults_campaign.fills import Fills
 from faults_campaign.kills import kill, pair
 from faults_campaign.readers import READERS
-from faults_campaign.rows import NOT_COUNTED, Row, Rows
+from faults_campaign.rows import Row, Rows
 from faults_campaign.signals import interrupt
 from faults_campaign.stage import Stage
 
@@ -89,8 +90,7 @@ class Campaign:
     def _quota(self, part: str, case: str, number: int) -> dict[str | None, int]:
         """{phase: trials that must count}; None stands for all phases together."""
         if part == "damage":
-            each = max(EVERY if number >= EVERY * LEAST else 1, math.ceil(number / len(READERS)))
-            return {None: math.ceil(each * WHOLE_EVERY / (WHOLE_EVERY - 1))}
+            return {None: math.ceil(damaged_of(case, number) * WHOLE_EVERY / (WHOLE_EVERY - 1))}
         if part == "kill":
             names = {one.name: [name for name, _ in one.phases] for one in CASES}
             each = max(LEAST if number >= LEAST * len(CASES) else 1, math.ceil(number / sum(map(len, names.values()))))
@@ -138,5 +138,14 @@ class Campaign:
             yield f"{goal.part}: {to_go:,} trials to go x {each:.1f} s = {to_go * each / 60:.0f} min"
 
 
-def counts(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.outcome != NOT_COUNTED]
+def damaged_of(case: str, number: int) -> int:
+    """Damages of one file, of so many in all: as many for each command that reads, at most EVERY, spread over its files.
+
+    The rest goes to those that begin anew, as what goes on with unfinished work takes ten times as long.
+    """
+    (reader,) = (one for one in READERS if one.name == case)
+    files = Counter(one.words for one in READERS)
+    each = min(EVERY, number / len(files))
+    anew = sum(not one.stopped for one in READERS)
+    rest = 0 if reader.stopped else math.ceil((number - each * len(files)) / anew)
+    return math.ceil(each / files[reader.words]) + rest

@@ -26,7 +26,8 @@ MEMORY = 300 * 2**20  # bytes above the start
 ADDRESSES = 3 * 2**30  # bytes of address space; what asks for more gets a MemoryError
 PATIENCE = 30.0
 WHOLE_EVERY = 20  # one in so many is not damaged
-EVERY = 300  # damaged ones a reader, without those
+EVERY = 300  # damaged ones for each command that reads, without those
+OF_A_FILE = 400  # that are thought of
 
 
 class Damages:
@@ -104,7 +105,7 @@ class Damages:
         """So many different damages of its file, in an order that does not change."""
         if reader.name not in self._damaged:
             path = self._folder(reader) / reader.file
-            self._damaged[reader.name] = chosen(path.name, path.read_bytes(), EVERY)
+            self._damaged[reader.name] = chosen(path.name, path.read_bytes(), OF_A_FILE)
         return self._damaged[reader.name]
 
 
