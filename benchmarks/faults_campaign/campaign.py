@@ -139,7 +139,7 @@ class Campaign:
 
 
 def damaged_of(case: str, number: int) -> int:
-    """Damages of one file, of so many in all: as many for each command that reads, at most EVERY, spread over its files.
+    """Damages of a file, of so many in all: equally many for each command that reads, at most EVERY, over its files.
 
     The rest goes to those that begin anew, as what goes on with unfinished work takes ten times as long.
     """
