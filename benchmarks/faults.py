@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +43,7 @@ def main() -> None:
     goals = [Goal(part=part, number=getattr(arguments, f"{part}s")) for part in arguments.part or GOALS]
     home = MEMORY if arguments.work is None and os.access(MEMORY, os.W_OK) else arguments.work
     work = Path(tempfile.mkdtemp(prefix="secateur-faults-", dir=home))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder stays
     started = time.monotonic()
     rows = Rows(OWN / "faults.jsonl", source_digest(), arguments.seed)
     try:
