@@ -39,12 +39,20 @@ def losses_of(out: Path) -> Any:
 
 
 def test_after_sigterm_it_goes_on_from_the_step_that_it_finished(root: Path, tmp_path: Path) -> None:
-    """Also where no checkpoint was asked for; the means that are logged span the interruption."""
+    """Also where no checkpoint was asked for; the means that are logged span the interruption.
+
+    Without what the checkpoint is of, it does not.
+    """
     out, whole, options = tmp_path / "out", tmp_path / "whole", text_options(root, **LOGGED)
     run(root, whole, options)
     assert in_child(begin, root, out, options, Signal(STEP_END, 3)) == -signal.SIGTERM
     assert not out.exists()
     assert [path.name for path in place_of_work(out, WHAT).glob("checkpoint-*")] == ["checkpoint-4"]
+    note = place_of_work(out, WHAT) / NOTE
+    note.rename(tmp_path / NOTE)
+    with pytest.raises(SecateurError, match=r"asked\.json is gone, so nothing says what .*checkpoint-4 is of"):
+        run(root, out, options, resume=True)
+    (tmp_path / NOTE).rename(note)
     assert run(root, out, options, resume=True)["resumed_after_step"] == 4
     assert files_of(out) == files_of(whole)
     assert losses_of(out) == losses_of(whole)
@@ -62,12 +70,3 @@ def test_one_that_was_killed_when_its_result_was_there_is_finished_by_the_same_c
     run(root, out, options)
     assert files_of(out) == before
     assert not place_of_work(out, WHAT).exists()
-
-
-@pytest.mark.slow
-def test_checkpoints_without_what_they_are_of_are_not_gone_on_with(root: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "out", text_options(root, **LOGGED)
-    assert in_child(begin, root, out, options, Signal(STEP_END, 3)) == -signal.SIGTERM
-    (place_of_work(out, WHAT) / NOTE).unlink()
-    with pytest.raises(SecateurError, match=r"asked\.json is gone, so nothing says what .*checkpoint-4 is of"):
-        run(root, out, options, resume=True)

@@ -18,7 +18,7 @@ from secateur.pretraining import data as of_data
 from secateur.pretraining import run as program
 from secateur.pretraining import run_folder
 from support.small_corpus import write_corpus, write_jsonl
-from support.small_runs import QWEN3_MOE, TINY, corpus_in, data_in, run_in
+from support.small_runs import QWEN3_MOE, TINY, corpus_in, data_in, light_report, options
 
 TINY_WORDS = [word for key, value in QWEN3_MOE.items() for word in ("--set", f"{key}={value}")]
 SMALL_WORDS = [
@@ -30,6 +30,16 @@ SMALL_WORDS = [
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus_in(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A run of a few steps with a pruning, without figures."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "write_report", light_report)
+        program.run_pretraining(options(corpus, steps=5, prune_at_step=3), out)
+    return out
 
 
 @pytest.fixture
@@ -203,9 +213,9 @@ def test_a_config_of_another_kind_of_model_is_named(
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "shape", "tokenizer", "larger tokenizer"])
 def test_a_model_folder_that_does_not_fit_is_named_before_data_is_read(
-    what: str, refusal: Callable[..., str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    what: str, refusal: Callable[..., str], tmp_path: Path, finished: Path
 ) -> None:
-    source, model = run_in(tmp_path_factory) / "model", tmp_path / "model"
+    source, model = finished / "model", tmp_path / "model"
     model.mkdir()
     for path in source.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
@@ -317,13 +327,10 @@ def test_a_folder_with_files_is_refused_and_untouched(refusal: Callable[..., str
     assert {path.name: path.read_text() for path in out.iterdir()} == {"thesis.tex": "years of work"}
 
 
-def test_a_finished_run_is_refused_and_untouched(
-    refusal: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    out = run_in(tmp_path_factory)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert "--resume" in refusal(out=out)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+def test_a_finished_run_is_refused_and_untouched(refusal: Callable[..., str], finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert "--resume" in refusal(out=finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
 def test_a_file_is_refused_as_the_folder(refusal: Callable[..., str], tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_each_model_is_described_once_before_the_first_step(
     """Two models are made: without weights, for what can be refused early, and the one that is trained."""
     described = before_the_first_step(counted("describe_moe"))
     probed = counted("find_expert_layout")
-    run_pretraining(options(corpus, steps=20, no_prune=True), tmp_path / "run")
+    run_pretraining(options(corpus, steps=5, no_prune=True), tmp_path / "run")
     assert [on_meta(model) for model, *_ in described] == [True, False]
     assert len(probed) == 1  # two builds tell where the experts are; the second description is told
 
@@ -173,15 +173,15 @@ def test_a_resumed_run_describes_the_model_of_its_checkpoint_alone(
     step = ResumableTrainer.training_step
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 24:
+        if self.state.global_step == 7:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(ResumableTrainer, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_pretraining(options(corpus, no_prune=True), tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoints" / "checkpoint-20").is_dir()
+            run_pretraining(options(corpus, steps=10, save_steps=5, no_prune=True), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-5").is_dir()
     described = before_the_first_step(counted("describe_moe"))
     resume(tmp_path / "run")
     assert [on_meta(model) for model, *_ in described] == [False]
@@ -205,7 +205,7 @@ def test_the_schedule_is_parsed_once_for_a_run_and_once_for_its_control(
     original = PretrainOptions.prunings
     monkeypatch.setattr(PretrainOptions, "prunings", lambda self: parsed.append(None) or original(self))
     monkeypatch.setattr(program, "write_report", light_report)
-    run_pretraining(options(corpus, steps=20, prune=("step=9 target_params=0.8",), control=control), tmp_path / "run")
+    run_pretraining(options(corpus, steps=5, prune=("step=3 target_params=0.8",), control=control), tmp_path / "run")
     assert len(parsed) == times
 
 

@@ -24,7 +24,7 @@ from support.faults import Signal, replace
 from support.small_runs import arguments, assert_same_run, corpus_in, files_of, in_child, light_report, options
 
 # short, and the steps that are interrupted are neither of a log nor of a checkpoint; the pruning is at 9
-QUICK = {"steps": 16, "log_steps": 4, "eval_steps": 8, "save_steps": 16, "prune_at_step": 9, "window_steps": 3}
+QUICK = {"steps": 12, "log_steps": 4, "eval_steps": 8, "save_steps": 12, "prune_at_step": 9, "window_steps": 3}
 QUICK |= {"schedule": "constant_with_warmup", "batch_size": 2}
 STEP_END = "secateur.pretraining.run_log:RunLog.on_step_end"
 
@@ -90,8 +90,8 @@ def test_without_the_option_it_leaves_at_once(tmp_path: Path, corpus: Path) -> N
 def test_a_function_hands_the_signal_on_to_whoever_had_it(tmp_path: Path, corpus: Path, whole: Path) -> None:
     """Here nobody: the process dies of it, as it would have without the run, and the checkpoint is there."""
     out = tmp_path / "run"
-    assert in_child(run, out, options(corpus, **QUICK), Signal(STEP_END, 16)) == -signal.SIGTERM
-    assert checkpoints.last_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-16"
+    assert in_child(run, out, options(corpus, **QUICK), Signal(STEP_END, 12)) == -signal.SIGTERM
+    assert checkpoints.last_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-12"
     assert in_child(go_on, out) == 0
     assert_same_run(out, whole)
 

@@ -22,24 +22,24 @@ STEADY: dict[str, Any] = {
     "schedule": "constant_with_warmup",
     "multiple_of": 4,
     "target_params": 0.7,
-    "prune_at_step": 9,  # between two checkpoints, and after the first rearrangement of those that have some
-    "steps": 18,  # until a rearrangement, a validation and a checkpoint of the pruned model
-    "log_steps": 3,
-    "eval_steps": 15,
-    "save_steps": 6,
+    "prune_at_step": 6,  # between two checkpoints, and after the first rearrangement of those that have some
+    "steps": 12,  # until a rearrangement, a validation and a checkpoint of the pruned model
+    "log_steps": 2,
+    "eval_steps": 10,
+    "save_steps": 4,
 }
 # kind of run -> its settings
 KINDS: dict[str, dict[str, Any]] = {
-    "over 2": STEADY | {"rearrange_ranks": 2, "rearrange_every": 8},
+    "over 2": STEADY | {"rearrange_ranks": 2, "rearrange_every": 5, "window_steps": 5},
     "two heads": STEADY | {"overrides": {"num_experts": 16, "num_key_value_heads": 2}, "rearrange_ranks": 2},
     "kept in order": STEADY | {"no_rearrange": True},
     "odd counts": STEADY | {"no_rearrange": True, "multiple_of": 1},
-    "accumulated": STEADY | {"no_rearrange": True, "accumulation": 2},
     # a balance loss is of the tokens that a forward pass sees: two ranks are two micro-batches
     "loss": STEADY | {"balance": "mixtral", "no_rearrange": True},
     "loss of two": STEADY | {"balance": "mixtral", "no_rearrange": True, "accumulation": 2, "batch_size": 2},
-    "bias": STEADY
-    | {"preset": "deepseek_v3", "overrides": {"n_routed_experts": 16}, "balance": "bias", "no_rearrange": True},
+    "bias, accumulated": STEADY
+    | {"preset": "deepseek_v3", "overrides": {"n_routed_experts": 16}, "balance": "bias", "no_rearrange": True}
+    | {"accumulation": 2},
 }
 STEP_END = "secateur.train.callback:LAEPCallback.on_step_end"
 
@@ -74,13 +74,25 @@ class Runs:
         return out
 
     def killed(self, kind: str, ranks: int, step: int, **split: int) -> Path:
-        """A copy of a run that was shot after `step`; checkpoints at every sixth, pruning at the ninth."""
+        """A copy of a run that was shot after `step`; checkpoints at every fourth, pruning at the sixth."""
         out = self._folder / f"{kind}-{ranks}-{split}-until-{step}"
         if not out.exists():
             ended = self.start(out, ranks, Kill(STEP_END, step), kind=kind, **split)
             assert -signal.SIGKILL in ended.statuses
             assert not (out / "summary.json").exists()
-        return Path(shutil.copytree(out, self._factory.mktemp("killed") / "run"))
+        return self._copy(out)
+
+    def cut_back(self, kind: str, ranks: int = 1, **split: int) -> Path:
+        """A copy of a finished run as a kill in the last step leaves it: the last checkpoint is the eighth step's."""
+        out = self._copy(self.finished(kind, ranks, **split))
+        for name in ("summary.json", "plan.json", "report.json"):
+            (out / name).unlink()
+        for name in ("model", "checkpoints/checkpoint-12"):
+            shutil.rmtree(out / name)
+        return out
+
+    def _copy(self, out: Path) -> Path:
+        return Path(shutil.copytree(out, self._factory.mktemp("copied") / "run"))
 
 
 def keep_checkpoints() -> None:

@@ -6,7 +6,6 @@ Each has the environment that torchrun gives it, and like torchrun's, a job whos
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.fork_server import context
 from support.small_runs import light_report
 
 PATIENCE = 900.0  # a job that hangs; on a busy machine one that does not takes minutes
@@ -36,8 +36,7 @@ class Ended:
 
 def job(num_ranks: int, target: Callable[..., Any], *values: Any, folder: Path) -> Ended:
     """Run `target(*values)` on every rank; `folder` takes what they say."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.cli", "secateur.pretraining.run"])
+    server = context()
     port = _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     said = folder / f"said-{port}"
@@ -47,7 +46,7 @@ def job(num_ranks: int, target: Callable[..., Any], *values: Any, folder: Path) 
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         words = {name: str(value) for name, value in environment.items()}
-        process = context.Process(target=_rank, args=(words, said, target, values))
+        process = server.Process(target=_rank, args=(words, said, target, values))
         process.start()
         ranks.append(process)
     deadline = time.monotonic() + PATIENCE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from secateur.pretraining.options import PretrainOptions
 from secateur.pretraining.run import run_pretraining
 from secateur.reporting.numbers import report_json
 from secateur.reporting.run_data import read_run
+from support.fork_server import context
 from support.small_corpus import write_corpus
 
 Json = dict[str, Any]
@@ -178,9 +178,7 @@ def in_child(target: Callable[..., None], *values: Any, stderr: Path | None = No
 
     Children are forked from a process that has imported everything and done nothing, so they start at once.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.cli", "secateur.pretraining.run"])
-    process = context.Process(target=_call, args=(target, values, stderr))
+    process = context().Process(target=_call, args=(target, values, stderr))
     process.start()
     process.join(900)
     if process.is_alive():

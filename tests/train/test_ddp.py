@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
-import multiprocessing
-import os
-import socket
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +29,41 @@ from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.optimizer import unwrap
 from secateur.train.distributed.ddp import DDPFinder, check_ddp, rebuild_ddp_
+from support import distributed_runs as runs
+from support.distributed_runs import Scenarios
 from support.tiny_models import random_plan, random_tokens, tiny_model
 
 pytestmark = pytest.mark.slow
+
+
+# Two processes: all cases in one job, each in a folder of its own
+
+TWO = Scenarios(__name__, 2)
 RANKS, STEPS_BEFORE, STEPS_AFTER = 2, 3, 5
 MICRO_BATCHES, ROWS, LENGTH = 2, 2, 8  # a step; rows of one rank
 
 
-# Two processes
+def case(name: str, target: Callable[..., None], *values: Any) -> None:
+    """`target(rank, folder, *values)` on both ranks, for the test that asks for the folder `name`."""
+    TWO.add(name, _on_rank, name, target, values)
 
 
-def on_two_ranks(target: Callable[..., None], folder: Path, *values: Any) -> None:
-    """Run `target(rank, folder, *values)` on two ranks of one process group; their errors become one of the test's."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.cli", "secateur.pretraining.run"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [context.Process(target=_rank, args=(target, rank, port, folder, values)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert not errors, "\n".join(errors)
-    assert [process.exitcode for process in ranks] == [0, 0]
+def _on_rank(name: str, target: Callable[..., None], values: tuple[Any, ...]) -> None:
+    folder = runs.folder / name
+    folder.mkdir(exist_ok=True)
+    target(dist.get_rank(), folder, *values)
 
 
-def _rank(target: Callable[..., None], rank: int, port: int, folder: Path, values: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in where.items()}, ACCELERATE_USE_CPU="1")
-    try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-        target(rank, folder, *values)
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        raise
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a case, which ended without an error on both ranks."""
+    results = TWO.play(tmp_path_factory.mktemp("two"))
+
+    def folder(name: str) -> Path:
+        assert results[name] == [None] * RANKS
+        return results.folder / name
+
+    return folder
 
 
 def store(model: nn.Module, file: Path) -> None:
@@ -119,6 +110,7 @@ def zero(optimizer: torch.optim.Optimizer, how: str) -> None:
         optimizer.zero_grad(set_to_none=how == "none")
 
 
+@functools.cache
 def alone(zeroing: str = "none", **model: Any) -> dict[str, Tensor]:
     """The same run in one process: the same global batches, every mean over all rows of a micro-batch."""
     net = new_model(**model)
@@ -362,6 +354,23 @@ def refused_on_two_ranks(rank: int, folder: Path) -> None:
     assert ddp.reducer is reducer
 
 
+PLAIN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "gradients-stay": ({}, {"zeroing": "never"}),
+    "unused-parameter": ({"find_unused_parameters": True}, {"unused": True}),
+    "bucket-views-stay": ({"gradient_as_bucket_view": True}, {"zeroing": "never"}),
+}
+for _name, (_settings, _options) in PLAIN.items():
+    case(_name, plain, _settings, _options)
+case("without-rebuild", plain, {"find_unused_parameters": True}, {"rebuild": False})
+case("refused", refused_on_two_ranks)
+for _case in (bucket_views, communication_hook, static_graph, what_stays):
+    case(_case.__name__, _case)
+for _is_on in (True, False):
+    case(f"broadcast-{_is_on}", selection_bias, _is_on)
+    case(f"trainer-{_is_on}", trainer, _is_on)
+
+
 def message(function: Callable[..., Any], *values: Any) -> str:
     with pytest.raises(SecateurError) as caught:
         function(*values)
@@ -372,33 +381,21 @@ def message(function: Callable[..., Any], *values: Any) -> str:
 
 
 @pytest.mark.torchrun
-def test_without_the_rebuild_ranks_drift_apart(tmp_path: Path) -> None:
-    on_two_ranks(plain, tmp_path, {"find_unused_parameters": True}, {"rebuild": False})
-    one, other = of_ranks(tmp_path)
+def test_without_the_rebuild_ranks_drift_apart(two: Any) -> None:
+    one, other = of_ranks(two("without-rebuild"))
     assert any("experts" in name for name in differing(one, other))
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        ({}, {}),
-        ({}, {"zeroing": "never"}),
-        ({"find_unused_parameters": True}, {"unused": True}),
-        ({"gradient_as_bucket_view": True}, {"zeroing": "never"}),
-    ],
-    ids=["default", "gradients-stay", "unused-parameter", "bucket-views-stay"],
-)
-def test_with_it_two_ranks_equal_one_process(tmp_path: Path, settings: dict[str, Any], options: dict[str, Any]) -> None:
-    on_two_ranks(plain, tmp_path, settings, options)
-    assert_equal_to_one_process(tmp_path, **options)
+@pytest.mark.parametrize("name", PLAIN)
+def test_with_it_two_ranks_equal_one_process(two: Any, name: str) -> None:
+    assert_equal_to_one_process(two(name), **PLAIN[name][1])
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("case", [bucket_views, communication_hook])
-def test_buckets_and_communication_hooks_go_on(tmp_path: Path, case: Callable[..., None]) -> None:
-    on_two_ranks(case, tmp_path)
-    assert_equal_to_one_process(tmp_path)
+@pytest.mark.parametrize("name", ["bucket_views", "communication_hook"])
+def test_buckets_and_communication_hooks_go_on(two: Any, name: str) -> None:
+    assert_equal_to_one_process(two(name))
 
 
 def assert_equal_to_one_process(folder: Path, **options: Any) -> None:
@@ -411,24 +408,21 @@ def assert_equal_to_one_process(folder: Path, **options: Any) -> None:
 
 
 @pytest.mark.torchrun
-def test_the_static_graph_is_recorded_anew(tmp_path: Path) -> None:
-    on_two_ranks(static_graph, tmp_path)
-    one, other = of_ranks(tmp_path)
+def test_the_static_graph_is_recorded_anew(two: Any) -> None:
+    one, other = of_ranks(two("static_graph"))
     assert not differing(one, other)
 
 
 @pytest.mark.torchrun
-def test_settings_hooks_and_ignored_parameters_stay(tmp_path: Path) -> None:
-    on_two_ranks(what_stays, tmp_path)
-    one, other = of_ranks(tmp_path)
+def test_settings_hooks_and_ignored_parameters_stay(two: Any) -> None:
+    one, other = of_ranks(two("what_stays"))
     assert "model.norm.weight" in differing(one, other)  # ignored, so everything else has drifted with it
 
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize("broadcast", [True, False])
-def test_buffers_are_broadcast_as_before(tmp_path: Path, broadcast: bool) -> None:
-    on_two_ranks(selection_bias, tmp_path, broadcast)
-    one, other = of_ranks(tmp_path)
+def test_buffers_are_broadcast_as_before(two: Any, broadcast: bool) -> None:
+    one, other = of_ranks(two(f"broadcast-{broadcast}"))
     biases = {name for name in one if name.endswith("e_score_correction_bias")}
     assert len({one[name].shape for name in biases}) > 1
     assert biases & differing(one, other) == (set() if broadcast else biases)
@@ -436,20 +430,20 @@ def test_buffers_are_broadcast_as_before(tmp_path: Path, broadcast: bool) -> Non
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize("rebuild", [True, False])
-def test_in_a_trainer(tmp_path: Path, rebuild: bool) -> None:
-    on_two_ranks(trainer, tmp_path, rebuild)
-    one, other = of_ranks(tmp_path)
+def test_in_a_trainer(two: Any, rebuild: bool) -> None:
+    folder = two(f"trainer-{rebuild}")
+    one, other = of_ranks(folder)
     assert bool(differing(one, other)) is not rebuild
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert not differing(one, dict([*loaded.named_parameters(), *loaded.named_buffers()]))
 
 
 @pytest.mark.torchrun
-def test_refusals_reach_every_rank(tmp_path: Path) -> None:
-    on_two_ranks(refused_on_two_ranks, tmp_path)
+def test_refusals_reach_every_rank(two: Any) -> None:
+    folder = two("refused")
     for rank in range(RANKS):
-        assert "2 processes, but no forward pass" in (tmp_path / f"no-wrapper-{rank}").read_text()
-        assert "rank 1 of 2 have parameters or buffers of other" in (tmp_path / f"other-shapes-{rank}").read_text()
+        assert "2 processes, but no forward pass" in (folder / f"no-wrapper-{rank}").read_text()
+        assert "rank 1 of 2 have parameters or buffers of other" in (folder / f"other-shapes-{rank}").read_text()
 
 
 # One process is enough for the rest

@@ -391,6 +391,26 @@ def test_mixed_precision_and_a_gradient_scaler_go_on_after_a_pruning() -> None:
 
 # Resume
 
+TWICE = [Pruning(rule=Rule(target_params=0.85), at_step=5), Pruning(rule=Rule(alpha=1.0), at_step=9)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[int, Path], dict[int, Any]]:
+    """A run with two prunings, its folders by step, and its phase and unevenness then."""
+    run, folders, seen = Run("deepseek_v3", prunings=TWICE), {}, {}
+    steps = []
+    for index in range(12):
+        steps += [index + 1] if run.step(index) is not None else []
+        if index + 1 not in (3, 4, 5, 8, 9):
+            continue
+        folder = folders[index + 1] = tmp_path_factory.mktemp("whole")
+        run.model.save_pretrained(folder)
+        torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "pruner.json").write_text(json.dumps(run.pruner.state_dict(), allow_nan=False))
+        seen[index + 1] = run.pruner.phase, run.pruner.load_max_over_mean
+    assert steps == [5, 9]
+    return run, folders, seen
+
 
 @pytest.mark.parametrize(
     ("stop", "moment"),
@@ -402,29 +422,21 @@ def test_mixed_precision_and_a_gradient_scaler_go_on_after_a_pruning() -> None:
         pytest.param(9, "just after the second", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stop: int, moment: str, tmp_path: Path) -> None:
-    schedule = [Pruning(rule=Rule(target_params=0.85), at_step=5), Pruning(rule=Rule(alpha=1.0), at_step=9)]
-    whole = Run("deepseek_v3", prunings=schedule)
-    assert list(whole.go(0, 12)) == [5, 9]
-
-    first = Run("deepseek_v3", prunings=schedule)
-    first.go(0, stop)
-    first.model.save_pretrained(tmp_path)
-    torch.save(first.optimizer.state_dict(), tmp_path / "optimizer.pt")
-    (tmp_path / "pruner.json").write_text(json.dumps(first.pruner.state_dict(), allow_nan=False))
-
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    second = Run(model=model, prunings=schedule)
-    second.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    second.pruner.load_state_dict(json.loads((tmp_path / "pruner.json").read_text()))
-    assert second.pruner.phase == first.pruner.phase
-    assert second.pruner.load_max_over_mean == first.pruner.load_max_over_mean
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    stop: int, moment: str, whole: tuple[Run, dict[int, Path], dict[int, Any]]
+) -> None:
+    run, saved, seen = whole
+    model = AutoModelForCausalLM.from_pretrained(saved[stop])
+    second = Run(model=model, prunings=TWICE)
+    second.optimizer.load_state_dict(torch.load(saved[stop] / "optimizer.pt", weights_only=True))
+    second.pruner.load_state_dict(json.loads((saved[stop] / "pruner.json").read_text()))
+    assert (second.pruner.phase, second.pruner.load_max_over_mean) == seen[stop]
     second.go(stop, 12)
-    assert first.losses + second.losses == whole.losses
-    expected, found = whole.model.state_dict(), second.model.state_dict()
+    assert run.losses[:stop] + second.losses == run.losses
+    expected, found = run.model.state_dict(), second.model.state_dict()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
-    assert [without_clock(e) for e in second.pruner.events] == [without_clock(e) for e in whole.pruner.events]
-    state, other = (without_clock_in(run.pruner.state_dict()) for run in (second, whole))
+    assert [without_clock(e) for e in second.pruner.events] == [without_clock(e) for e in run.pruner.events]
+    state, other = (without_clock_in(one.pruner.state_dict()) for one in (second, run))
     assert state == other
 
 
@@ -432,18 +444,18 @@ def without_clock_in(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"events": [event | {"surgery_seconds": None} for event in state["events"]]}
 
 
-@pytest.mark.parametrize("stop", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (9, 10))])
-def test_the_stable_phase_is_found_at_the_same_step_after_a_resume(stop: int) -> None:
-    whole = Run(target_params=0.8)
-    steps = list(whole.go(0, 14))
-    first = Run(target_params=0.8)
-    before = first.go(0, stop)
-    copied = copy.deepcopy(first.model)
-    second = Run(model=copied, target_params=0.8)
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    second.pruner.load_state_dict(json.loads(json.dumps(first.pruner.state_dict())))
-    assert second.pruner.phase == first.pruner.phase
-    assert [*before, *second.go(stop, 14)] == steps
+def test_the_stable_phase_is_found_at_the_same_step_after_a_resume() -> None:
+    """From each of three steps before it."""
+    run, before, second = Run(target_params=0.8), {}, {}
+    for stop in range(14):
+        if stop in (8, 9, 10):
+            second[stop] = Run(model=copy.deepcopy(run.model), target_params=0.8)
+            second[stop].optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+            second[stop].pruner.load_state_dict(json.loads(json.dumps(run.pruner.state_dict())))
+            assert second[stop].pruner.phase == run.pruner.phase
+        before |= run.go(stop, stop + 1)
+    for stop, one in second.items():
+        assert [*(step for step in before if step <= stop), *one.go(stop, 14)] == [*before]
 
 
 GATE = "model.layers.0.mlp.gate.weight"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,9 +44,15 @@ def source(saved: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_shards(trained()[0], tmp_path_factory.mktemp("shards") / "source")
+
+
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    return save_shards(trained()[0], tmp_path / "source")
+def shards(saved_shards: Path, tmp_path: Path) -> Path:
+    """A copy of it, as tests write into its files."""
+    return Path(shutil.copytree(saved_shards, tmp_path / "source"))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -54,10 +54,15 @@ def sharded(tensors: dict[str, Tensor], placement: str) -> dict[str, Any]:
     }
 
 
-def write(folder: str, placement: str) -> None:
+CASES = {"one": ("Shard(0)", "Shard(1)"), "other": ("Shard(1)", "Shard(0)"), "copies": ("Replicate", "Shard(0)")}
+
+
+def write(folder: str) -> None:
     join()
-    for name, writer in (("dcp", dcp.FileSystemWriter), ("shards", shards_writer)):
-        dcp.save(sharded(full(), placement), storage_writer=writer(os.path.join(folder, name)))
+    for case, (placement, _) in CASES.items():
+        for name, writer in (("dcp", dcp.FileSystemWriter), ("shards", shards_writer)):
+            to = os.path.join(folder, case, "source", name)
+            dcp.save(sharded(full(), placement), storage_writer=writer(to))
     leave()
 
 
@@ -65,32 +70,29 @@ def shards_writer(folder: str) -> HuggingFaceStorageWriter:
     return HuggingFaceStorageWriter(folder, save_distributed=True)
 
 
-def read(folder: str, placement: str) -> None:
+def read(folder: str) -> None:
     join()
     expected = pruned(full())
-    for name, reader in (("dcp", dcp.FileSystemReader), ("shards", HuggingFaceStorageReader)):
-        state = sharded({key: torch.zeros_like(value) for key, value in expected.items()}, placement)
-        dcp.load(state, storage_reader=reader(os.path.join(folder, name)))
-        for key, value in state.items():
-            assert isinstance(value, DTensor)
-            assert torch.equal(value.full_tensor(), expected[key]), (name, key)
+    for case, (_, placement) in CASES.items():
+        for name, reader in (("dcp", dcp.FileSystemReader), ("shards", HuggingFaceStorageReader)):
+            state = sharded({key: torch.zeros_like(value) for key, value in expected.items()}, placement)
+            dcp.load(state, storage_reader=reader(os.path.join(folder, case, "out", name)))
+            for key, value in state.items():
+                assert isinstance(value, DTensor)
+                assert torch.equal(value.full_tensor(), expected[key]), (case, name, key)
     leave()
 
 
 @pytest.mark.torchrun
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("before", "after"), [("Shard(0)", "Shard(1)"), ("Shard(1)", "Shard(0)"), ("Replicate", "Shard(0)")]
-)
-def test_shards_of_two_ranks_become_the_pruned_tensors_on_two_ranks(tmp_path: Path, before: str, after: str) -> None:
-    source, out = tmp_path / "source", tmp_path / "out"
-    assert job(RANKS, write, str(source), before, folder=tmp_path) == Ended((0, 0), "")
-    for name, read_folder in (("dcp", read_dcp), ("shards", read_shards)):
-        chunks = read_folder(source / name).tensors["model.layers.0.mlp.experts.gate_up_proj"].chunks
-        assert len(chunks) == (1 if before == "Replicate" else RANKS)
-
-    apply_to_checkpoint(source, PLAN, out)
-
-    assert job(RANKS, read, str(out), after, folder=tmp_path) == Ended((0, 0), "")
-    found = tensors_of(out / "dcp")
-    assert all(torch.equal(found[name], value) for name, value in pruned(full()).items())
+def test_shards_of_two_ranks_become_the_pruned_tensors_on_two_ranks(tmp_path: Path) -> None:
+    assert job(RANKS, write, str(tmp_path), folder=tmp_path) == Ended((0, 0), "")
+    for case, (before, _) in CASES.items():
+        source, out = tmp_path / case / "source", tmp_path / case / "out"
+        for name, read_folder in (("dcp", read_dcp), ("shards", read_shards)):
+            chunks = read_folder(source / name).tensors["model.layers.0.mlp.experts.gate_up_proj"].chunks
+            assert len(chunks) == (1 if before == "Replicate" else RANKS)
+        apply_to_checkpoint(source, PLAN, out)
+        found = tensors_of(out / "dcp")
+        assert all(torch.equal(found[name], value) for name, value in pruned(full()).items())
+    assert job(RANKS, read, str(tmp_path), folder=tmp_path) == Ended((0, 0), "")
