@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -33,3 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     in_turn = [path for pair in itertools.zip_longest(jobs, processes) for path in pair if path is not None]
     order = {path: place for place, path in enumerate([*in_turn, *rest])}
     items.sort(key=lambda item: order[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every search for garbage, which else takes a twentieth of the time."""
+    gc.freeze()

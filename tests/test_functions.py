@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import inspect
 import json
@@ -42,6 +43,7 @@ from secateur.placement import METHODS, milp
 from secateur.plans import REMOVED, Plan
 from secateur.pretraining import run as pretraining
 from secateur.pretraining.options import PRECISIONS, PretrainOptions
+from secateur.reporting import write as reporting
 from secateur.results import Result
 from secateur.train.balance_losses import BALANCE
 from support.claims import fallen, not_checked
@@ -111,6 +113,7 @@ def as_words(value: Any) -> list[str]:
 DATA = {"data": [f"{name}={name}.jsonl" for name in TEXT], "sequence_length": 16, "batch_size": 4}
 OBSERVED = {**DATA, "samples": 6, "device": "cpu", "out": "stats.safetensors"}
 RUN = {**SMALL, "set": TINY["qwen3_moe"], "data": ["corpus/prose", "corpus/code"], "out": "fresh"}
+BRIEF = {"steps": 8, "warmup_steps": 2, "log_steps": 2, "eval_steps": 4, "save_steps": 4}
 CASES = {
     "inspect": Case("inspect", ("source",)),
     "observe": Case("observe", ("source",), OBSERVED, ("stats.safetensors",)),
@@ -146,7 +149,10 @@ CASES = {
         "prune", ("source",), {"keep": 5, "criterion": "aimer", "out": "out", "ep": 5}, ("out",)
     ),
     "pretrain": Case(
-        "pretrain", (), {**RUN, "steps": 20, "threads": 2, "prune_at_step": 9, "target_params": 0.8}, ("fresh",)
+        "pretrain",
+        (),
+        {**RUN, **BRIEF, "prune_at_step": 5, "target_params": 0.8},
+        ("fresh",),
     ),
     "pretrain, dry run": Case("pretrain", (), {**RUN, "prune": ["step=9 alpha=0.5"], "dry_run": True}),
     "report": Case("report", ("run",), {}, ("run",)),
@@ -199,10 +205,19 @@ def without_clock(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_command_prints_and_writes_what_its_function_gives_and_writes(
-    name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     case = CASES[name]
+    if "threads" in case.options:  # another number than that of the run, which must be there again after it
+        request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+        torch.set_num_threads(case.options["threads"] + 1)
     monkeypatch.setattr(pretraining, "write_report", light_report)  # figures take longer than all the rest
+    monkeypatch.setattr(reporting, "png", lambda figure: b"drawn")
     for who in ("command", "function"):
         shutil.copytree(made, tmp_path / who, copy_function=os.link)
     before = of_the_process()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.fresh import in_fresh
 from support.rooms import GROUND, MAX_TOP_LEVEL_FILES, PURE, ROOMS, SOURCE, table_lines
 
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
@@ -268,7 +269,7 @@ def test_public_names_stay_themselves_whatever_modules_are_imported_in_whatever_
         + inspect.getsource(import_all_and_name_the_public)
         + "print(json.dumps(import_all_and_name_the_public(sys.argv[1:])))"
     )
-    found = json.loads(run(code, *modules).splitlines()[-1])
+    found = json.loads(in_fresh(code, *modules).splitlines()[-1])
     assert len(found) >= 10
     for name, (kind, home, *same) in found.items():
         assert kind in ("type", "function"), f"secateur.{name} is a {kind}, {home}"

@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 # mark -> names of code that starts such processes; a job of several ranks is the first mark alone
 STARTS = {
     "torchrun": {"job", "Runs", "Scenarios", "multiprocessing"},
-    "process": {"subprocess", "in_child", "forked", "changes_of", "memory_limit"},
+    "process": {"subprocess", "in_child", "in_fresh", "forked", "changes_of", "memory_limit"},
 }
 FILES = sorted(path for path in TESTS.rglob("test_*.py") if path.name != Path(__file__).name)
 

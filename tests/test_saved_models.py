@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,22 @@ from secateur.modeling_secateur import counts_in, pruned_config_class, pruned_mo
 from secateur.plans import LayerPlan, Plan
 from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.surgery.module import prune_model_
-from support.tiny_models import FAMILIES, LIKE_ANOTHER, VOCABULARY, random_plan, random_tokens, tiny_model
+from support.fresh import in_fresh
+from support.long_tests import ARE_RUN, long
+from support.tiny_models import (
+    FAMILIES,
+    KINDS,
+    ONE_OF_EACH_LAYOUT,
+    VOCABULARY,
+    random_plan,
+    random_tokens,
+    tiny_model,
+)
 
 WITH_LOSS = [name for name, family in FAMILIES.items() if family.balance_loss]
 QUICK = ["qwen3_moe", "deepseek_v3 grouped", "gpt_oss", "dbrx"]
+# what every auto class loads
+AUTOS = {"qwen3_moe": "Qwen3Moe", "deepseek_v3 grouped": "DeepseekV3", "gpt_oss": "GptOss"}
 SPECIAL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -53,19 +62,24 @@ def same_counts(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-MODELS = {f"preset {name}": (preset_model, name, name not in ("deepseek_v3",)) for name in PRESETS} | {
-    f"tiny {name}": (tiny_model, name, family.balance_loss)
-    for name, family in FAMILIES.items()
-    if name not in LIKE_ANOTHER
+ALL = {f"preset {name}": (preset_model, name, name not in ("deepseek_v3",)) for name in PRESETS} | {
+    f"tiny {name}": (tiny_model, name, FAMILIES[name].balance_loss) for name in FAMILIES if name in KINDS
 }
 
-# Every layout is loaded with remote code; a row like another is loaded by tests of model_folder. Loading with Secateur
-# differs from that before the model class is made, and one count for all layers gives the native class, which the tests
-# of the surgery see for every family: a few are enough for both.
-FEW = [title for title in MODELS if title.startswith("preset")] + [f"tiny {name}" for name in QUICK]
-WAYS = [(title, "remote") for title in MODELS] + [
+# Every layout is loaded with remote code, and one model with tied embeddings; the code for all of them is one, as is
+# seen in the same process for every family (surgery/test_surgery_module.py). Loading with Secateur differs from that
+# before the model class is made, and one count for all layers gives the native class: a few are enough for both.
+TIED = "preset qwen3_moe"
+FEW = [title for title in ALL if title.startswith("preset")] + [f"tiny {name}" for name in QUICK]
+WAYS = [(title, "remote") for title in ALL] + [
     (title, mode) for title in FEW for mode in ("secateur first", "transformers first")
 ]
+ALWAYS = {
+    *((title, "remote") for title in (TIED, *(f"tiny {name}" for name in {*ONE_OF_EACH_LAYOUT, *QUICK}))),
+    *((title, mode) for title in (TIED, "tiny gpt_oss") for mode in ("secateur first", "transformers first")),
+}
+UNIFORM = {TIED, *(f"tiny {name}" for name in QUICK)}
+MODELS = {title: one for title, one in ALL.items() if ARE_RUN or (title, "remote") in ALWAYS}
 
 WORKER = """
 import json, sys, warnings
@@ -78,7 +92,6 @@ elif mode == "secateur first":
     import secateur
 import torch, transformers
 from safetensors.torch import load_file
-torch.set_num_threads(1)
 if mode == "transformers first":
     from transformers import AutoModelForCausalLM
     import secateur
@@ -102,7 +115,7 @@ def look(folder, data, **flags):
 results = {}
 for folder in sorted(root.iterdir()):
     uniform = folder.name.startswith("uniform")
-    if mode != "remote" and (uniform or not folder.name.removeprefix("pruned ") in sys.argv[3:]):
+    if folder.name.partition(" ")[2] not in sys.argv[3:] or (uniform and mode != "remote"):
         continue
     flags = {"trust_remote_code": True} if mode == "remote" and not uniform else {}
     data = load_file(folder / "expected.safetensors")
@@ -119,7 +132,7 @@ for folder in sorted(root.iterdir()):
         model.save_pretrained(again)
         _, seen["again"] = look(again, data, **flags)
         seen["files"] = sorted(path.name for path in again.iterdir())
-        if mode == "remote" and folder.name.removeprefix("pruned ") in sys.argv[3:]:
+        if mode == "remote" and (folder / "every_auto_class").exists():
             seen["autos"] = {}
             for auto in json.loads((folder / "config.json").read_text())["auto_map"]:
                 if auto != "AutoConfig":
@@ -139,7 +152,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved") / "models"
     for title, (make, name, has_loss) in MODELS.items():
         for kind, prune in (("pruned", different_counts), ("uniform", same_counts)):
-            if kind == "uniform" and title not in FEW:
+            if kind == "uniform" and not (title in FEW if ARE_RUN else title in UNIFORM):
                 continue
             folder = root / f"{kind} {title}"
             model = prune(make(name))
@@ -148,6 +161,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             save_file({"tokens": tokens, "logits": logits_of(model, tokens)}, folder / "expected.safetensors")
             if has_loss and kind == "pruned":
                 (folder / "has_loss").touch()
+            if title.removeprefix("tiny ") in AUTOS and kind == "pruned":
+                (folder / "every_auto_class").touch()
     return root
 
 
@@ -155,17 +170,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a fresh interpreter says of every folder, per way of loading it."""
     cache = tmp_path_factory.mktemp("hf")
-    environment = os.environ | {
-        "HF_HOME": str(cache),
-        "HF_MODULES_CACHE": str(cache / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
     found = {}
     for mode in ("remote", "secateur first", "transformers first"):
-        command = [sys.executable, "-c", WORKER, mode, str(saved), *FEW]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[mode] = json.loads(done.stdout.rpartition("RESULT")[2])
+        asked = [title for title, way in WAYS if way == mode and (ARE_RUN or (title, way) in ALWAYS)]
+        said = in_fresh(WORKER, mode, saved, *asked, environment=environment)
+        found[mode] = json.loads(said.rpartition("RESULT")[2])
     return found
 
 
@@ -181,7 +191,7 @@ def check_loaded(seen: dict[str, Any], class_name: str) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize(("title", "mode"), WAYS)
+@pytest.mark.parametrize(("title", "mode"), [pytest.param(*way, marks=[] if way in ALWAYS else long) for way in WAYS])
 def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
     title: str, mode: str, loaded: dict[str, Any], saved: Path
 ) -> None:
@@ -190,7 +200,7 @@ def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
     check_loaded(seen, config["architectures"][0])
     assert seen["class"].startswith("Pruned")
     assert "modeling_secateur.py" in seen["files"]
-    if MODELS[title][2]:
+    if ALL[title][2]:
         assert seen["aux"] > 0
         assert all(grad > 0 for grad in seen["router_grads"])
         assert len(seen["router_grads"]) == sum(map(bool, config["moe_config"]["per_layer_experts_blocks"]))
@@ -201,7 +211,7 @@ def test_layers_that_differ_load_bit_equal_generate_train_and_save_again(
 def test_without_secateur_every_auto_class_of_the_source_loads_it_and_makes_the_head_that_is_missing(
     loaded: dict[str, Any],
 ) -> None:
-    for title, name in (("qwen3_moe", "Qwen3Moe"), ("deepseek_v3 grouped", "DeepseekV3"), ("gpt_oss", "GptOss")):
+    for title, name in AUTOS.items():
         tasks = {"CausalLM": [], "SequenceClassification": ["score.weight"]}
         tasks["TokenClassification"] = ["score.bias", "score.weight"]
         expected = {f"AutoModelFor{task}": [f"Pruned{name}For{task}", new] for task, new in tasks.items()}
@@ -217,7 +227,7 @@ def test_without_secateur_every_auto_class_of_the_source_loads_it_and_makes_the_
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("title", FEW)
+@pytest.mark.parametrize("title", [pytest.param(one, marks=[] if one in UNIFORM else long) for one in FEW])
 def test_layers_that_agree_load_in_stock_transformers_with_neither_flag_nor_secateur(
     title: str, loaded: dict[str, Any], saved: Path
 ) -> None:

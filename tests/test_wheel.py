@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from secateur.version import __version__
+from support.long_tests import long
 from support.model_folders import plan_of, saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -139,16 +140,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@long  # what `apply` does below begins with it
 def test_the_command_inspects_a_model_folder(installed: Path, source: Path, tmp_path: Path) -> None:
     assert "olmoe" in run([installed / "bin/secateur", "inspect", source], tmp_path)
 
 
-def test_a_folder_of_different_layers_carries_the_model_file_of_the_wheel_and_loads_without_secateur(
-    installed: Path, source: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def pruned(installed: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("applied")
+    UNEVEN.save(folder / "plan.json")
+    run([installed / "bin/secateur", "apply", source, "plan.json", "--out", "pruned"], folder)
+    return folder / "pruned"
+
+
+def test_a_folder_of_different_layers_carries_the_model_file_of_the_wheel_which_is_that_of_the_source(
+    installed: Path, pruned: Path
 ) -> None:
-    UNEVEN.save(tmp_path / "plan.json")
-    run([installed / "bin/secateur", "apply", source, "plan.json", "--out", "pruned"], tmp_path)
+    """tests/test_saved_models.py loads folders with that of the source where there is no Secateur."""
     (site,) = installed.glob("lib/python*/site-packages")
-    assert (tmp_path / "pruned" / COPIED).read_bytes() == (site / "secateur" / COPIED).read_bytes()
-    found = json.loads(run([installed / "bin/python", "-c", LOAD_WITHOUT_SECATEUR, tmp_path / "pruned"], tmp_path))
+    assert (pruned / COPIED).read_bytes() == (site / "secateur" / COPIED).read_bytes() == (SOURCE / COPIED).read_bytes()
+    assert json.loads((pruned / "config.json").read_text())["architectures"] == ["PrunedOlmoeForCausalLM"]
+
+
+@long
+def test_such_a_folder_loads_without_secateur(installed: Path, pruned: Path, tmp_path: Path) -> None:
+    found = json.loads(run([installed / "bin/python", "-c", LOAD_WITHOUT_SECATEUR, pruned], tmp_path))
     assert found == ["PrunedOlmoeForCausalLM", [4, 3, 8], True]

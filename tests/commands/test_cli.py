@@ -27,11 +27,14 @@ from secateur import cli
 from secateur.commands.pretrain import SHOWING, _field
 from secateur.pretraining import run as program
 from secateur.pretraining.options import PretrainOptions, option
-from support.small_runs import arguments, corpus_in, in_child, light_report, options, run_in, strict
+from secateur.reporting import write as reporting
+from support.small_runs import arguments, corpus_in, in_child, light_report, options, strict
 
+BRIEF = {"steps": 16, "log_steps": 2, "eval_steps": 8, "save_steps": 8}
 NOT_SETTINGS = (*SHOWING, "out", "checkpoint_on_sigterm", "resume", "dry_run", "set")
 SETTINGS = {field.name: field for field in dataclasses.fields(PretrainOptions)}
-OPTIONS = {parameter.name: parameter for parameter in get_command(cli.app).commands["pretrain"].params}
+COMMAND = get_command(cli.app)
+OPTIONS = {parameter.name: parameter for parameter in COMMAND.commands["pretrain"].params}
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +101,9 @@ def test_every_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_p
         if value is None:
             value = True if "bool" in kind else 0.25 if "float" in kind else 50 if "int" in kind else "text"
         changed = PretrainOptions(**{name: value})
-        words = [word for word in arguments(changed) if word != "--preset" or name == "preset"]
-        assert main(monkeypatch, "pretrain", "--out", str(tmp_path), *words_of(changed, name)) == 0, words
+        COMMAND.main(["pretrain", "--out", str(tmp_path), *words_of(changed, name)], "secateur", standalone_mode=False)
         assert found[-1] == changed, name
+    assert len(found) == len(SETTINGS)
 
 
 def words_of(changed: PretrainOptions, name: str) -> list[str]:
@@ -208,15 +211,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_puts_the_report_alone_on_standard_output(
+def test_json_puts_the_report_alone_on_standard_output_and_report_writes_it_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(program, "write_report", light_report)
+    monkeypatch.setattr(reporting, "png", lambda figure: b"drawn")  # it takes longer than all the rest
     words = arguments(options(corpus, steps=10, eval_steps=10, prune_at_step=5))
     assert main(monkeypatch, "pretrain", "--out", str(tmp_path / "run"), "--json", *words) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == strict(tmp_path / "run" / "report.json")
     assert "pretrain 10/10" in err
+    before = (tmp_path / "run" / "report.json").read_bytes()
+    assert main(monkeypatch, "report", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+    assert (tmp_path / "run" / "report.json").read_bytes() == before
 
 
 def test_the_result_says_what_was_pruned_and_where_it_is(
@@ -231,17 +238,6 @@ def test_the_result_says_what_was_pruned_and_where_it_is(
     assert f"16 -> {event['experts_after']} experts" in out
     assert f"{event['parameters_before']:,} -> {event['parameters_after']:,} parameters" in out
     assert str(tmp_path / "run" / "model") in out
-
-
-@pytest.mark.slow
-def test_the_report_of_a_run_is_written_again(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = run_in(tmp_path_factory)
-    before = (out / "report.json").read_bytes()
-    assert main(monkeypatch, "report", str(out)) == 0
-    assert capsys.readouterr().out.strip() == str(out / "report.html")
-    assert (out / "report.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -319,7 +315,8 @@ def interrupted(out: Path, words: list[str]) -> None:
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_with_status_130(corpus: Path, tmp_path: Path) -> None:
     said = tmp_path / "stderr"
-    assert in_child(interrupted, tmp_path / "run", [*arguments(options(corpus)), "--quiet"], stderr=said) == 130
+    words = arguments(options(corpus, **BRIEF, prune_at_step=9))
+    assert in_child(interrupted, tmp_path / "run", [*words, "--quiet"], stderr=said) == 130
     assert said.read_text() == "error: interrupted; go on with --resume\n"
     assert in_child(run_command, tmp_path / "run", ["--resume", "--quiet"], stderr=said) == 0
 
@@ -378,15 +375,15 @@ def test_a_terminal_gets_a_bar_with_all_numbers_in_its_width(corpus: Path, tmp_p
             while chunk := os.read(master, 65536):
                 seen.extend(chunk)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    words = [*arguments(options(corpus, min_rank_correlation=1.0, max_total_variation=0.0))]
+    words = [*arguments(options(corpus, **BRIEF, min_rank_correlation=1.0, max_total_variation=0.0))]
     assert in_child(run_on_terminal, tmp_path / "run", words, stderr=Path(os.ttyname(slave))) == 0
     os.close(slave)
     reader.join(10)
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
-    found = [line for line in re.split(r"[\r\n]+", text) if "40/40" in line]
+    found = [line for line in re.split(r"[\r\n]+", text) if "16/16" in line]
     assert found
     for part in (r"loss \d\.\d{3}", r"[\d,]+ tok/s", "transition", r"load max/mean \d\.\d", r"\d:\d\d:\d\d\s*$"):
         assert re.search(part, found[-1]), part

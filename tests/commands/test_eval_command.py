@@ -27,6 +27,7 @@ from secateur.model_folder.evaluation.perplexity import BlockLosses, block_losse
 from secateur.model_folder.read import load as load_module
 from secateur.model_folder.rewrite.apply import apply_to_model
 from support import lm_eval_stand_in
+from support.long_tests import long
 from support.model_folders import loaded, plan_of, saved
 from support.models_with_text import data_in, model_with_text
 from support.tiny_models import VOCABULARY, random_tokens
@@ -137,7 +138,7 @@ def test_the_losses_are_those_of_the_model_itself(stream: bool, made: Path) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_moe", "gpt_oss", *(pytest.param(one, marks=pytest.mark.slow) for one in ("dbrx", "jamba", "mixtral"))],
+    ["qwen3_moe", "gpt_oss", *(pytest.param(one, marks=long) for one in ("dbrx", "jamba", "mixtral"))],
 )
 def test_loaded_and_streamed_are_equal_bit_for_bit(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path / "model")

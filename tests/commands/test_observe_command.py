@@ -26,6 +26,7 @@ from secateur.model_folder.stream.resume import WorkFolder
 from secateur.observation.observation import Observation
 from secateur.stats import DEFAULT_SUMS, SUMS
 from support.faults import Kill
+from support.long_tests import long
 from support.model_folders import contents, loaded
 from support.small_corpus import write_corpus
 from support.small_runs import in_child
@@ -172,11 +173,13 @@ KILLS = {
 }
 
 
+# As another, in another layer or a moment later; benchmarks/faults.py kills at any moment.
+LIKE_ANOTHER = {"before a layer counts", "in the last layer", "after the last layer", "after it is noted"}
+
+
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name == "in the second layer" else pytest.param(name, marks=pytest.mark.slow) for name in KILLS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=long if name in LIKE_ANOTHER else []) for name in KILLS])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, run: Run, name: str) -> None:
     assert run(*DISK, "--out", folder / "whole")[0] == 0
     assert in_child(in_a_child, words_of(folder, *DISK), KILLS[name]) == -9
@@ -223,10 +226,15 @@ def test_a_run_goes_on_at_the_layer_it_had_reached(
 
 
 @pytest.mark.process
-def test_an_interrupted_run_of_something_else_is_refused_or_thrown_away(
+def test_an_interrupted_run_is_refused_to_a_second_process_and_to_something_else_or_thrown_away(
     folder: Path, run: Run, interrupted: Path
 ) -> None:
     before = contents(interrupted)
+    with (interrupted / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for options in ((), ("--restart",)):
+            status, _, error = run(*DISK, *options)
+            assert (status, "another process is at work for the same result" in error) == (2, True)
     for options, message in (
         (("--seed", "1"), "data was"),
         (("--batch-size", "3"), "batch size was 4, is 3"),
@@ -252,16 +260,6 @@ def test_a_run_in_memory_goes_on_too_where_one_on_the_disk_was_killed(
     status, out, _ = run("--activations", "memory")
     assert (status, "went on with an interrupted run" in out) == (0, True)
     assert not list(folder.glob(".*"))
-
-
-@pytest.mark.process
-def test_a_second_process_is_kept_out(folder: Path, run: Run, interrupted: Path) -> None:
-    with (interrupted / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for options in ((), ("--restart",)):
-            status, _, error = run(*DISK, *options)
-            assert (status, "another process is at work for the same result" in error) == (2, True)
-    assert run(*DISK)[0] == 0
 
 
 def test_a_full_disk_leaves_no_half_file_and_the_run_goes_on(

@@ -34,14 +34,15 @@ from secateur.stats import DEFAULT_SUMS, LayerStats, RouterStats
 from secateur.surgery.oracle import barred_experts
 from support.claims import ALL, outcome
 from support.faults import Kill
+from support.long_tests import long
 from support.made_up_sums import sums_like
 from support.model_folders import contents, loaded, saved, tensors_of, write
 from support.models_with_text import data_in, model_with_text
 from support.odd_folders import with_mtp
 from support.small_runs import in_child
-from support.tiny_models import FAMILIES, LIKE_ANOTHER, random_tokens
+from support.tiny_models import KINDS, ONE_OF_EACH_LAYOUT, families, random_tokens
 
-QUICK = {"qwen3_moe", "deepseek_v3 grouped", "gpt_oss"}
+QUICK = {"mixtral", "deepseek_v3 grouped", "gpt_oss"}
 DATA = {"sources": ["made up"], "tokens": 64}
 HALF = Choice(criterion="reap", keep=Keep(share=0.5))
 
@@ -72,16 +73,9 @@ def not_again(folder: ModelFolder, stats: Path) -> tuple[dict[str, Any], Callabl
     return DATA, lambda: pytest.fail("observed again")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in FAMILIES
-        if name not in LIKE_ANOTHER
-    ],
-)
+@pytest.mark.parametrize("name", families(ONE_OF_EACH_LAYOUT, QUICK, sorted(KINDS)))
 def test_the_chain_on_the_disk_ends_in_what_the_barred_source_computes(name: str, tmp_path: Path) -> None:
-    saved(name, tmp_path / "source")
+    moe, tokens = describe_moe(saved(name, tmp_path / "source")), random_tokens(2, 12)
     result = run_stages(
         tmp_path / "source", tmp_path / "out", HALF, observe=observe, undo=tmp_path / "undo", verify_tokens=8
     )
@@ -89,11 +83,11 @@ def test_the_chain_on_the_disk_ends_in_what_the_barred_source_computes(name: str
     assert json.loads((tmp_path / "out/verify.json").read_text()) == result["verified"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "undo"]
 
-    plan, source, tokens = Plan.load(tmp_path / "out/plan.json"), loaded(tmp_path / "source"), random_tokens(2, 12)
+    plan = Plan.load(tmp_path / "out/plan.json")
     stats = Observation.load(tmp_path / "out/observed/stats.safetensors").stats
-    assert plan.layers == plan_by_criterion("reap", Keep(share=0.5), describe_moe(source).limits(), stats=stats).layers
-    with barred_experts(describe_moe(source), plan):
-        expected = logits_of(source, tokens)
+    assert plan.layers == plan_by_criterion("reap", Keep(share=0.5), moe.limits(), stats=stats).layers
+    with barred_experts(moe, plan):
+        expected = logits_of(moe.model, tokens)
     assert torch.equal(logits_of(loaded(tmp_path / "out"), tokens), expected)
     assert {one.experts_after for one in plan.layers.values()} == {4}
 
@@ -139,16 +133,21 @@ STAGES = {
 }
 
 
+# Between two of the others nothing new is on the disk; benchmarks/faults.py kills at any moment.
+LIKE_ANOTHER = {
+    "before the statistics are kept",
+    "before the plan",
+    "before verifying",
+    "after verifying",
+    "after the last name",
+}
+
+
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stage",
-    [
-        stage if stage in ("after the statistics are kept", "between the two new names")
-        else pytest.param(stage, marks=pytest.mark.slow)
-        for stage in STAGES
-    ],
-)  # fmt: skip
+    "stage", [pytest.param(stage, marks=long if stage in LIKE_ANOTHER else []) for stage in STAGES]
+)
 def test_killed_and_started_again_it_ends_in_the_same_bytes(stage: str, made: Path, folder: Path) -> None:
     assert in_child(start, folder, STAGES[stage]) == -9
     named = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -402,7 +401,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.mark.parametrize(
     "criterion",
-    ["aimer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("weight_norm", "router_row_norm", "random"))],
+    [
+        "aimer",
+        pytest.param("random", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=long) for name in ("weight_norm", "router_row_norm")),
+    ],
 )
 def test_criteria_without_data_need_none(criterion: str, run: Run, folder: Path) -> None:
     status, out, err = run(folder, "--criterion", criterion, "--keep", "0.75")

@@ -213,21 +213,33 @@ def test_prune_does_all_and_the_result_is_verified(kind: str, made: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "undo"]
 
 
+def pruning_of(made: Path, root: Path) -> list[object]:
+    """The words of it, once the source is there."""
+    shutil.copytree(made / "source", root / "source")
+    return ["--keep", "0.5", "--data", str(made / "images.npz"), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert in_child(typed, root, pruning_of(made, root)) == 0
+    return root / "out"
+
+
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_pruning_that_was_killed_goes_on_after_the_pass(when: str, made: Path, tmp_path: Path) -> None:
+def test_a_pruning_that_was_killed_goes_on_after_the_pass(
+    when: str, made: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """Before the statistics are written nothing is kept, and the pass is taken again."""
-    for name in ("one", "two"):
-        shutil.copytree(made / "source", tmp_path / name / "source")
-    words = ["--keep", "0.5", "--data", str(made / "images.npz"), "--quiet"]
-    assert in_child(typed, tmp_path / "one", words) == 0
+    words = pruning_of(made, tmp_path / "two")
     target = "secateur.observation.observation:Observation.save" if when == "before" else "secateur.files.kept:Kept.add"
     kill = Kill(target, when=when)
     assert in_child(typed, tmp_path / "two", words, kill) == -9
     hooks = [Kill("secateur.model_folder.measure.on_images:ImageObservation.observe")] if when == "after" else []
     assert in_child(typed, tmp_path / "two", words, *hooks) == 0
-    one, two = (contents(tmp_path / name / "out") for name in ("one", "two"))
+    one, two = contents(undisturbed), contents(tmp_path / "two/out")
     assert one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name] and not name.endswith((".json", ".html", ".md"))] == []
     assert not (tmp_path / "two/.out.pruning").exists()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import subprocess
 import sys
 import sysconfig
 import types
@@ -24,6 +22,7 @@ from secateur.data.prepare import load_prepared, save_prepared
 from secateur.data.split import Corpus, build_corpus
 from secateur.data.tokenizer import check_vocabulary_fits, load_tokenizer, train_tokenizer
 from secateur.errors import SecateurError
+from support.fresh import in_fresh
 
 WORDS = ("the", "pruned", "expert", "of", "a", "layer", "that", "no", "token", "reached", "goes", "rows", "stay")
 
@@ -626,11 +625,7 @@ def test_preparation_is_byte_equal_in_another_process(two_domains: Path, tmp_pat
         "save_prepared(prepare(specs, vocab_size=300, sequence_length=16, seed=5, validation_share=0.1), sys.argv[2])"
     )
     there = tmp_path / "there"
-    subprocess.run(
-        [sys.executable, "-c", program, str(two_domains), str(there)],
-        check=True,
-        env=os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"},
-    )
+    in_fresh(program, two_domains, there, environment={"RAYON_NUM_THREADS": "1"})
     assert file_digests(there) == file_digests(tmp_path / "here")
 
 

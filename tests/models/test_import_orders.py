@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-import secateur
+from support.fresh import in_fresh
 from support.long_tests import long
 
 AUTO = "from transformers import AutoConfig, AutoModelForImageClassification"
@@ -31,13 +26,6 @@ print(type(config).__module__, type(model).__module__, type(model).__name__)
 @pytest.mark.process
 @pytest.mark.parametrize("order", [pytest.param(one, marks=[long] * (one in LONG)) for one in ORDERS])
 def test_the_auto_classes_build_a_v_moe(order: str) -> None:
-    path = os.pathsep.join([str(Path(secateur.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    said = subprocess.run(
-        [sys.executable, "-c", f"{ORDERS[order]}\n{BUILD}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    said = in_fresh(f"{ORDERS[order]}\n{BUILD}")
     home = "secateur.models.vmoe"
-    assert said.stdout.split() == [f"{home}.configuration", f"{home}.modeling", "VMoEForImageClassification"]
+    assert said.split() == [f"{home}.configuration", f"{home}.modeling", "VMoEForImageClassification"]

@@ -18,14 +18,15 @@ from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.oracle import barred_experts
 from support.claims import detail, fallen, not_checked
+from support.long_tests import long
 from support.model_folders import contents
 from support.tiny_models import random_plan
 from support.tiny_vision import KINDS, every_kind, loaded, random_images, saved
 
-# One of each router, places and members; the other kinds are left to the slow suite.
+# One of each router, places and members; the other kinds are left to the long tests.
 QUICK = {"few places", "expert choice", "ensemble"}
 quick_kinds = pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=long) for kind in KINDS]
 )
 
 

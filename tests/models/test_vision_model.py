@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from secateur.observation.activations import LayerObserver
 from secateur.observation.loads import LoadCounter
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
+from support.fresh import in_fresh
 from support.tiny_vision import COMMON, KINDS, every_kind, random_images, tiny_vmoe
 
 
@@ -63,9 +62,8 @@ def test_a_process_that_imports_nothing_but_secateur_loads_it_whole_and_pruned(t
         "import sys, secateur\nfrom transformers import AutoModelForImageClassification\n"
         "print(*(type(AutoModelForImageClassification.from_pretrained(folder)).__name__ for folder in sys.argv[1:]))"
     )
-    words = [sys.executable, "-c", code, str(tmp_path / "pruned"), str(tmp_path / "whole")]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["PrunedVMoEForImageClassification", "VMoEForImageClassification"]
+    said = in_fresh(code, tmp_path / "pruned", tmp_path / "whole")
+    assert said.split() == ["PrunedVMoEForImageClassification", "VMoEForImageClassification"]
 
 
 def test_an_image_alone_is_classified_as_among_others_where_it_is_a_group_of_its_own() -> None:

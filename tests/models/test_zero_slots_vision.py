@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.zero_slots import remove_into_zero_slots_
 from support.claims import detail, fallen, not_checked
+from support.long_tests import long
 from support.model_folders import contents
 from support.tiny_vision import KINDS, every_kind, loaded, random_images, saved, tiny_vmoe
 from support.zero_slot_models import check_close, silenced_logits, zero_slot_plan
@@ -25,10 +27,9 @@ IMAGES = random_images(4)
 LAYERS = (0, 2)
 # Of an ensemble the first member keeps one expert and the second three; in the other layer the first keeps none.
 ORDERS = ((0, 5, 6, 7), (4, 5))
-quick_kinds = pytest.mark.parametrize(
-    "kind",
-    [kind if kind == "ensemble" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
-)
+# One of each router and members; the live models of the other kinds are tried beside it.
+MARKS: dict[str, Any] = {"ensemble": [], "expert choice": pytest.mark.slow, "over tokens": pytest.mark.slow}
+quick_kinds = pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, long)) for kind in KINDS])
 
 
 @every_kind

@@ -25,6 +25,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -236,25 +237,40 @@ def _numbers(values: Sequence[int]) -> Tensor:
 
 def plans(section: str) -> Entries:
     """The plans of one statistics file, or those of a model folder."""
-    if section == ON_A_FOLDER:
-        return dict(_plans_of_a_folder())
-    observation = Observation.load(HERE / f"{section}.safetensors")
-    return dict([*_plans_by_command(section, observation), *_plans_by_weights(observation)])
+    with plans_to_make(section) as found:
+        return {name: make() for name, make in found.items()}
 
 
-def _plans_by_command(section: str, observation: Observation) -> Iterator[tuple[str, str]]:
+@contextlib.contextmanager
+def plans_to_make(section: str) -> Iterator[dict[str, Callable[[], str]]]:
+    """{entry: what computes it}."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        if section == ON_A_FOLDER:
+            yield dict(_plans_of_a_folder(folder))
+            return
+        observation = Observation.load(HERE / f"{section}.safetensors")
+        observation.save(folder / "stats")
+        yield dict([*_plans_by_command(section, observation, folder), *_plans_by_weights(observation)])
+
+
+def _plans_by_command(section: str, observation: Observation, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    command = "plan", f"{section}.safetensors", "--dry-run"
     for words in _choices(observation):
-        printed = run_command("plan", f"{section}.safetensors", "--dry-run", "--json", *words.split(), folder=HERE)
-        yield words, digest_or_error(printed)
+        yield words, partial(_printed, *command, "--json", *words.split(), folder=HERE)
     for words in ("--keep 0.75", "--beta 0.2", "--keep 0.5 --allocation laep"):
-        printed = run_command("plan", f"{section}.safetensors", "--dry-run", *words.split(), folder=HERE)
-        yield f"{words}, in words", digest_or_error(printed)
-    with tempfile.TemporaryDirectory() as folder:
-        observation.save(Path(folder) / "stats")
-        yield "the statistics, saved again", digest((Path(folder) / "stats").read_bytes())
-        asked = ("--criterion", "frequency", "--keep", "0.75", "--out", "plan")
-        run_command("plan", "stats", *asked, folder=Path(folder))
-        yield "the plan, saved", digest((Path(folder) / "plan").read_bytes())
+        yield f"{words}, in words", partial(_printed, *command, *words.split(), folder=HERE)
+    yield "the statistics, saved again", lambda: digest((folder / "stats").read_bytes())
+    yield "the plan, saved", partial(_saved_plan, folder)
+
+
+def _printed(*words: str, folder: Path) -> str:
+    return digest_or_error(run_command(*words, folder=folder))
+
+
+def _saved_plan(folder: Path) -> str:
+    run_command("plan", "stats", "--criterion", "frequency", "--keep", "0.75", "--out", "plan", folder=folder)
+    return digest((folder / "plan").read_bytes())
 
 
 def _choices(observation: Observation) -> Iterator[str]:
@@ -276,22 +292,25 @@ def _choices(observation: Observation) -> Iterator[str]:
     yield f"{RULES[0]} --allocation global"
 
 
-def _plans_by_weights(observation: Observation) -> Iterator[tuple[str, str]]:
+def _plans_by_weights(observation: Observation) -> Iterator[tuple[str, Callable[[], str]]]:
     """Criteria that read weights, on made-up sums over the weights of such a model."""
     facts = _facts(observation)
     for criterion in WEIGHT_CRITERIA:
         weights = {layer: _weights(criterion, layer, count) for layer, count in facts.num_experts.items()}
         for allocation in ALLOCATIONS:
             for keep in _keeps(observation):
-                arguments = {"stats": observation.stats, "weights": weights, "sizes": facts.sizes}
-                try:
-                    plan = plan_by_criterion(
-                        criterion, Keep.parse(keep), facts.limits(), allocation=allocation, **arguments
-                    )
-                    found = digest(json.dumps(plan.to_json()))
-                except SecateurError as error:
-                    found = f"error: {error}"
-                yield f"{criterion} of weights, keep {keep}, {allocation}", found
+                make = partial(_by_weights, observation, weights, criterion, keep, allocation)
+                yield f"{criterion} of weights, keep {keep}, {allocation}", make
+
+
+def _by_weights(observation: Observation, weights: Any, criterion: str, keep: str, allocation: Any) -> str:
+    facts = _facts(observation)
+    arguments = {"stats": observation.stats, "weights": weights, "sizes": facts.sizes}
+    try:
+        plan = plan_by_criterion(criterion, Keep.parse(keep), facts.limits(), allocation=allocation, **arguments)
+    except SecateurError as error:
+        return f"error: {error}"
+    return digest(json.dumps(plan.to_json()))
 
 
 def _weights(criterion: str, layer: int, experts: int) -> Any:
@@ -317,19 +336,17 @@ def _facts(observation: Observation) -> ModelFacts:
     return observation.model
 
 
-def _plans_of_a_folder() -> Iterator[tuple[str, str]]:
+def _plans_of_a_folder(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """Criteria that read weights, on a model and the one it was fine-tuned from."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("base", "model"):
-            save_source(tiny_model("qwen3_moe"), Path(folder) / name, seed=name)
-        for criterion in [*WEIGHT_CRITERIA, "random"]:
-            change = CRITERIA[criterion].needs == "router change"
-            for allocation in ALLOCATIONS:
-                for keep in ("0.75", "5"):
-                    words = f"--criterion {criterion} --keep {keep} --allocation {allocation}"
-                    words += " --pretrained base" if change else ""
-                    printed = run_command("plan", "model", "--dry-run", "--json", *words.split(), folder=Path(folder))
-                    yield words, digest_or_error(printed)
+    for name in ("base", "model"):
+        save_source(tiny_model("qwen3_moe"), folder / name, seed=name)
+    for criterion in [*WEIGHT_CRITERIA, "random"]:
+        change = CRITERIA[criterion].needs == "router change"
+        for allocation in ALLOCATIONS:
+            for keep in ("0.75", "5"):
+                words = f"--criterion {criterion} --keep {keep} --allocation {allocation}"
+                words += " --pretrained base" if change else ""
+                yield words, partial(_printed, "plan", "model", "--dry-run", "--json", *words.split(), folder=folder)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------

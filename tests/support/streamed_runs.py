@@ -16,8 +16,7 @@ from secateur.families import describe_moe
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.observation.activations import ActivationObserver
 from secateur.stats import RouterStats
-from support.model_folders import saved
-from support.tiny_models import random_tokens
+from support.tiny_models import random_tokens, tiny_model
 
 LENGTHS = (12, 12, 12, 12, 12)  # of the sequences; batches of 2 leave a last one of 1
 RAGGED = (12, 7, 9, 12, 5)
@@ -29,7 +28,7 @@ def found_in(folder: Path) -> ModelFolder:
 
 def vivid(name: str, folder: Path, **options: Any) -> PreTrainedModel:
     """A tiny model of a row of FAMILIES, larger than at initialisation, and its folder."""
-    model = saved(name, folder)
+    model = tiny_model(name).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from secateur.families import MoEModel, logits_of
 from secateur.plans import LayerPlan, Plan
+from support.long_tests import long
 
 VOCABULARY = 64
 NUM_EXPERTS = 8
@@ -370,15 +371,32 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Rows with the routing and layout of another row; the longer tests leave them to the slow suite.
+# Rows with the routing and layout of another row. That they are found, pruned live to the bits of the oracle, and read
+# from a folder as they are live is always shown; what else is said of every family, where SECATEUR_LONG_TESTS is set.
 LIKE_ANOTHER = {
     "qwen3_5_moe_text", "olmoe", "flex_olmo", "deepseek_v2 greedy", "deepseek_v32", "glm4_moe", "glm4_moe_lite",
     "dots1", "granitemoeshared", "granitemoehybrid", "exaone_moe", "aria_text", "axk1", "bailing_hybrid",
     "cohere2_moe", "hy_v3", "laguna", "mellum", "mimo_v2_flash", "solar_open",
 }  # fmt: skip
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_ANOTHER else name for name in FAMILIES]
-)
+# One row of each layout, for tests that reach a model by its layout alone: experts of their own on the disk, router
+# groups, stacked with biases, a bias on another axis, rows that share an axis, other names on the disk, dense layers
+# between, experts without a gate, no block of their own, rows of a router that are no expert's.
+ONE_OF_EACH_LAYOUT = {
+    "mixtral", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe", "dbrx", "granitemoe", "jamba", "nemotron_h",
+    "gemma4_text", "inkling_text",
+}  # fmt: skip
+
+
+def families(always: Set[str], quick: Set[str] = frozenset(), rows: Iterable[str] = FAMILIES) -> list[Any]:
+    """Values of a parameter: `quick` without a mark, others of `always` slow, and the rest long."""
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(name, marks=[] if name in quick else slow if name in always else [*slow, long]) for name in rows
+    ]
+
+
+KINDS = FAMILIES.keys() - LIKE_ANOTHER
+every_family = pytest.mark.parametrize("name", families(KINDS, KINDS))
 
 
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:

@@ -15,12 +15,21 @@ from secateur.families import MoEModel, describe_moe, logits_of
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import prune_model_
 from secateur.surgery.oracle import barred_experts
-from support.tiny_models import FAMILIES, every_family, everything, random_plan, random_tokens, tiny_model
+from support.tiny_models import (
+    FAMILIES,
+    KINDS,
+    every_family,
+    everything,
+    families,
+    random_plan,
+    random_tokens,
+    tiny_model,
+)
 
 ROUNDING = 1e-5
 
 
-@every_family
+@pytest.mark.parametrize("name", families(FAMILIES.keys(), KINDS))
 def test_pruned_logits_equal_the_oracle_bit_for_bit(name: str) -> None:
     moe = describe_moe(tiny_model(name))
     tokens = random_tokens(2, 16)

@@ -15,7 +15,7 @@ from secateur.families import describe_moe
 from secateur.model_folder.measure.router_change import router_changes
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from support.model_folders import saved
-from support.tiny_models import every_family, tiny_model
+from support.tiny_models import ONE_OF_EACH_LAYOUT, families, tiny_model
 from support.tuned_folders import ALPHA, RANK, finetuned, lora_of, routers, write_adapter
 
 
@@ -28,8 +28,7 @@ def same(left: RouterChange, right: RouterChange) -> bool:
     return all(torch.allclose(getattr(left, one), getattr(right, one), rtol=1e-6, atol=1e-7) for one in fields)
 
 
-@pytest.mark.slow
-@every_family
+@pytest.mark.parametrize("name", families(ONE_OF_EACH_LAYOUT))
 def test_the_change_is_that_of_the_live_routers(name: str, tmp_path: Path) -> None:
     before, after = saved(name, tmp_path / "base"), finetuned(name)
     after.save_pretrained(tmp_path / "tuned")
@@ -60,8 +59,12 @@ def found_after_saving(name: str, folder: Path) -> ModelFolder:
     return found(folder)
 
 
-def test_rank_stabilised_adapters_and_routers_trained_as_a_whole_are_read(tmp_path: Path) -> None:
-    base = found_after_saving("qwen3_moe", tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return found_after_saving("qwen3_moe", tmp_path_factory.mktemp("made") / "base")
+
+
+def test_rank_stabilised_adapters_and_routers_trained_as_a_whole_are_read(base: ModelFolder, tmp_path: Path) -> None:
     tensors, _ = lora_of(tiny_model("qwen3_moe"))
     plain = router_changes(write_adapter(tmp_path / "plain", tensors, r=4, lora_alpha=8), base)  # a scale of 2
     stable = router_changes(write_adapter(tmp_path / "stable", tensors, r=4, lora_alpha=4, use_rslora=True), base)
@@ -77,10 +80,9 @@ def test_rank_stabilised_adapters_and_routers_trained_as_a_whole_are_read(tmp_pa
     assert all(same(by_whole[layer], by_model[layer]) for layer in by_model)
 
 
-def test_an_adapter_that_peft_itself_wrote_is_read(tmp_path: Path) -> None:
+def test_an_adapter_that_peft_itself_wrote_is_read(base: ModelFolder, tmp_path: Path) -> None:
     import peft  # a slow import
 
-    base = found_after_saving("qwen3_moe", tmp_path / "base")
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
     tuned = peft.get_peft_model(tiny_model("qwen3_moe"), config)
     draw = torch.Generator().manual_seed(3)
@@ -161,16 +163,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_says_nothing_or_does_not_belong_is_refused(case: str, tmp_path: Path) -> None:
+def test_what_says_nothing_or_does_not_belong_is_refused(case: str, base: ModelFolder, tmp_path: Path) -> None:
     make, message = REFUSED[case]
-    base = found_after_saving("qwen3_moe", tmp_path / "base")
     other = make(tmp_path / "other")
     with pytest.raises(SecateurError, match=message):
         router_changes(other, base)
 
 
-def test_models_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    base = found_after_saving("qwen3_moe", tmp_path / "base")
+def test_models_of_other_sizes_are_refused(base: ModelFolder, tmp_path: Path) -> None:
     config = tiny_model("qwen3_moe").config
     for key, value, message in (("num_local_experts", 12, "has 12 and 8 experts"), ("hidden_size", 48, r"\(8, 48\)")):
         changed = type(config).from_dict(config.to_dict() | {key: value})

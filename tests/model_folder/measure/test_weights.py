@@ -19,7 +19,7 @@ from secateur.model_folder.measure import weights as module
 from secateur.model_folder.measure.weights import weight_stats
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from support.model_folders import config_of, saved, tensors_of, write
-from support.tiny_models import FAMILIES
+from support.tiny_models import families
 
 # Experts of their own, transposed and interleaved, rows that share an axis, other names on the disk, a dense layer
 # between, rows of a router that are no expert's, a selection bias on another axis.
@@ -55,9 +55,7 @@ def live_stats(model: PreTrainedModel) -> dict[int, WeightStats]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", families(QUICK, QUICK))
 def test_the_sums_are_those_of_the_live_model(name: str, form: dict[str, Any], tmp_path: Path) -> None:
     expected = live_stats(saved(name, tmp_path / "model", **form))
     found = found_in(tmp_path / "model")

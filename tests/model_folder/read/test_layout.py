@@ -19,6 +19,7 @@ from secateur.model_folder.read.model_folder import ModelFolder, read_model_fold
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.config_json import edited_config
 from support.claims import detail, fallen, not_checked
+from support.long_tests import long
 from support.model_folders import config_of, gathered, plan_of, same_bytes, tensors_of, write
 from support.odd_folders import deepseek, llama4, on_disk, qwen3_5, with_mtp
 from support.tiny_models import NUM_EXPERTS, TOP_K
@@ -138,7 +139,8 @@ def test_layers_under_another_path_are_found(prefix: str, tmp_path: Path) -> Non
     "prefix",
     [
         "model.layers.3.",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mtp.layers.0.", "model.mtp.layers.0.")),
+        pytest.param("mtp.layers.0.", marks=pytest.mark.slow),
+        pytest.param("model.mtp.layers.0.", marks=long),
     ],
 )
 def test_layers_for_further_tokens_have_counts_of_their_own(prefix: str, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from secateur.model_folder.rewrite.pieces import Copy, NewTensor
 from secateur.model_folder.rewrite.writer import Shard, Writer, into_shards, write_shard
 from secateur.plans import Plan
 from support.model_folders import INDEX, contents, gathered, plan_of, same_bytes, saved, tensors_of, write
+from support.small_runs import in_child
 
 EXPERTS, ROUTERS = r".*layers\.(\d+)\..*experts\.", ("gate.weight",)
 PLAN = plan_of((0, [6, 1, 3]), (1, [0, 1, 2]), (2, [2, 5, 7]))
@@ -270,36 +271,38 @@ def test_a_full_disk_leaves_nothing_and_another_try_succeeds(
     assert same_bytes(tensors_of(tmp_path / "out"), gathered(tensors_of(source), PLAN, EXPERTS, ROUTERS))
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from secateur.model_folder.rewrite import apply
-from secateur.plans import Plan
-def wait(*_):
-    print("written", flush=True)
-    time.sleep(600)
-apply.verify_written = wait
-apply.apply_to_model(Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]))
-"""
+def written_and_not_named(source: Path, out: Path) -> None:
+    """Write a result, say that it is there, and never give it its name."""
+
+    def wait(*_: object) -> None:
+        out.with_name("written").write_text(str(os.getpid()))
+        os.rename(out.with_name("written"), out.with_name("pid"))
+        time.sleep(600)
+
+    apply_module.verify_written = wait  # type: ignore[assignment]
+    apply_to_model(source, PLAN, out)
 
 
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_output_and_the_next_one_clears_up_and_succeeds(source: Path, tmp_path: Path) -> None:
-    PLAN.save(tmp_path / "plan.json")
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "plan.json"), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "written\n"
+    statuses: list[int] = []
+    child = lambda: statuses.append(in_child(written_and_not_named, source, tmp_path / "out"))  # noqa: E731
+    other = threading.Thread(target=child, daemon=True)
+    other.start()
+    while not (tmp_path / "pid").exists():
+        assert other.is_alive()
+        time.sleep(0.01)
     with pytest.raises(SecateurError, match="plan: layer 9"):  # while it lives, its half is its own
         apply_to_model(source, plan_of((9, [0])), tmp_path / "out")
-    other = apply_to_model(source, PLAN, tmp_path / "other")
+    whole = apply_to_model(source, PLAN, tmp_path / "other")
     assert len(list(tmp_path.glob(".out.*.partial"))) == 1
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    other.join()
+    assert statuses == [-9]
     assert not (tmp_path / "out").exists()
-    assert apply_to_model(source, PLAN, tmp_path / "out") == other
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "plan.json", "tiny-moe"]
+    assert apply_to_model(source, PLAN, tmp_path / "out") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "pid", "tiny-moe"]
 
 
 def test_two_runs_at_once_do_not_remove_each_others_half(tmp_path: Path) -> None:

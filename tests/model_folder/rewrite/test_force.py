@@ -14,6 +14,7 @@ from secateur.files.exchange import exchange
 from secateur.folder_kinds.apply import apply
 from secateur.model_folder.prune import prune
 from secateur.plans import Plan
+from support.long_tests import long
 from support.model_folders import contents, plan_of, saved
 
 FEW = plan_of((0, [0, 1, 2]), (1, [0, 1, 2]), (2, [0, 1, 2]))
@@ -146,8 +147,15 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before the exchange", "after the exchange"])
-@pytest.mark.parametrize("keep", [4, 6], ids=["the same request", "another request"])
+@pytest.mark.parametrize(
+    ("keep", "after"),
+    [
+        pytest.param(4, False, id="the same request, before the exchange"),
+        pytest.param(6, True, id="another request, after the exchange"),
+        pytest.param(4, True, id="the same request, after the exchange", marks=long),
+        pytest.param(6, False, id="another request, before the exchange", marks=long),
+    ],
+)
 def test_prune_killed_at_the_exchange_leaves_one_of_the_two_and_ends_in_the_new_one(
     after: bool, keep: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,9 +21,10 @@ from secateur.model_folder.rewrite.pieces import Copy, NewTensor, kept_tensors
 from secateur.model_folder.rewrite.undo import holds_undo, restore
 from secateur.plans import Plan
 from support.crash_points import CrashPoint, changes_of, forked
+from support.long_tests import ARE_RUN
 from support.model_folders import INDEX, contents, plan_of, saved, tensors_of
 
-STRIDE = 7  # between the moments of a kill; `make faults` takes them all
+STRIDE = 5 if ARE_RUN else 15  # between the moments of a kill; `make faults` takes them all
 PLAN = plan_of((0, [6, 1, 3]), (2, [2, 5, 7]))
 
 OTHER_BYTES = r"SHA-256 .*; one of .*undo/headers/.*, .*model.* was changed, or the folders do not belong together"

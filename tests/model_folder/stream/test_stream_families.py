@@ -21,15 +21,20 @@ from secateur.model_folder.stream.run import StreamedModel
 from secateur.model_folder.stream.states import DiskStates, MemoryStates, States
 from secateur.stats import RouterStats
 from support.hub_folders import gemma_4_text
+from support.long_tests import long
 from support.model_folders import loaded, saved
 from support.odd_folders import llama4
 from support.streamed_runs import LENGTHS, RAGGED, found_in, random_data, vivid, whole_run
-from support.tiny_models import FAMILIES, random_plan, tiny_config
+from support.tiny_models import families, random_plan, tiny_config
 
 QUICK = {"mixtral", "deepseek_v3 grouped", "gpt_oss"}  # experts of their own on the disk; groups, a bias; stacked
-families = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+# One of each kind of decoder layers, by what they are handed and hand on: full attention, latent, with windows in turn,
+# blocks of another name, linear, Mamba, one mixer a layer, convolutions, lightning, heads of two sizes, attention of
+# its own, an indexer. The layers of others are like these, or like two of them.
+LAYERS = {
+    "mixtral", "deepseek_v3 grouped", "gpt_oss", "dbrx", "qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "minimax",
+    "gemma4_text", "inkling_text", "deepseek_v32",
+}  # fmt: skip
 
 
 def streamed_run(
@@ -53,7 +58,7 @@ def assert_same(found: tuple[RouterStats, list[Tensor]], expected: tuple[RouterS
     assert all(torch.equal(left, right) for left, right in zip(found[1], expected[1], strict=True))
 
 
-@families
+@pytest.mark.parametrize("name", families(LAYERS, QUICK))
 def test_a_streamed_model_gives_the_bits_of_the_whole_one(name: str, tmp_path: Path) -> None:
     check_bits(name, RAGGED, tmp_path)
 
@@ -71,9 +76,21 @@ def check_bits(name: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
     assert_same(streamed_run(tmp_path / "model", data, tmp_path), expected)
 
 
+# Both types, and beside attention what keeps some of its numbers wide: linear attention, and Mamba.
+NARROW = {
+    ("mixtral", torch.bfloat16), ("mixtral", torch.float16), ("qwen3_next", torch.bfloat16), ("jamba", torch.bfloat16),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3 grouped", "qwen3_next", "jamba", "granitemoehybrid"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in NARROW else long)
+        for name in ("mixtral", "deepseek_v3 grouped", "qwen3_next", "jamba", "granitemoehybrid")
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+)
 def test_it_does_so_in_narrow_types(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     saved(name, tmp_path / "wide").to(dtype).save_pretrained(tmp_path / "model", max_shard_size="60KB")
     data = random_data()
@@ -83,7 +100,7 @@ def test_it_does_so_in_narrow_types(name: str, dtype: torch.dtype, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "phimoe"])
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", pytest.param("phimoe", marks=long)])
 def test_it_does_so_with_the_names_of_the_live_model(name: str, tmp_path: Path) -> None:
     vivid(name, tmp_path / "model", save_original_format=False)
     data = random_data()
