@@ -48,6 +48,7 @@ from secateur.train.checkpoints import read_seal
 from secateur.train.phases import PhaseConstants, StablePhaseDetector
 from secateur.training_checkpoint.names_file import read_naming
 from support.damage import WRONG, damaged_json
+from support.model_folders import sealed
 from support.run_folders import run_json
 
 ANYTHING = frozenset({*WRONG, "missing", "unknown key"})
@@ -118,6 +119,17 @@ PLAN_ACCEPTS = {
     "layers.3": frozenset({"missing"}),
 }
 PLAN_INSIDE = {f"plan.{path}": accepted for path, accepted in PLAN_ACCEPTS.items()} | {"plan.details.": ANYTHING}
+
+UNDO = {
+    "format": "secateur-undo",
+    "version": 1,
+    "plan": PLAN,
+    "mtp": "whole",
+    "dropped": ["a.safetensors"],
+    "weights": {"b.safetensors": {"bytes": 10, "sha256": "ab"}},
+    "replaced": ["config.json"],
+    "copied": {"more/tokenizer.json": "ab"},
+}
 
 COUNTS = {"format": "secateur-stats", "version": 1, "layers": {"0": {"num_tokens": 3, "token_count": [1, 2]}}}
 LAYER_HEADER = {
@@ -487,16 +499,7 @@ RECORDS = {
     ),
     "undo": Record(
         file="undo.json",
-        sample={
-            "format": "secateur-undo",
-            "version": 1,
-            "plan": PLAN,
-            "mtp": "whole",
-            "dropped": ["a.safetensors"],
-            "weights": {"b.safetensors": {"bytes": 10, "sha256": "ab"}},
-            "replaced": ["config.json"],
-            "copied": {"more/tokenizer.json": "ab"},
-        },
+        sample=UNDO,
         read=lambda path: read_undo(path.parent),
         accepts=PLAN_INSIDE
         | {
@@ -506,7 +509,15 @@ RECORDS = {
             "weights.b.safetensors.sha256": TEXTS,
             "replaced[0]": frozenset({"text"}),
             "copied.more/tokenizer.json": TEXTS | GONE,
+            "seal": frozenset({"null"}),
         },
+    ),
+    "undo, sealed": Record(
+        file="undo.json",
+        sample=sealed(UNDO | {"version": 2, "replaced": {"config.json": "ab"}}),
+        read=lambda path: read_undo(path.parent),
+        accepts={},
+        every=3,
     ),
     "names of an engine": Record(
         file="engine.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -116,3 +117,9 @@ def same_bytes(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """An undo.json as who means to change it writes it, with the digest of what is in it now."""
+    text = json.dumps({key: value for key, value in record.items() if key != "seal"}, sort_keys=True)
+    return record | {"seal": hashlib.sha256(text.encode()).hexdigest()}

@@ -87,7 +87,10 @@ def apply(
 
 
 def _restored(restored: dict[str, Any], out: Path) -> str:
-    return f"restored {out}: {len(restored['files'])} files, {in_words(restored['bytes'])} of weights"
+    done = f"restored {out}: {len(restored['files'])} files, {in_words(restored['bytes'])} of weights"
+    if unchecked := ", ".join(restored["unchecked"]):
+        done += f"\nnot checked, as an earlier version wrote the undo folder without their digests: {unchecked}"
+    return done
 
 
 def _summary(report: dict[str, Any], out: Path, dry_run: bool) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from secateur.cli import app
 from secateur.errors import SecateurError
 from secateur.model_folder.rewrite import undo as undo_module
 from secateur.model_folder.rewrite.apply import apply_to_model
@@ -22,7 +24,7 @@ from secateur.model_folder.rewrite.undo import holds_undo, restore
 from secateur.plans import Plan
 from support.crash_points import CrashPoint, changes_of, forked
 from support.long_tests import ARE_RUN
-from support.model_folders import INDEX, contents, plan_of, saved, tensors_of
+from support.model_folders import INDEX, contents, plan_of, saved, sealed, tensors_of
 
 STRIDE = 5 if ARE_RUN else 15  # between the moments of a kill; `make faults` takes them all
 PLAN = plan_of((0, [6, 1, 3]), (2, [2, 5, 7]))
@@ -137,18 +139,76 @@ def test_rows_of_another_pruning_are_found_by_their_bytes(tmp_path: Path) -> Non
 
 def test_a_file_changed_after_the_pruning_is_found(folders: Path) -> None:
     (folders / "out/more/vocabulary.txt").write_text("a\nc\n")
-    refused(folders, "vocabulary.txt: SHA-256 .* it was changed after the pruning")
+    refused(folders, r"out/more/vocabulary\.txt: SHA-256 .* by .*undo/undo\.json; it was changed after the pruning")
 
 
 def edit(folders: Path, **changes: Any) -> None:
     record = json.loads((folders / "undo/undo.json").read_text())
-    (folders / "undo/undo.json").write_text(json.dumps(record | changes))
+    (folders / "undo/undo.json").write_text(json.dumps(sealed(record | changes)))
+
+
+def as_version_1(folders: Path) -> None:
+    """The undo folder as the first version wrote it: no digests of what the pruning replaced, and no seal."""
+    path = folders / "undo/undo.json"
+    record = json.loads(path.read_text())
+    del record["seal"]
+    path.write_text(json.dumps(record | {"version": 1, "replaced": list(record["replaced"])}))
+
+
+def test_a_bit_of_a_kept_file_that_changed_is_found(folders: Path) -> None:
+    for name in ("config.json", "README.md", INDEX):
+        path = folders / "undo/files" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        refused(folders, rf"undo/files/{name}: SHA-256 .*, expected .* by .*undo/undo\.json; it was changed after")
+        path.unlink()
+        refused(folders, f"undo/files/{name}: not there, expected a file of the source")
+        path.write_bytes(whole)
+    (folders / "out/more/vocabulary.txt").unlink()
+    refused(folders, r"out/more/vocabulary\.txt: not there")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"sha256": "', '"sha256": "0'),  # a digest
+        ('"more/vocabulary.txt"', '"more/vocabulary.tyt"'),  # a name
+        ('"mtp": null', '"mtp": "drop"'),  # what would restore the same bytes
+    ],
+)
+def test_a_record_that_changed_is_found_by_its_own_digest(before: str, after: str, folders: Path) -> None:
+    path = folders / "undo/undo.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    refused(folders, r"undo/undo\.json: 'seal' is '[0-9a-f]{64}', but the rest has the SHA-256 [0-9a-f]{64}; it was")
+    path.write_text(json.dumps(json.loads(text)))  # white space is none of it
+    restore(folders / "out", folders / "undo", folders / "again")
+
+
+def test_an_undo_folder_of_the_first_version_is_read_and_what_it_cannot_check_is_said(folders: Path) -> None:
+    named = restore(folders / "out", folders / "undo", folders / "again")
+    assert named["unchecked"] == []
+    as_version_1(folders)
+    done = restore(folders / "out", folders / "undo", folders / "more")
+    assert done["unchecked"] == ["config.json", INDEX, "README.md", "plan.json"]
+    assert contents(folders / "more") == contents(folders / "again") == contents(folders / "source")
+    done = CliRunner().invoke(app, ["apply", *map(str, (folders / "out", folders / "undo", "--out", folders / "last"))])
+    assert (
+        "not checked, as an earlier version wrote the undo folder without their digests: config.json, " in done.output
+    )
+    (folders / "out/more/vocabulary.txt").write_text("a\nc\n")
+    for name in ("again", "last"):
+        shutil.rmtree(folders / name)
+    refused(folders, r"out/more/vocabulary\.txt: SHA-256 .*, expected .* by .*undo/undo\.json; it was changed after")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "'version' is 2, expected 1"),
+        ({"version": 3}, "'version' is 3, expected one of 1, 2"),
+        ({"version": 1}, "version 1 lists names under 'replaced', later ones have a digest of each, and 'seal'"),
+        ({"replaced": ["config.json"]}, "version 1 lists names"),
         ({"plan": {}}, "'format' is missing"),
         (
             {"plan": PLAN.to_json() | {"layers": {"0": {"experts_before": 8, "order": [0]}}}},
@@ -157,11 +217,11 @@ def edit(folders: Path, **changes: Any) -> None:
         ({"weights": []}, r"'weights' is \[\], expected an object"),
         ({"weights": {"a": {"bytes": "x", "sha256": ""}}}, r"'weights\.a\.bytes' is 'x', expected a whole number"),
         ({"weights": {"../a": {"bytes": 1, "sha256": ""}}}, "names the file '../a'"),
-        ({"replaced": ["/etc/passwd"]}, "names the file '/etc/passwd'"),
+        ({"replaced": {"/etc/passwd": ""}}, "names the file '/etc/passwd'"),
         ({"dropped": ["../../x"]}, "names the file '../../x'"),
         ({"copied": {"..": ""}}, "names the file '..'"),
         ({"copied": [1]}, r"undo\.json: 'copied' is \[1\], expected an object"),
-        ({"replaced": 3}, r"undo\.json: 'replaced' is 3, expected a list"),
+        ({"replaced": 3}, r"undo\.json: 'replaced' is 3, expected an object or a list"),
     ],
 )
 def test_a_record_with_a_fault_is_refused(changes: Any, message: str, folders: Path) -> None:

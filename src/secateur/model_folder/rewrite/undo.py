@@ -1,13 +1,15 @@
 """Keep what a pruning takes away, and put it back: pruned folder + undo folder = the source, byte for byte.
 
 An undo folder holds the dropped experts as safetensors files under their old names, the headers of the source's files,
-its small files that the pruning replaced, and undo.json, which says what belongs where.
+its small files that the pruning replaced, and undo.json, which says what belongs where, and the digest of every file of
+the source. Version 1 of it had no digests of the files that were replaced, and none of itself (`seal`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -31,7 +33,9 @@ from secateur.model_folder.rewrite.writer import Shard, Writer
 from secateur.plans import Plan
 from secateur.surgery.fits import check_copies
 
-RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 1
+RECORD, FORMAT, VERSION = "undo.json", "secateur-undo", 2
+SEAL = "seal"
+CHANGED = "it was changed after the pruning"
 HEADERS, FILES = "headers", "files"
 
 
@@ -74,9 +78,10 @@ def write_undo(
         "mtp": mtp,
         "dropped": [shard.file for shard in dropped],
         "weights": weights,
-        "replaced": [str(relative) for relative in replaced],
+        "replaced": {str(relative): sha256_of(folder.path / relative) for relative in replaced},
         "copied": {str(relative): sha256_of(folder.path / relative) for relative in copied},
     }
+    record[SEAL] = _seal_of(record)
     target.text(side / RECORD, json.dumps(record, indent=2) + "\n")
 
 
@@ -87,7 +92,7 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
         on_bytes: called with (bytes written, bytes to write).
 
     Returns:
-        {"files": names, "bytes": of the weights}.
+        {"files": names, "bytes": of the weights, "unchecked": names of the files whose digest no record has}.
 
     Raises:
         SecateurError: the folders do not belong together, one is damaged, or `out` is not free. What is written is
@@ -101,6 +106,9 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
         return _restored(record, sum(weights.bytes - sizes[name] for name, weights in record.weights.items()))
     for folder in (pruned, undo):
         check_target(folder, out)
+    for name, digest in record.known.items():
+        _check_there(undo / FILES / name)
+        _check_digest(undo / FILES / name, digest, undo)
     source = understand(_source(record, undo), BY_FILES)  # a config.json that says others is its own affair
     found = read_tensor_files(pruned)
     parts = _parts(source, record, plan.filled(source.all_counts), found, undo)
@@ -114,19 +122,25 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
                     writer.append(part.now)
             made_of = dict.fromkeys([str(undo / HEADERS / name), *(part.now.file for part in parts[name])])
             why = f"one of {', '.join(made_of)} was changed, or the folders do not belong together"
-            _check_digest(beside / name, weights.sha256, why)
+            _check_digest(beside / name, weights.sha256, undo, name, why)
         for name in record.replaced:
             copy_file(undo / FILES / name, beside / name)
         for name, digest in record.copied.items():
+            _check_there(pruned / name)
             copy_file(pruned / name, beside / name)
-            _check_digest(beside / name, digest, "it was changed after the pruning")
+            _check_digest(beside / name, digest, undo, pruned / name)
         seen.check()
         found.check_unchanged()
     return _restored(record, total)
 
 
 def _restored(record: UndoFile, num_bytes: int) -> dict[str, Any]:
-    return {"files": [*record.weights, *record.replaced, *record.copied], "bytes": num_bytes}
+    files = [*record.weights, *record.replaced, *record.copied]
+    return {
+        "files": files,
+        "bytes": num_bytes,
+        "unchecked": [name for name in record.replaced if name not in record.known],
+    }
 
 
 def _is_restored(out: Path, record: UndoFile, undo: Path) -> bool:
@@ -137,7 +151,7 @@ def _is_restored(out: Path, record: UndoFile, undo: Path) -> bool:
     if names != {*record.weights, *record.replaced, *record.copied}:
         return False
     digests = {name: weights.sha256 for name, weights in record.weights.items()} | record.copied
-    digests |= {name: sha256_of(undo / FILES / name) for name in record.replaced}
+    digests |= {name: record.known.get(name) or sha256_of(undo / FILES / name) for name in record.replaced}
     return all(sha256_of(out / name) == digest for name, digest in digests.items())
 
 
@@ -157,37 +171,58 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class UndoFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """undo.json. Names are of files: `dropped` lie in the undo folder, the others lay in the source."""
+    """undo.json. Names are of files: `dropped` lie in the undo folder, the others lay in the source.
+
+    replaced, copied: with the digest of each; in version 1 `replaced` is a list of names. seal: the digest of the rest.
+    """
 
     format: Literal["secateur-undo"]
-    version: Literal[1]
+    version: Literal[1, 2]
     plan: dict[str, Any]
     mtp: Literal["whole", "drop"] | None
     dropped: tuple[str, ...]
     weights: dict[str, Weights]
-    replaced: tuple[str, ...]
+    replaced: dict[str, str] | tuple[str, ...]
     copied: dict[str, str]
+    seal: str | None = None
 
     def __post_init__(self) -> None:
+        if {isinstance(self.replaced, tuple), self.seal is None} != {self.version == 1}:
+            raise SecateurError("version 1 lists names under 'replaced', later ones have a digest of each, and 'seal'")
         for name in (*self.dropped, *self.weights, *self.replaced, *self.copied):
             if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise SecateurError(f"it names the file {name!r:.100}, expected one inside the folder")
+
+    @property
+    def known(self) -> Mapping[str, str]:
+        """The digests of the files that the pruning replaced, as far as they are known."""
+        return {} if isinstance(self.replaced, tuple) else self.replaced
 
 
 def read_record(undo: Path) -> tuple[UndoFile, Plan]:
     """What undo.json says, and the plan in it.
 
     Raises:
-        SecateurError: no such file, or something else in it.
+        SecateurError: no such file, something else in it, or not what was written into it.
     """
     where = str(undo / RECORD)
-    record = as_record(read_object(undo / RECORD), UndoFile, where)
+    content = read_object(undo / RECORD)
+    record = as_record(content, UndoFile, where)
+    if record.version > 1 and (found := _seal_of(content)) != record.seal:
+        raise SecateurError(
+            f"{where}: {SEAL!r} is {record.seal!r:.80}, but the rest has the SHA-256 {found}; {CHANGED}"
+        )
     try:
         plan = Plan.from_json(record.plan)
         check_copies(plan)
         return record, plan
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from error
+
+
+def _seal_of(record: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _source(record: UndoFile, undo: Path) -> TensorFiles:
@@ -240,7 +275,13 @@ def _add(parts: dict[str, list[_Part]], made: NewTensor, path: Path, start: int,
         start += piece.length
 
 
-def _check_digest(path: Path, digest: str, why: str) -> None:
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise SecateurError(f"{path}: not there, expected a file of the source")
+
+
+def _check_digest(path: Path, digest: str, undo: Path, name: object = None, why: str = CHANGED) -> None:
+    """name: of the file in messages, where `path` is a copy of it."""
     found = sha256_of(path)
     if found != digest:
-        raise SecateurError(f"{path.name}: SHA-256 {found}, expected {digest}; {why}")
+        raise SecateurError(f"{name or path}: SHA-256 {found}, expected {digest} by {undo / RECORD}; {why}")
