@@ -252,6 +252,16 @@ def test_a_bit_that_the_disk_changes_is_found_before_the_folder_gets_its_name(
     refused(source, tmp_path / "out", f"verify: .*{ending} differs from the source")
 
 
+def test_a_name_that_no_rule_covers_is_refused_by_the_file_that_it_is_in(source: Path, tmp_path: Path) -> None:
+    path = source / ".metadata"
+    damaged = path.read_bytes().replace(
+        b"1.mlp.experts.down_proj.weight_decay", b"1.mlp.expErts.down_proj.weight_decay"
+    )
+    path.unlink()  # it is a link
+    path.write_bytes(damaged)
+    refused(source, tmp_path / "out", r"source/\.metadata: .*1\.mlp\.expErts\.down_proj\.weight_decay: no rule of the")
+
+
 def test_shards_with_a_fault_are_refused(shards: Path, tmp_path: Path) -> None:
     path = next(shards.glob("*.safetensors"))
     data = path.read_bytes()
@@ -278,7 +288,11 @@ def test_blocks_that_are_not_the_whole_tensor_are_refused(shards: Path, tmp_path
     offsets = {key: {"saved_offsets": [0] * value.dim()} for key, value in tensors.items()}
     offsets[name]["saved_offsets"][0] = 2
     save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
-    refused(shards, tmp_path / "out", f"{name}: 1 chunks hold .* entries, expected each of its")
+    refused(
+        shards,
+        tmp_path / "out",
+        rf"source/shard-00001-.*\.safetensors: {name}: 1 chunks hold .* entries, expected each of its",
+    )
 
 
 @pytest.mark.parametrize(
@@ -286,6 +300,9 @@ def test_blocks_that_are_not_the_whole_tensor_are_refused(shards: Path, tmp_path
     [
         ({"num_local_experts": 6}, "num_local_experts is 6, but the checkpoint holds 8"),
         ({"architectures": None}, "need one architecture of transformers' own"),
+        ({"architectures": ["../etc/passwd"]}, r"source: config\.json: architectures is .*, which is no model class"),
+        ({"architectures": ["AutoConfig"]}, "which is no model class of transformers"),
+        ({"architectures": [7]}, "which is no model class of transformers"),
         ({"auto_map": {"AutoConfig": "code.Config"}}, "auto_map"),
         ({"model_type": "unheard_of"}, "none of this transformers release"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2, but layer 2 has experts"),

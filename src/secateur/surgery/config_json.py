@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
@@ -69,7 +70,11 @@ def loading_lines(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _named_for(architecture: str, config: Mapping[str, Any]) -> str:
     """The auto class that a pruned config names for its own architecture."""
-    return str(next(auto for auto, made in config["auto_map"].items() if made == f"{MODULE}.{architecture}"))
+    told = config.get("auto_map")
+    for auto, made in told.items() if isinstance(told, dict) else ():
+        if made == f"{MODULE}.{architecture}":
+            return str(auto)
+    raise SecateurError(f"config.json: auto_map is {told!r:.100}, expected an auto class for {MODULE}.{architecture}")
 
 
 def with_counts(
@@ -142,12 +147,20 @@ def _as_pruned(config: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]
                 f"config.json: architectures is {architectures!r} and auto_map {config.get('auto_map')!r}; layers that "
                 "differ need one architecture of transformers' own"
             )
+        native = _model_class(architectures[0])
         name = PREFIX + architectures[0]
         config_class = f"{MODULE}.{_config_class(config['model_type'])}"
         config["base_model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
         config["architectures"] = [name]
-        config["auto_map"] = {"AutoConfig": config_class} | auto_map_of(class_named(architectures[0]))
+        config["auto_map"] = {"AutoConfig": config_class} | auto_map_of(native)
     return config
+
+
+def _model_class(name: object) -> Any:
+    found = class_named(name) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or found is PreTrainedModel:
+        raise SecateurError(f"config.json: architectures is [{name!r:.100}], which is no model class of transformers")
+    return found
 
 
 def _config_class(model_type: str) -> str:
@@ -158,8 +171,14 @@ def _config_class(model_type: str) -> str:
 
 
 def _as_native(config: dict[str, Any]) -> dict[str, Any]:
-    config["model_type"] = config.pop("base_model_type")
-    config["architectures"] = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
+    base, names = config.pop("base_model_type", None), config.get("architectures")
+    if not isinstance(base, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SecateurError(
+            f"config.json: base_model_type is {base!r:.100} and architectures {names!r:.100}, expected what the class "
+            "was made from, and a list of names"
+        )
+    config["model_type"] = base
+    config["architectures"] = [name.removeprefix(PREFIX) for name in names]
     for key in ("moe_config", "auto_map"):
         config.pop(key, None)
     return config

@@ -151,7 +151,7 @@ def _parts(source: Path, naming: Naming | None, plan: Plan) -> list[Part]:
                 found = naming or find_naming([*stored.tensors, *stored.blobs])
                 changes = None if found is None else survey(stored, found, plan)
             except SecateurError as error:
-                raise SecateurError(f"{folder}: {error}") from error
+                raise SecateurError(f"{folder / stored.described_in}: {error}") from error
             if changes is not None:
                 relative = PurePosixPath(folder.relative_to(source).as_posix())
                 parts.append(Part(folder=relative, format=name, stored=stored, survey=changes))
@@ -213,7 +213,10 @@ def _edited_configs(
             continue
         config = read_json(source / relative)
         if isinstance(config, dict) and has_expert_count(config):
-            edited[relative] = with_counts(config, before, after)
+            try:
+                edited[relative] = with_counts(config, before, after)
+            except SecateurError as error:
+                raise SecateurError(f"{source / relative.parent}: {error}") from error
     return edited
 
 

@@ -55,7 +55,9 @@ def read_dcp(folder: Path) -> StoredCheckpoint:
     # `places` is emptied by use: what is left is in a file but in no entry, and would be lost unseen.
     if places:
         raise SecateurError(f"{path}: it has data for {sorted({name for name, _ in places})[:3]}, which is no entry")
-    return StoredCheckpoint(tensors=tensors, blobs=blobs, paths=paths, files=frozenset({*files, FILE}))
+    return StoredCheckpoint(
+        tensors=tensors, blobs=blobs, paths=paths, files=frozenset({*files, FILE}), described_in=FILE
+    )
 
 
 _Places = dict[tuple[str, tuple[int, ...] | None], list[StoredBytes]]

@@ -6,6 +6,7 @@ The offsets of a block in its tensor are in the header of its file, under DCP_SH
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,14 @@ from secateur.files.dtypes import TORCH_DTYPES
 from secateur.files.json import parse_json
 from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import read_header
-from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredCheckpoint, file_inside, whole_tensor
+from secateur.training_checkpoint.stored import (
+    Chunk,
+    StoredBytes,
+    StoredCheckpoint,
+    StoredTensor,
+    file_inside,
+    whole_tensor,
+)
 
 FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -51,17 +59,28 @@ def read_shards(folder: Path) -> StoredCheckpoint:
                 dtypes.setdefault(tensor, set()).add(dtype)
         except (SecateurError, KeyError) as error:
             raise SecateurError(f"{path}: not a distributed safetensors file ({error})") from error
+    headers = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    try:
+        tensors = _joined(chunks, dtypes)
+    except SecateurError as error:
+        raise SecateurError(f"{folder / headers}: {error}") from error
+    return StoredCheckpoint(tensors=tensors, files=frozenset(names), described_in=headers)
+
+
+def _joined(
+    chunks: Mapping[str, Sequence[Chunk]], dtypes: Mapping[str, Collection[torch.dtype]]
+) -> dict[str, StoredTensor]:
     tensors = {}
     for tensor, parts in chunks.items():
         if len(dtypes[tensor]) != 1 or len({len(part.sizes) for part in parts}) != 1:
-            raise SecateurError(f"{folder}: the blocks of {tensor} have different dtypes or numbers of axes")
+            raise SecateurError(f"the blocks of {tensor} have different dtypes or numbers of axes")
         ends = [[o + n for o, n in zip(part.offsets, part.sizes, strict=True)] for part in parts]
         shape = tuple(map(max, zip(*ends, strict=True)))
         filled = [part for part in parts if 0 not in part.sizes]
-        tensors[tensor] = whole_tensor(tensor, dtypes[tensor].pop(), shape, filled)
+        tensors[tensor] = whole_tensor(tensor, next(iter(dtypes[tensor])), shape, filled)
     if not tensors:
-        raise SecateurError(f"{folder}: its shard files hold no tensor")
-    return StoredCheckpoint(tensors=tensors, files=frozenset(names))
+        raise SecateurError("there is no tensor")
+    return tensors
 
 
 def _check_ranks(folder: Path, names: list[str]) -> None:

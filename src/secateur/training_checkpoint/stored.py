@@ -56,13 +56,15 @@ class StoredCheckpoint:
     """A folder's tensors and opaque entries, by their full names.
 
     paths: entry name -> its path in the nested state dict that was saved; None where the format keeps none.
-    files: the files that hold all this and its description, relative to the folder.
+    files: the files that hold all this and its description, relative to the folder. described_in: the one of them, or
+    the words for those, that names and shapes are from.
     """
 
     tensors: Mapping[str, StoredTensor]
     blobs: Mapping[str, StoredBytes] = field(default_factory=dict)
     paths: Mapping[str, tuple[Any, ...]] | None = None
     files: frozenset[str]
+    described_in: str = ""
 
     @property
     def num_bytes(self) -> int:
