@@ -305,7 +305,8 @@ def test_blocks_that_are_not_the_whole_tensor_are_refused(shards: Path, tmp_path
         ({"architectures": [7]}, "which is no model class of transformers"),
         ({"auto_map": {"AutoConfig": "code.Config"}}, "auto_map"),
         ({"model_type": "unheard_of"}, "none of this transformers release"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, but layer 2 has experts"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, expected 3 to 1000000, as layer 2 has experts"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected 3 to 1000000"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(shards: Path, tmp_path: Path, edit: Any, message: str) -> None:

@@ -182,9 +182,14 @@ def test_a_file_outside_the_folder_is_refused(folder: Path, path: str) -> None:
 
 def test_a_path_through_a_folder_inside_is_fine(folder: Path) -> None:
     (folder / "sub").mkdir()
-    shutil.copy(folder / "__0_0.distcp", folder / "sub")
-    change(folder, lambda metadata: setattr(place(metadata, "w")[1], "relative_path", "sub/__0_0.distcp"))
-    assert read_dcp(folder).files == {".metadata", "__0_0.distcp", "sub/__0_0.distcp"}
+    (folder / "__0_0.distcp").rename(folder / "sub/__0_0.distcp")
+
+    def move(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = "sub/__0_0.distcp"
+
+    change(folder, move)
+    assert read_dcp(folder).files == {".metadata", "sub/__0_0.distcp"}
 
 
 def edits() -> dict[str, tuple[Callable[[Metadata], Any], str]]:
@@ -291,6 +296,19 @@ def test_a_folder_with_a_truncated_file_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match=r"cannot be read|is damaged"):
         apply_to_checkpoint(source, PLAN, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("change_of", [(0, -4), (4, 0), (-4, 4)])
+def test_pieces_that_overlap_or_leave_bytes_out_are_refused(folder: Path, change_of: tuple[int, int]) -> None:
+    """What an opaque entry holds is not looked at: half of one would be copied as if it were whole."""
+
+    def move(metadata: Metadata) -> None:
+        info = max(metadata.storage_data.values(), key=lambda info: info.offset)
+        info.offset, info.length = info.offset + change_of[0], info.length - abs(change_of[0]) + change_of[1]
+
+    change(folder, move)
+    with pytest.raises(SecateurError, match=r"\.metadata: the pieces of __0_0\.distcp that it names overlap or leave"):
+        read_dcp(folder)
 
 
 def test_an_entry_may_end_where_its_file_ends_and_not_after_it(tmp_path: Path) -> None:

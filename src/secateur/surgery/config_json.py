@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import SecateurError
+from secateur.files.limits import MAX_LAYER, SHOWN
 from secateur.modeling_secateur import (
     COUNT_KEYS,
     MODEL_TYPE,
@@ -132,8 +133,11 @@ def moe_config(
     Raises:
         SecateurError: `num_layers` is no number of decoder layers that holds the layers with experts.
     """
-    if type(num_layers) is not int or not 0 <= max(slots) < num_layers:
-        raise SecateurError(f"config.json: num_hidden_layers is {num_layers!r}, but layer {max(slots)} has experts")
+    if type(num_layers) is not int or not 0 <= max(slots) < num_layers <= MAX_LAYER + 1:
+        raise SecateurError(
+            f"config.json: num_hidden_layers is {num_layers!r:.{SHOWN}}, expected {max(slots) + 1} to {MAX_LAYER + 1}, "
+            f"as layer {max(slots)} has experts"
+        )
     blocks = {"per_layer_experts_blocks": [slots.get(layer, 0) for layer in range(num_layers)]}
     return blocks | ({"kept_experts": {str(layer): list(kept[layer]) for layer in sorted(kept)}} if kept else {})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,7 +38,7 @@ def read_dcp(folder: Path) -> StoredCheckpoint:
     path = file_inside(folder, FILE)
     try:
         top = _fields(read_stubs(read_bytes(path, most=MAX_JSON)), "Metadata")
-        places, files = _places(folder, _typed(top.get("storage_data"), dict, "storage_data"))
+        places, files, parts = _places(folder, _typed(top.get("storage_data"), dict, "storage_data"))
         tensors: dict[str, StoredTensor] = {}
         blobs: dict[str, StoredBytes] = {}
         for name, entry in _typed(top.get("state_dict_metadata"), dict, "state_dict_metadata").items():
@@ -48,6 +48,7 @@ def read_dcp(folder: Path) -> StoredCheckpoint:
             else:
                 tensors[name] = _tensor(name, _fields(entry, "TensorStorageMetadata"), places)
         paths = _paths(top.get("planner_data"), {*tensors, *blobs})
+        _check_covered(parts)
     except SecateurError as error:
         raise SecateurError(f"{path}: {error}") from error
     if not tensors:
@@ -63,8 +64,8 @@ def read_dcp(folder: Path) -> StoredCheckpoint:
 _Places = dict[tuple[str, tuple[int, ...] | None], list[StoredBytes]]
 
 
-def _places(folder: Path, storage: dict[Any, Any]) -> tuple[_Places, set[str]]:
-    """(where every entry and chunk is, the files' names)."""
+def _places(folder: Path, storage: dict[Any, Any]) -> tuple[_Places, set[str], list[StoredBytes]]:
+    """(where every entry and chunk is, the files' names, all places)."""
     files: dict[str, Path] = {}
     places: _Places = {}
     for index, info in storage.items():
@@ -77,7 +78,29 @@ def _places(folder: Path, storage: dict[Any, Any]) -> tuple[_Places, set[str]]:
         offset = None if key.get("offset") is None else _sizes(key["offset"], name)
         place = bytes_of(path, where.get("offset"), where.get("length"), name)
         places.setdefault((name, offset), []).append(place)
-    return places, {PurePosixPath(relative).as_posix() for relative in files}
+    every = [place for found in places.values() for place in found]
+    return places, {PurePosixPath(relative).as_posix() for relative in files}, every
+
+
+def _check_covered(places: Sequence[StoredBytes]) -> None:
+    """Raises SecateurError: the pieces of a file are not all of it, each after the other, as they are written.
+
+    Nothing else tells a wrong length of an opaque entry from the right one.
+    """
+    of_file: dict[Path, list[StoredBytes]] = {}
+    for place in places:
+        of_file.setdefault(place.path, []).append(place)
+    for path, found in of_file.items():
+        done, size = 0, path.stat().st_size
+        for start, length in sorted((place.start, place.length) for place in found):
+            if start != done:
+                break
+            done += length
+        if done != size:
+            raise SecateurError(
+                f"the pieces of {path.name} that it names overlap or leave bytes out, from byte {done} on; expected "
+                f"all {size}, one piece after the other"
+            )
 
 
 def _place(places: _Places, name: str, offset: tuple[int, ...] | None) -> StoredBytes:
