@@ -338,7 +338,7 @@ def test_an_existing_file_needs_force(folder: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--sequence-length", "65"), "65 tokens, but the model takes at most 64 (max_position_embeddings)"),
+        (("--sequence-length", "65"), "at most 64 (max_position_embeddings in config.json)"),
         (("--samples", "99999"), "blocks of 16 tokens"),
         (("--device", "nowhere"), "--device nowhere"),
         (("--out", "no/such/stats"), "no folder no/such"),
@@ -362,7 +362,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, run: Run) -> None
     train_tokenizer(["the router keeps a token"] * 9, vocab_size=400).save_pretrained(folder / "model")
     status, _, error = run()
     assert status == 2
-    assert "the tokenizer gives the id" in error
+    assert "model (tokenizer.json, tokenizer_config.json): it makes a token of id" in error
 
 
 def test_an_sglang_recording_becomes_statistics(folder: Path, run: Run) -> None:

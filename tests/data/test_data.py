@@ -401,6 +401,29 @@ def test_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": "b"}, "merges": []}, "expected u32"),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}, "out of vocabulary"),
+        ("tokenizer_config.json", "bos_token", 7, "bos_token has to be either str or AddedToken"),
+        ("tokenizer_config.json", "tokenizer_class", 7, "'int' object has no attribute"),
+        ("tokenizer_config.json", "model_max_length", "x", "model_max_length is 'x', expected a number"),
+    ],
+)
+def test_the_file_at_fault_of_a_tokenizer_is_named(
+    name: str, key: str, value: object, message: str, byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    byte_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    other = {"tokenizer.json", "tokenizer_config.json"} - {name}
+    with pytest.raises(SecateurError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert name in str(caught.value)
+    assert not any(one in str(caught.value) for one in other)
+
+
 def test_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     train_tokenizer(["a"], vocab_size=257).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.corpus import READERS
+from secateur.data.tokenizer import named
 from secateur.errors import SecateurError
 from secateur.files.json import parse_json
 from secateur.files.limits import MAX_JSON
@@ -67,11 +68,13 @@ def tokens_of_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
     try:
         ids: Any = tokenizer.apply_chat_template(chat.messages, tokenize=True, return_dict=False)
     except Exception as error:  # templates are programs that raise what they like
-        raise SecateurError(f"{chat.source}: the chat template refuses the messages ({error})") from error
+        raise SecateurError(
+            f"{chat.source}: the chat template of {named(tokenizer)} refuses the messages ({error})"
+        ) from error
     if not ids:
         raise SecateurError(
-            f"{chat.source}: the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} makes no token of the "
-            "messages; expected the tokenizer that the model was trained with"
+            f"{chat.source}: the tokenizer {named(tokenizer)} makes no token of the messages; expected the one that "
+            "the model was trained with"
         )
     return list(ids)
 

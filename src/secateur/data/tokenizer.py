@@ -16,6 +16,8 @@ END_OF_TEXT = "<|endoftext|>"
 NUM_BYTE_VALUES = 256
 # transformers makes an empty tokenizer of a folder that holds only a model's config.json, so look for a vocabulary.
 VOCABULARY_PATTERNS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+WHOLE = "tokenizer.json"  # of the tokenizers library, which reads nothing else
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def train_tokenizer(
@@ -68,12 +70,39 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        for path in sorted(folder.glob("*.json")):  # it does not say which file it is about
-            read_json(path)
-        raise SecateurError(f"tokenizer {folder}: cannot be loaded ({error})") from error
+        _find_fault(folder)
+        raise SecateurError(f"tokenizer {_with_files(folder, but=WHOLE)}: cannot be loaded ({error})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise SecateurError(f"tokenizer {folder}: found {type(tokenizer).__name__}, expected a transformers tokenizer")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise SecateurError(
+            f"{folder / BESIDE[0]}: model_max_length is {tokenizer.model_max_length!r:.80}, expected a number"
+        )
     return tokenizer
+
+
+def named(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a message calls a tokenizer: its folder and the files that it may be read from, where it has one."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    return _with_files(Path(name)) if Path(name).is_dir() else str(name)
+
+
+def _with_files(folder: Path, *, but: str = "") -> str:
+    found = sorted({path.name for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)})
+    found += [name for name in BESIDE if (folder / name).is_file()]
+    return f"{folder} ({', '.join([name for name in found if name != but] or found)})"
+
+
+def _find_fault(folder: Path) -> None:
+    """Raises SecateurError: a file is at fault by itself; transformers does not say which it is about."""
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+    whole = folder / WHOLE
+    if whole.is_file():
+        try:
+            Tokenizer.from_file(str(whole))
+        except Exception as error:
+            raise SecateurError(f"tokenizer {whole}: cannot be loaded ({error})") from error
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -85,7 +114,8 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> int:
     eos_id = tokenizer.eos_token_id
     if not isinstance(eos_id, int):
         raise SecateurError(
-            f"tokenizer: found eos_token_id {eos_id!r}, expected an end-of-text token between documents"
+            f"tokenizer {named(tokenizer)}: found eos_token_id {eos_id!r:.80}, expected an end-of-text token between "
+            "documents"
         )
     return eos_id
 
@@ -103,21 +133,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special:
         "return_token_type_ids": False,
         "verbose": False,
     }
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     try:
         ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise SecateurError(f"tokenizer {name}: it cannot encode the text ({error})") from error
+        raise SecateurError(f"tokenizer {named(tokenizer)}: it cannot encode the text ({error})") from error
     written = next((text for text in texts if text.strip()), None)
     if written is not None:
         nothing = tokenizer([""], **options)["input_ids"][0]
         if all(one == nothing for one in ids):
             unknown = "no token for what it does not know" if tokenizer.unk_token_id is None else "an unknown token"
             raise SecateurError(
-                f"tokenizer {name}: it makes no token of {len(texts)} texts (one begins with {written[:30]!r}); it has "
-                f"{len(tokenizer)} tokens and {unknown}: expected the tokenizer that the model was trained with"
+                f"tokenizer {named(tokenizer)}: it makes no token of {len(texts)} texts (one begins with "
+                f"{written[:30]!r}); it has {len(tokenizer)} tokens and {unknown}: expected the tokenizer that the "
+                "model was trained with"
             )
     return ids
+
+
+def check_ids(largest: int, vocab_size: int, folder: Path) -> None:
+    """Raises SecateurError: the tokenizer of a model's folder made an id that is no row of the model's embedding."""
+    if largest >= vocab_size:
+        raise SecateurError(
+            f"tokenizer {_with_files(folder)}: it makes a token of id {largest}, but its vocabulary is {vocab_size} by "
+            "config.json"
+        )
 
 
 def check_vocabulary_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -131,7 +170,8 @@ def check_vocabulary_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -
     num_tokens = max(len(tokenizer), largest)
     if num_tokens > vocab_size:
         raise SecateurError(
-            f"tokenizer: found {num_tokens} tokens, expected at most the model's vocab_size of {vocab_size}"
+            f"tokenizer {named(tokenizer)}: found {num_tokens} tokens, expected at most the model's vocab_size of "
+            f"{vocab_size}"
         )
 
 

@@ -14,7 +14,7 @@ from secateur.data.calibration import read_texts, token_lists
 from secateur.data.chats import Chat
 from secateur.data.corpus import Document
 from secateur.data.packing import BlockDataset, PackedTokens
-from secateur.data.tokenizer import load_tokenizer
+from secateur.data.tokenizer import check_ids, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.finetuning.settings import DataSettings, ModelSettings
 from secateur.finetuning.task import Task
@@ -39,16 +39,12 @@ def text_task(folder: ModelFolder, data: DataSettings, model: ModelSettings) -> 
     longest = getattr(config, "max_position_embeddings", None)
     length = data.sequence_length or min(LENGTH, longest or LENGTH)
     if longest is not None and length > longest:
-        raise SecateurError(f"--sequence-length {length}: the model takes sequences of up to {longest} tokens")
+        raise SecateurError(f"--sequence-length {length}: config.json says up to {longest} tokens")
     tokenizer = load_tokenizer(folder.files.path)
     train = pack_domains(tokenizer, data.data, length, data)
     evaluation = pack_domains(tokenizer, data.eval_data, length, data) if data.eval_data else {}
     for dataset in (*train.values(), *evaluation.values()):
-        if (largest := int(dataset.blocks.max())) >= int(config.vocab_size):
-            raise SecateurError(
-                f"{folder.files.path}: its tokenizer makes a token of id {largest}, but its vocabulary is "
-                f"{config.vocab_size}"
-            )
+        check_ids(int(dataset.blocks.max()), int(config.vocab_size), folder.files.path)
     return Task(
         unit="tokens",
         per_item=length,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from secateur.data.tokenizer import load_tokenizer
+from secateur.data.tokenizer import check_ids, encode, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.files.opened import opened
 from secateur.model_folder.read.model_folder import ModelFolder
@@ -37,11 +37,12 @@ def sample_for(folder: Path, source: ModelFolder, num_tokens: int, text: Path | 
         return torch.randn(shape, generator=generator)
     if text is None:
         return torch.randint(1, int(config.vocab_size), (1, num_tokens), generator=generator)
-    tokenizer: Any = load_tokenizer(folder)
-    ids = tokenizer(_text_of(text), return_tensors="pt")["input_ids"][:, :num_tokens]
-    if ids.shape[1] < 2:
-        raise SecateurError(f"--text {text}: {ids.shape[1]} tokens, expected at least 2")
-    return torch.as_tensor(ids)
+    tokenizer = load_tokenizer(folder)
+    ids = encode(tokenizer, [_text_of(text)], special=True)[0][:num_tokens]
+    if len(ids) < 2:
+        raise SecateurError(f"--text {text}: {len(ids)} tokens, expected at least 2")
+    check_ids(max(ids), int(config.vocab_size), folder)
+    return torch.tensor([ids])
 
 
 def _text_of(path: Path) -> str:

@@ -45,7 +45,7 @@ def evaluate_text(
     for model, found in surveys.items():
         if largest >= int(found.config.text.vocab_size):
             raise SecateurError(
-                f"{model}: a token of id {largest}, but its vocabulary is {found.config.text.vocab_size}"
+                f"{model}: a token of id {largest}, but its vocabulary is {found.config.text.vocab_size} by config.json"
             )
         if stream or why_not_loaded(found) is not None:
             StreamedModel(found, device=device)  # what cannot be run shows before another is measured

@@ -13,6 +13,7 @@ from torch import nn
 from secateur import families
 from secateur.data.batch import Batch
 from secateur.data.calibration import Calibration
+from secateur.data.tokenizer import check_ids
 from secateur.environment import resident_bytes, versions
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
@@ -207,6 +208,8 @@ def _check_tokens(folder: ModelFolder, data: Calibration) -> None:
     for key in LENGTH_KEYS:
         most = getattr(text, key, None)
         if type(most) is int and longest > most:
-            raise SecateurError(f"sequences of {longest} tokens, but the model takes at most {most} ({key})")
-    if largest >= int(text.vocab_size):
-        raise SecateurError(f"the tokenizer gives the id {largest}, but the model knows {text.vocab_size} tokens")
+            raise SecateurError(
+                f"{folder.files.path}: sequences of {longest} tokens, but the model takes at most {most} ({key} in "
+                "config.json)"
+            )
+    check_ids(largest, int(text.vocab_size), folder.files.path)
