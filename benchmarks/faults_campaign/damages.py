@@ -167,7 +167,7 @@ def judged(
         return "wrong status", f"{ended.status}; {last}"
     if len(lines) != 1:
         return "several lines", " | ".join(lines)[:400]
-    if not any(name in ended.err for name in names_of(reader)):
+    if not any(name in ended.err for name in [*names_of(reader), *_folder_of_weights(reader, ended)]):
         return "no file named", last
     if left := under(found, reader.results):
         return "left a result", f"{', '.join(left)[:100]}; {last}"
@@ -178,6 +178,12 @@ def names_of(reader: Reader) -> list[str]:
     """What a message may call the file: its name, or that of the hidden folder in which unfinished work lies."""
     *folders, name = reader.file.split("/")
     return [name, *(folder for folder in folders if folder.startswith("."))]
+
+
+def _folder_of_weights(reader: Reader, ended: Ended) -> list[str]:
+    """The model's folder, where a file of weights was read and what they compute is no number: no file is at fault."""
+    folder, _, name = reader.file.rpartition("/")
+    return [f"error: {folder}"] if name.endswith(".safetensors") and "not finite" in ended.err else []
 
 
 def bounded() -> None:

@@ -84,9 +84,9 @@ def _table() -> list[Reader]:
     add(IMAGES.format("pictures"), "classifier pictures", "", "new.safetensors", "pictures/one/0.png")
     add("observe base --sglang counts.pt --out new.safetensors --quiet", "base counts.pt", "", "new.safetensors",
         "counts.pt")  # fmt: skip
-    add("apply source plan.json --out out --undo side --quiet", "source plan.json",
-        "source/model.safetensors.index.json", "out side",
-        f"plan.json source/config.json {weights}")  # fmt: skip
+    # the undo folder keeps the index as it is, with metadata that nothing else knows
+    add("apply source plan.json --out out --undo side --quiet", "source plan.json", "", "out side",
+        f"source/model.safetensors.index.json plan.json source/config.json {weights}")  # fmt: skip
     add(RESTORE, "pruned undo",
         "undo/undo.json undo/headers/model-00001-of-00008.safetensors undo/files/config.json pruned/config.json "
         "undo/dropped-00001-of-00003.safetensors pruned/model-00001-of-00005.safetensors pruned/tokenizer.json",
@@ -95,8 +95,9 @@ def _table() -> list[Reader]:
         "pruned/plan.json pruned/report.json pruned/config.json pruned/model.safetensors.index.json "
         "pruned/model-00001-of-00005.safetensors")  # fmt: skip
     add(f"eval source {SAMPLES} --json", ALL_TEXT, "", "", "source/generation_config.json prose.jsonl")
-    add("apply training training-plan.json --out out --quiet", "training training-plan.json", "training/.metadata",
-        "out", "training/__0_0.distcp")  # fmt: skip
+    # .metadata is a pickle without a digest: a name or a setting in it that nothing else knows is as good as another
+    add("apply training training-plan.json --out out --quiet", "training training-plan.json", "", "out",
+        "training/.metadata training/__0_0.distcp")  # fmt: skip
     add("apply shards training-plan.json --out out --quiet", "shards training-plan.json", "", "out",
         "shards/config.json shards/shard-00001-model-00001-of-00001.safetensors")  # fmt: skip
     add("place loads.json --ranks 2 --out new.json --quiet", "loads.json", "", "new.json", "loads.json")

@@ -54,7 +54,11 @@ def test_the_next_start_must_end_as_if_nothing_had_been(found: Any, status: int,
 
 
 def test_a_command_that_was_done_may_say_so() -> None:
-    assert not ends_right(TOY, TOYS, AFTER, replace(WHOLE, status=2, err="error: it is there already"), AFTER)
+    told = replace(WHOLE, status=2, err="error: it is there already")
+    assert not ends_right(TOY, TOYS, AFTER, told, AFTER)
+    emptied = AFTER | {".out.pruning": "folder", ".out.pruning/lock": "empty"}
+    assert not ends_right(TOY, TOYS, emptied, told, AFTER)
+    assert "status 2" in ends_right(TOY, TOYS, emptied | {".out.pruning/asked.json": "1"}, told, AFTER)
 
 
 ONE = "interrupted; run the same command again to resume\n"
@@ -125,6 +129,19 @@ def test_how_a_damaged_file_is_read(changes: dict[str, Any], found: dict[str, st
     if outcome == "another result":
         text = replace(reader, is_content=True)
         assert judged(text, replace(WHOLE, **changes), found, WHOLE, A, DAMAGED)[0] == "read, as other content"
+
+
+@pytest.mark.parametrize(
+    ("err", "outcome"),
+    [
+        ("error: source: norm_sum of expert 2 is nan; its weights are not finite\n", "refused"),
+        ("error: source: its header is damaged\n", "no file named"),
+        ("error: norm_sum of expert 2 is nan; its weights are not finite\n", "no file named"),
+    ],
+)
+def test_weights_that_compute_no_number_are_named_by_their_folder(err: str, outcome: str) -> None:
+    reader = Reader(words="toy", inputs="source", file="source/model.safetensors", results=("new",))
+    assert judged(reader, replace(WHOLE, status=2, err=err), {}, WHOLE, A, DAMAGED)[0] == outcome
 
 
 def test_an_undamaged_file_must_be_read() -> None:

@@ -277,6 +277,10 @@ def test_a_training_run_is_pruned_by_its_last_loads(run: Run, tiny: Path, tmp_pa
     status, _, err = run(tmp_path, "--beta", "0.1", "--out", tmp_path / "plan.json")
     assert status == 0, err
     assert {one.dropped for one in Plan.load(tmp_path / "plan.json").layers.values()} == {(0, 1, 7)}
+    last["1"].pop()  # as a damaged line may lack one
+    (tmp_path / "loads.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    status, _, err = run(tmp_path, "--beta", "0.1", "--out", tmp_path / "new.json")
+    assert (status, f"{tmp_path}/loads.jsonl: statistics of experts {{0: 8, 1: 7, 2: 8}}, expected" in err) == (2, True)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -157,6 +157,22 @@ def test_observe_records_the_model_and_its_images(made: Path, tmp_path: Path, ru
         torch.testing.assert_close(one.norm_sum, other.norm_sum, rtol=1e-4, atol=1e-6)
 
 
+def test_weights_that_are_no_numbers_are_told_with_the_folder_of_the_model(
+    made: Path, tmp_path: Path, run: Run
+) -> None:
+    model = tiny_vmoe("few places")
+    with torch.no_grad():
+        model.vmoe.layers[0].mlp.experts.down_proj.fill_(math.nan)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(made / "source" / FILE, tmp_path / "model" / FILE)
+    status, _, err = run(
+        "observe", tmp_path / "model", "--data", made / "images.npz", "--out", tmp_path / "s", "--quiet"
+    )
+    assert status == 2
+    assert f"{tmp_path}/model: vmoe.layers.0.mlp.experts: norm_sum of expert" in err.replace("\n", "")
+    assert "either its weights are not finite" in err
+
+
 def test_the_size_of_the_batch_changes_no_count_where_images_are_routed_in_groups(made: Path, tmp_path: Path) -> None:
     found, drawn = read_model_folder(made / "source"), draw([str(made / "images.npz")], None, 0)
     runs = [ImageObservation(found, drawn, tmp_path / "s", batch_size=size) for size in (2, 4, 30)]

@@ -212,7 +212,7 @@ def test_a_forward_that_fails_ends_in_one_line_that_names_the_model(
     with pytest.raises(SecateurError) as error:
         steps[run]()
     assert str(error.value) == (
-        f"{tmp_path / 'source'} (mixtral): the model cannot be run on this (AttributeError: no attribute "
-        "'vision_start_token_id')"
+        f"{tmp_path / 'source'} (mixtral): the model, as its config.json and weights are, cannot be run on this "
+        "(AttributeError: no attribute 'vision_start_token_id')"
     )
     assert not (tmp_path / "stats").exists()

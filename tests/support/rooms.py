@@ -113,7 +113,7 @@ ROOMS: dict[str, Room] = {
     ),
     "model_folder.stream": Room(
         question="How does a model larger than memory run?",
-        may_import=_rooms("model_folder.read modeling_secateur data stats files errors"),
+        may_import=_rooms("model_folder.read surgery modeling_secateur data stats files errors"),
     ),
     "model_folder.read": Room(
         question="What is in a model folder, and which tensor is whose? Nothing in it is trusted.",

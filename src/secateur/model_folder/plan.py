@@ -167,7 +167,7 @@ def _read(source: Path, model: Path | None, pretrained: Path | None, experts_fro
     if (source / LOADS).is_file():
         if pretrained is not None:
             raise SecateurError(f"--pretrained {pretrained}: for a fine-tuned model, but {source} is a training run")
-        return of_loads(read_loads(source / LOADS), model or source / "model")
+        return of_loads(read_loads(source / LOADS), model or source / "model", str(source / LOADS))
     return read_source(source, model, pretrained, experts_from=experts_from, with_mtp=with_mtp)
 
 

@@ -111,17 +111,20 @@ def of_observation(observation: Observation, folder: ModelFolder | None, name: s
     model = known or told
     assert model is not None
     # An observation checks its own facts; those of a folder are compared here.
-    observation = Observation(stats=observation.stats, model=model, data=observation.data)
+    try:
+        observation = Observation(stats=observation.stats, model=model, data=observation.data)
+    except SecateurError as error:
+        raise SecateurError(f"{name}: {error}") from error
     return Source(facts=model, stats=observation.stats, data=observation.data, found=folder)
 
 
-def of_loads(loads: Mapping[int, Sequence[float]], model: Path) -> Source:
-    """Tokens of each expert in a training run, and the model that it left."""
+def of_loads(loads: Mapping[int, Sequence[float]], model: Path, name: str) -> Source:
+    """Tokens of each expert in a training run, and the model it left; `name` is their file, for messages."""
     folder = read_model_folder(model)
     known = model_facts(folder)
     counts = {layer: [int(count) for count in layer_loads] for layer, layer_loads in loads.items()}
     num_tokens = sum(map(sum, counts.values())) // (known.top_k * max(len(counts), 1))
-    return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), folder, "loads")
+    return of_observation(Observation(stats=RouterStats.from_loads(counts, num_tokens)), folder, name)
 
 
 def _counts(model: ModelFacts) -> str:

@@ -19,6 +19,7 @@ from secateur.files.safetensors_header import read_header
 from secateur.modeling_secateur import MODEL_TYPE, ExpertLayout, read_pruned_config
 from secateur.pretraining.presets import COMMON, PRESETS
 from secateur.pretraining.settings import ModelSettings
+from secateur.surgery.load_faults import MISFIT, faults_named
 from secateur.surgery.plausible import check_counts, no_more_modules_than
 from secateur.train.distributed.fsdp import align_
 from secateur.train.distributed.load import ParallelSizes, check_sharded, check_split
@@ -137,7 +138,7 @@ def _load(folder: Path, **split: Any) -> PreTrainedModel:
         read_header(path)
     what = f"{folder}: not readable as a causal language model"
     try:
-        with foreign(what), no_more_modules_than(MAX_MODULES, WHY):
+        with faults_named(folder), no_more_modules_than(MAX_MODULES, WHY):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -151,7 +152,7 @@ def _load(folder: Path, **split: Any) -> PreTrainedModel:
         raise SecateurError(f"{what}: {error}") from error
     wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if wrong:
-        raise SecateurError(f"{folder}: its tensors do not fit its config: {wrong}")
+        raise SecateurError(f"{folder}: {MISFIT}: {wrong}")
     return model
 
 

@@ -234,7 +234,9 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
             tensors["model.layers.1.self_attn.q_proj.weight"] = torch.ones(3, 3)
 
     change(tmp_path / "model", widen)
-    with pytest.raises(SecateurError, match=r"transformers cannot load .*model.layers.1.self_attn.q_proj.weight"):
+    with pytest.raises(
+        SecateurError, match=r"config\.json does not fit the weights: .*model.layers.1.self_attn.q_proj.weight"
+    ):
         StreamedModel(found_in(tmp_path / "model")).run_layers(BATCHES, MemoryStates())
 
 

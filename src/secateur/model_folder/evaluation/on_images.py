@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.images import Images
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, foreign
 from secateur.families import MoEModel, describe_moe
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.evaluation.accuracy import Scores, difference, joined, scores, summary
 from secateur.model_folder.measure.image_batches import ImageBatches, batches_for
 from secateur.model_folder.measure.on_images import check_fits_in_memory, loaded
+from secateur.model_folder.read.load import CANNOT_RUN
 from secateur.model_folder.read.modality import class_names
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 from secateur.models.vmoe.flops import flops_per_image
@@ -104,7 +105,8 @@ def _measured(
         for step, (pixel_values, labels) in enumerate(batches, start=1):
             pixel_values = pixel_values.to(device)
             begin = _now(device)
-            output = model(pixel_values=pixel_values)
+            with foreign(f"{folder.files.path}: {CANNOT_RUN}"):
+                output = model(pixel_values=pixel_values)
             seconds.append(_now(device) - begin)
             parts.append(scores(output.logits, labels))
             if output.member_logits is not None:

@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.environment import versions
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, foreign
 from secateur.families import describe_moe
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.measure.image_batches import ImageBatches, SampledImages, batches_for
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.read.load import load_whole, why_not_loaded
+from secateur.model_folder.read.load import CANNOT_RUN, UNSOUND, load_whole, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.observation.activations import ActivationObserver
 from secateur.observation.observation import Observation
@@ -75,10 +75,15 @@ class ImageObservation:
         observer = ActivationObserver(describe_moe(model), sums=self._sums)
         with torch.no_grad():
             for step, (pixel_values, _) in enumerate(self.batches, start=1):
-                model(pixel_values=pixel_values.to(self._device))
+                with foreign(f"{self._found.files.path}: {CANNOT_RUN}"):
+                    model(pixel_values=pixel_values.to(self._device))
                 on_step(step, len(self.batches))
+        try:
+            stats = observer.read()
+        except SecateurError as error:
+            raise SecateurError(f"{self._found.files.path}: {error}; {UNSOUND}") from error
         observation = Observation(
-            stats=observer.read(), model=model_facts(self._found), data={**self.data, "versions": versions()}
+            stats=stats, model=model_facts(self._found), data={**self.data, "versions": versions()}
         )
         self._found.files.check_unchanged(read=self._found.files.model_files)
         observation.save(self._out)

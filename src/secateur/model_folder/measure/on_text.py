@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.files.progress import OnProgress, silent
 from secateur.model_folder.read.facts import model_facts
-from secateur.model_folder.read.load import why_not_loaded
+from secateur.model_folder.read.load import UNSOUND, why_not_loaded
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.resume import WorkFolder
 from secateur.model_folder.stream.run import StreamedModel
@@ -139,7 +139,11 @@ class TextObservation:
             observer = LayerObserver(self._blocks[layer], sums=self._sums)
             try:
                 yield lambda batch: observer.start(batch.attention_mask)
-                save(layer, observer.read())
+                try:
+                    stats = observer.read()
+                except SecateurError as error:
+                    raise SecateurError(f"{self._found.files.path}: {error}; {UNSOUND}") from error
+                save(layer, stats)
             finally:
                 observer.detach()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.errors import SecateurError, foreign
+from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 from secateur.files.dtypes import torch_dtypes
 from secateur.files.memory import free_memory
@@ -19,9 +19,12 @@ from secateur.model_folder.read.config import floats
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.read.names import split
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config
+from secateur.surgery.load_faults import MISFIT, faults_named
 
 DTYPES = torch_dtypes("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64")  # that can be computed with as they are
-CANNOT_RUN = "the model cannot be run on this"  # around a forward: it says nothing of whose fault that is
+# around a forward: it says nothing of whose fault that is
+CANNOT_RUN = "the model, as its config.json and weights are, cannot be run on this"
+UNSOUND = "either its weights are not finite, or a number in its config.json is wrong"
 UNEXPECTED = "unexpected_keys"  # of what transformers reports of a load
 ALIGNED = 64  # bytes that torch gives every tensor of its own a multiple of
 WHILE_LOADING = 1.5  # times the bytes of a model: while experts are stacked, some of them are there twice
@@ -43,11 +46,16 @@ def why_not_loaded(folder: ModelFolder, times: float = 1.0) -> str | None:
 
 def problems_by_names(folder: ModelFolder) -> dict[str, list[str]]:
     """What transformers reports of loading the folder's tensors, by their names, types and shapes; none is read."""
+    return _problems(_reported(folder), folder)
+
+
+def _reported(folder: ModelFolder) -> Mapping[str, Iterable[Any]]:
     tensors = {
         name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         for name, tensor in folder.files.tensors.items()
     }
     with no_loading_bars():
+        info: Mapping[str, Iterable[Any]]
         _, info = _loader(folder).from_pretrained(
             None,
             config=_config(folder),
@@ -57,7 +65,7 @@ def problems_by_names(folder: ModelFolder) -> dict[str, list[str]]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    return _problems(info, folder)
+    return info
 
 
 def _problems(info: Mapping[str, Iterable[Any]], folder: ModelFolder) -> dict[str, list[str]]:
@@ -92,9 +100,12 @@ def load(
 
     Args:
         dtype: of all tensors; "auto" is what config.json says, to which wider ones are rounded.
+
+    Raises:
+        SecateurError: transformers cannot load it; the message names the file at fault.
     """
     given = {} if source.config.is_as_written else {"config": _config(source)}
-    with no_loading_bars(), foreign(f"{folder}: transformers cannot load this model"):
+    with no_loading_bars(), faults_named(folder, lambda: _reported(source)["mismatched_keys"]):
         model, info = _loader(source).from_pretrained(folder, output_loading_info=True, dtype=dtype, **given)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -114,7 +125,7 @@ def load_whole(source: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto
     path = source.files.path
     model, problems = load(path, source, dtype)
     if problems:
-        raise SecateurError(f"{path}: transformers does not load it whole: {problems}"[:500])
+        raise SecateurError(f"{path}: {MISFIT}, and transformers does not load it whole: {problems}"[:500])
     return model
 
 

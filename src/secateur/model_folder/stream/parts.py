@@ -33,6 +33,7 @@ from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.lazy_tensor import LazyTensor, Span, UnreadTensor
 from secateur.model_folder.stream.placed import PlacingConverter, with_placing
 from secateur.modeling_secateur import pruned_model_class, read_pruned_config, replace_tensor_
+from secateur.surgery.load_faults import MISFIT, in_words
 
 RECORDS = ("output_router_logits", "output_hidden_states", "output_attentions")  # what a forward may keep of all layers
 LISTED = 3  # names in a message
@@ -142,8 +143,8 @@ class PartModel:
         unknown = self._not_ignored(unknown)
         if unknown:
             raise SecateurError(
-                f"{folder.files.path}: {len(unknown)} tensors have no place in {type(self.model).__name__}: "
-                f"{', '.join(unknown[:LISTED])}"
+                f"{folder.files.path}: {MISFIT}: {len(unknown)} tensors have no place in "
+                f"{type(self.model).__name__}: {', '.join(unknown[:LISTED])}"
             )
         return parts
 
@@ -171,7 +172,9 @@ class PartModel:
                 self.model.tie_weights(missing_keys=self._on_meta(live), recompute_mapping=False)
             missing = sorted(self._on_meta(live))
             if missing:
-                raise SecateurError(f"{self._folder.path}: {len(missing)} tensors are missing, such as {missing[0]}")
+                raise SecateurError(
+                    f"{self._folder.path}: {MISFIT}: {len(missing)} tensors are missing, such as {missing[0]}"
+                )
             yield
         finally:
             for name in live:
@@ -189,9 +192,11 @@ class PartModel:
         )
         with no_loading_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
-        wrong = [str(one) for one in (*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs)]
+        wrong = [str(one) for one in (*info.conversion_errors.items(), *info.error_msgs)]
+        if misfits := in_words(info.mismatched_keys):
+            raise SecateurError(f"{self._folder.path}: {misfits}")
         if wrong:
-            raise SecateurError(f"{self._folder.path}: transformers cannot load {wrong[0]}")
+            raise SecateurError(f"{self._folder.path}: {MISFIT}, transformers cannot load {wrong[0]}")
         for _, tensor in _tensors(self.model):
             if tensor.device.type != "meta" and tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor.data = tensor.data.clone()  # a piece of a larger one, which it would keep in memory

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.data.batch import Batch
 from secateur.errors import SecateurError, foreign
 from secateur.files.progress import OnProgress, silent
-from secateur.model_folder.read.load import CANNOT_RUN
+from secateur.model_folder.read.load import CANNOT_RUN, UNSOUND
 from secateur.model_folder.read.model_folder import ModelFolder
 from secateur.model_folder.stream.lazy_tensor import Span
 from secateur.model_folder.stream.parts import PartModel
@@ -118,7 +118,9 @@ class StreamedModel:
             for index, batch in enumerate(batches):
                 output, _ = self._run(relay, self.num_layers, index, batch, states)
                 if not bool(_real(output.logits, batch).isfinite().all()):
-                    raise SecateurError(f"{self._name}: its logits are not finite, or need more than the last layer")
+                    raise SecateurError(
+                        f"{self._name}: its logits are not finite, or need more than the last layer; {UNSOUND}"
+                    )
                 use(index, batch, output.logits)
                 on_step(index + 1, len(batches))
 
@@ -126,8 +128,8 @@ class StreamedModel:
         _, hidden = self._run(relay, number, index, batch, states)
         if not bool(_real(hidden, batch).isfinite().all()):
             raise SecateurError(
-                f"{self._name}: what decoder layer {number} hands on is not finite; either its weights are not, or the "
-                "next layer is given more than its output"
+                f"{self._name}: what decoder layer {number} hands on is not finite; {UNSOUND}, or the next layer is "
+                "given more than its output"
             )
         return hidden
 
