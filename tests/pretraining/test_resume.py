@@ -280,7 +280,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(killed: Path, tmp
     assert in_child(run, tmp_path / "other", settings, Kill(STEP_END, 5)) == -signal.SIGKILL
     theirs = killed / "checkpoints" / "checkpoint-20"
     shutil.copytree(tmp_path / "other" / "checkpoints" / "checkpoint-4", theirs)
-    with pytest.raises(SecateurError, match=r"checkpoint-20: a checkpoint of another run"):
+    with pytest.raises(SecateurError, match=r"checkpoint-20/complete.json: of a checkpoint of another run"):
         resume(killed)
     assert theirs.is_dir()
 

@@ -143,6 +143,15 @@ def test_a_file_that_was_changed_since_is_named_where_a_run_would_go_on_from_it(
         last_whole(tmp_path, "a")
 
 
+def test_a_seal_with_the_digest_of_a_file_that_it_does_not_know_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    path = make(tmp_path, 10) / COMPLETE
+    sealed = json.loads(path.read_text())
+    sealed["sha256"]["rng_stateng_state.pth"] = "0"
+    path.write_text(json.dumps(sealed))
+    with pytest.raises(SecateurError, match=r"checkpoint-10/complete\.json: it has the SHA-256 of 'rng_stateng_state"):
+        last_whole(tmp_path, run="a")
+
+
 def test_of_the_largest_files_the_seal_holds_the_size_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SEALED", 90)
     sealed = json.loads((make(tmp_path, 10) / COMPLETE).read_text())

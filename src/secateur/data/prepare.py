@@ -29,6 +29,7 @@ from secateur.files.refused import refused_by_the_disk
 FORMAT = "secateur-data"
 VERSION = 1
 TOKENIZER = "tokenizer"  # the folder of it
+RECORD = "data.json"
 
 # A validation loss over fewer blocks is noise, and none is an error; tokenizers make 3 to 5 bytes of text into a token.
 MIN_VALIDATION_BLOCKS = 8
@@ -197,7 +198,7 @@ def _write(prepared: PreparedData, folder: Path) -> None:
         "report": prepared.report,
         "tokenizer": _digests(folder / TOKENIZER),
     }
-    atomic_write(folder / "data.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    atomic_write(folder / RECORD, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _file_names(domains: Iterable[str]) -> dict[str, str]:
@@ -221,7 +222,7 @@ def load_prepared(folder: Path | str) -> PreparedData:
         SecateurError: a file is missing, damaged, of another format, or not the one that was saved.
     """
     folder = Path(folder)
-    record = read_record(folder / "data.json")
+    record = read_record(folder / RECORD)
     _check_tokenizer(folder, record)
     return PreparedData(
         tokenizer=load_tokenizer(folder / TOKENIZER),
@@ -237,7 +238,7 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
     Raises:
         SecateurError: they are not the ones that were saved. OSError: the disk refused.
     """
-    _check_tokenizer(folder, read_record(folder / "data.json"))
+    _check_tokenizer(folder, read_record(folder / RECORD))
     for path in sorted((folder / TOKENIZER).iterdir()):
         copy_file(path, target / path.name)
 
@@ -251,7 +252,9 @@ def _check_tokenizer(folder: Path, record: DataRecord) -> None:
     for name in sorted(record.tokenizer.keys() | found.keys()):
         now, before = found.get(name), record.tokenizer.get(name)
         if now != before:
-            raise SecateurError(f"{folder / TOKENIZER / name}: found {_said(now)}, expected {_said(before)}")
+            raise SecateurError(
+                f"{folder / TOKENIZER / name}: found {_said(now)}, expected {_said(before)} by {folder / RECORD}"
+            )
 
 
 def _said(digest: str | None) -> str:
@@ -275,6 +278,7 @@ def _load_checked(folder: Path, entry: TokenFile) -> PackedTokens:
     packed = PackedTokens.load(folder / entry.file)
     if packed.digest() != entry.digest:
         raise SecateurError(
-            f"{folder / entry.file}: found tokens with digest {packed.digest()}, expected {entry.digest}"
+            f"{folder / entry.file}: found tokens with digest {packed.digest()}, expected {entry.digest} by "
+            f"{folder / RECORD}"
         )
     return packed

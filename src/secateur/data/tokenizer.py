@@ -64,8 +64,10 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise SecateurError(f"tokenizer {folder}: no such folder; expected a local folder with a tokenizer")
     if not any(path.is_file() for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+        other = ", or a config.json of a model that reads no text" if (folder / "config.json").is_file() else ""
         raise SecateurError(
             f"tokenizer {folder}: found no tokenizer, expected one of {', '.join(VOCABULARY_PATTERNS)} in the folder"
+            f"{other}"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

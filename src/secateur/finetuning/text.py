@@ -39,7 +39,9 @@ def text_task(folder: ModelFolder, data: DataSettings, model: ModelSettings) -> 
     longest = getattr(config, "max_position_embeddings", None)
     length = data.sequence_length or min(LENGTH, longest or LENGTH)
     if longest is not None and length > longest:
-        raise SecateurError(f"--sequence-length {length}: config.json says up to {longest} tokens")
+        raise SecateurError(
+            f"--sequence-length {length}: by config.json the model takes sequences of up to {longest} tokens"
+        )
     tokenizer = load_tokenizer(folder.files.path)
     train = pack_domains(tokenizer, data.data, length, data)
     evaluation = pack_domains(tokenizer, data.eval_data, length, data) if data.eval_data else {}

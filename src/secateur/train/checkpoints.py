@@ -86,15 +86,21 @@ def _check_seal(checkpoint: Path, run: str) -> None:
     sealed = read_seal(checkpoint)
     if sealed.run != run:
         raise SecateurError(
-            f"{checkpoint}: a checkpoint of another run (other settings or other data), expected one of this run; take "
-            "it out of the folder"
+            f"{checkpoint / COMPLETE}: of a checkpoint of another run (other settings or other data), expected one of "
+            f"this run; take {checkpoint.name} out of the folder"
+        )
+    if unknown := sorted(sealed.sha256.keys() - sealed.sizes.keys()):
+        raise SecateurError(
+            f"{checkpoint / COMPLETE}: it has the SHA-256 of {unknown[0]!r:.100} and not its size; put it back as it "
+            f"was written, or take {checkpoint} away to go on from the checkpoint before, or anew"
         )
     for name, digest in sealed.sha256.items():
         found = sha256_of(checkpoint / name)
         if found != digest:
             raise SecateurError(
                 f"{checkpoint / name}: it was changed since the checkpoint was written (SHA-256 {found}, expected "
-                f"{digest}); put it back, or take {checkpoint} away to go on from the checkpoint before, or anew"
+                f"{digest} by {COMPLETE}); put it back, or take {checkpoint} away to go on from the checkpoint before, "
+                "or anew"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_what_says_nothing_or_does_not_belong_is_refused(case: str, base: ModelFolder, tmp_path: Path) -> None:
     make, message = REFUSED[case]
     other = make(tmp_path / "other")
-    with pytest.raises(SecateurError, match=message):
+    with pytest.raises(SecateurError, match=message) as caught:
         router_changes(other, base)
+    assert str(caught.value).startswith(str(other))
+
+
+def test_an_adapter_that_says_nothing_is_named_by_its_files(tmp_path: Path) -> None:
+    base = found_after_saving("qwen3_moe", tmp_path / "base")
+    name = r"other \(adapter_config\.json, adapter_model\.safetensors\): "
+    for change, message in ({"lora_alpha": 0}, "its routers are those of"), ({"lora_alpha": 1e308}, "not finite"):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        adapter_with(**change)(tmp_path / "other")
+        with pytest.raises(SecateurError, match=name + f".*{message}"):
+            router_changes(tmp_path / "other", base)
 
 
 def test_models_of_other_sizes_are_refused(base: ModelFolder, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_the_file_at_fault_is_named_where_transformers_does_not_load_a_folder(tm
     whole = tmp_path / "model"
     saved("qwen3_moe", whole)
     for name, changes, message in (
+        ("config.json", {"dtype": 2**40}, r"config\.json, model type 'qwen3_moe': dtype is 1099511627776, expected"),
         ("generation_config.json", {"pad_token_id": [[[1]]]}, r"generation_config\.json: transformers cannot use it"),
         (
             "config.json",
@@ -57,6 +58,9 @@ def test_the_file_at_fault_is_named_where_transformers_does_not_load_a_folder(tm
         edit(whole, name, **changes)
         with pytest.raises(SecateurError, match=f"{whole}.*{message}"):
             load_whole(read_model_folder(whole))
+        if "dtype" in changes:  # which `pretrain` does not look at
+            (whole / name).write_text(kept)
+            continue
         with pytest.raises(SecateurError, match=f"{whole}.*{message if name != 'config.json' else name}"):
             load_model(whole)  # of `pretrain --model`
         (whole / name).write_text(kept)

@@ -5,6 +5,8 @@ Shapes: E experts of a layer, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from secateur.criteria.router_change import RouterChange
 from secateur.errors import SecateurError
-from secateur.model_folder.measure.adapter import Adapter, holds_adapter
+from secateur.model_folder.measure.adapter import CONFIG, WEIGHTS, Adapter, holds_adapter
 from secateur.model_folder.measure.weights import router_rows
 from secateur.model_folder.read.model_folder import ModelFolder, read_model_folder
 
@@ -28,13 +30,29 @@ def router_changes(finetuned: Path | ModelFolder, pretrained: ModelFolder) -> di
             quantised or not finite, or a router did not change.
     """
     before = router_rows(pretrained)
-    tuned = finetuned if isinstance(finetuned, Path) else finetuned.files.path
     if isinstance(finetuned, Path) and holds_adapter(finetuned):
-        after = Adapter.read(finetuned).router_rows(pretrained, before)
-    else:
-        folder = read_model_folder(finetuned) if isinstance(finetuned, Path) else finetuned
-        _check_same_model(pretrained, folder)
-        after = router_rows(folder)
+        with _naming(f"{finetuned} ({CONFIG}, {WEIGHTS})"):
+            return _changes(before, Adapter.read(finetuned).router_rows(pretrained, before), pretrained)
+    folder = read_model_folder(finetuned) if isinstance(finetuned, Path) else finetuned
+    _check_same_model(pretrained, folder)
+    with _naming(str(folder.files.path)):
+        return _changes(before, router_rows(folder), pretrained)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """While it lasts, an error begins with the name of the fine-tuned model, where it does not name a file of that."""
+    try:
+        yield
+    except SecateurError as error:
+        if str(error).startswith(name.partition(" (")[0]):
+            raise
+        raise SecateurError(f"{name}: {error}") from error
+
+
+def _changes(
+    before: Mapping[int, dict[str, Tensor]], after: Mapping[int, dict[str, Tensor]], pretrained: ModelFolder
+) -> dict[int, RouterChange]:
     changes = {}
     for layer, tensors in before.items():
         _check_same_tensors(layer, tensors, after[layer])
@@ -45,7 +63,7 @@ def router_changes(finetuned: Path | ModelFolder, pretrained: ModelFolder) -> di
     if unchanged:
         which = "its routers" if len(unchanged) == len(changes) else f"its routers of layers {unchanged}"
         raise SecateurError(
-            f"{tuned}: {which} are those of {pretrained.files.path}, so fine-tuning says nothing of the "
+            f"{which} are those of {pretrained.files.path}, so fine-tuning says nothing of the "
             "experts there; expected a model whose routers were trained"
         )
     return changes

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -126,6 +127,9 @@ def _read(model_type: str, raw: Mapping[str, Any], native: dict[str, Any]) -> Mo
     config_class: Any = CONFIG_MAPPING.get(model_type, model_class.config_class)
     config = config_class.from_dict(native)
     text = config.get_text_config()
+    for one in (config, text):
+        if one.dtype is not None and not isinstance(one.dtype, torch.dtype):
+            raise SecateurError(f"dtype is {one.dtype!r:.60}, expected the name of a type of torch's")
     if not isinstance(config, model_class.config_class):
         config = text
     _refuse(text.model_type)

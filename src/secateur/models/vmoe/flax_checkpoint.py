@@ -112,7 +112,7 @@ def read_vmoe(
         config = config_of(arrays, num_experts_per_tok=num_experts_per_tok, **options)
         state = state_of(arrays)
     except SecateurError as error:
-        raise SecateurError(f"{prefix}: {error}") from error
+        raise SecateurError(f"{prefix}.index: {error}") from error
     with torch.device("meta"):
         model = VMoEForImageClassification(config)
     _check_same(prefix, model.state_dict(), state)
@@ -204,4 +204,6 @@ def _check_same(prefix: Path, expected: Mapping[str, Tensor], found: Mapping[str
     beyond = sorted(found.keys() - shapes.keys())
     if wrong or beyond:
         listed = [f"{name} is {is_}, expected {shape}" for name, (is_, shape) in list(wrong.items())[:3]]
-        raise SecateurError(f"{prefix}: {'; '.join([*listed, *(f'{name} is not expected' for name in beyond[:3])])}")
+        raise SecateurError(
+            f"{prefix}.index: {'; '.join([*listed, *(f'{name} is not expected' for name in beyond[:3])])}"
+        )
