@@ -120,3 +120,12 @@ def test_a_refused_write_ends_with_status_1(
     status, _, err = run(capsys, monkeypatch, source.parent)
     assert (status, "No space left on device" in err) == (1, True)
     assert not (source.parent / "out").exists()
+
+
+def test_an_error_about_the_plan_names_its_file(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = next(iter(PLAN.layers.values()))
+    Plan(layers={9: layer}, criterion="test").save(source.parent / "plan.json")
+    status, _, err = run(capsys, monkeypatch, source.parent)
+    assert (status, f"{source.parent}/plan.json: layer 9 is not a MoE layer" in err) == (2, True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,8 @@ from secateur.results import Result, Written
 
 if TYPE_CHECKING:
     from secateur.training_checkpoint.names import Naming
+
+ABOUT_PLAN = "plan: "  # begins a message about a plan, of which only who read it knows where it is from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +114,20 @@ def apply(
         check_target(source, out)
     write = _writer(source)
     decided = _meaning(plan if isinstance(plan, Plan) else Plan.load(Path(plan)), removed)
-    report = write(
-        source,
-        decided,
-        out,
-        names=names,
-        undo=side,
-        mtp=mtp,
-        experts_from=experts_from,
-        force=force,
-        expert_parallel=ep,
-        dry_run=dry_run,
-        on_bytes=on_bytes,
-    )
+    with _naming(plan):
+        report = write(
+            source,
+            decided,
+            out,
+            names=names,
+            undo=side,
+            mtp=mtp,
+            experts_from=experts_from,
+            force=force,
+            expert_parallel=ep,
+            dry_run=dry_run,
+            on_bytes=on_bytes,
+        )
     before, after = (
         {int(layer): counts[f"experts_{when}"] for layer, counts in report["layers"].items()}
         for when in ("before", "after")
@@ -138,6 +142,17 @@ def apply(
         bytes_after=report["bytes_after"],
         content=report,
     )
+
+
+@contextlib.contextmanager
+def _naming(plan: Plan | StrPath) -> Iterator[None]:
+    """While it lasts, an error that is about the plan begins with the file that it was read from."""
+    try:
+        yield
+    except SecateurError as error:
+        if isinstance(plan, Plan) or not str(error).startswith(ABOUT_PLAN):
+            raise
+        raise SecateurError(f"{plan}: {str(error).removeprefix(ABOUT_PLAN)}") from error
 
 
 def _plan_in(result: Result) -> Plan:

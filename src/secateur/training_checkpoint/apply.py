@@ -151,6 +151,8 @@ def _parts(source: Path, naming: Naming | None, plan: Plan) -> list[Part]:
                 found = naming or find_naming([*stored.tensors, *stored.blobs])
                 changes = None if found is None else survey(stored, found, plan)
             except SecateurError as error:
+                if str(error).startswith("plan: "):
+                    raise
                 raise SecateurError(f"{folder / stored.described_in}: {error}") from error
             if changes is not None:
                 relative = PurePosixPath(folder.relative_to(source).as_posix())
