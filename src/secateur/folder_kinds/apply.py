@@ -114,7 +114,7 @@ def apply(
         check_target(source, out)
     write = _writer(source)
     decided = _meaning(plan if isinstance(plan, Plan) else Plan.load(Path(plan)), removed)
-    with _naming(plan):
+    with _named_plan(plan):
         report = write(
             source,
             decided,
@@ -145,7 +145,7 @@ def apply(
 
 
 @contextlib.contextmanager
-def _naming(plan: Plan | StrPath) -> Iterator[None]:
+def _named_plan(plan: Plan | StrPath) -> Iterator[None]:
     """While it lasts, an error that is about the plan begins with the file that it was read from."""
     try:
         yield
