@@ -163,16 +163,21 @@ def test_the_sample_may_be_a_text(folders: Path, monkeypatch: pytest.MonkeyPatch
     seen = []
 
     class Tokenizer:
-        def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
-            seen.append((text, return_tensors))
-            return {"input_ids": torch.arange(1, len(text.split()) + 1)[None]}
+        first = 1
+
+        def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+            seen.extend(text for text in texts if text)
+            return {"input_ids": [list(range(self.first, self.first + len(text.split()))) for text in texts]}
 
     monkeypatch.setattr(sample, "load_tokenizer", lambda folder: Tokenizer())
     (folders / "text.txt").write_text("one two three four five")
     checks = checked(folders, num_tokens=3, text=folders / "text.txt")
-    assert seen == [("one two three four five", "pt")]
+    assert seen == ["one two three four five"]
     assert fallen(checks) == set()
     assert detail(checks, "logits").startswith("3 tokens")
+    monkeypatch.setattr(Tokenizer, "first", 62)
+    with pytest.raises(ValueError, match=r"it makes a token of id 64, but its vocabulary is 64 by config\.json"):
+        verify_model(folders / "source", folders / "out", num_tokens=3, text=folders / "text.txt")
     (folders / "text.txt").write_text("one")
     with pytest.raises(ValueError, match="1 tokens, expected at least 2"):
         verify_model(folders / "source", folders / "out", text=folders / "text.txt")

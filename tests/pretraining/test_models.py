@@ -108,7 +108,7 @@ def test_a_file_that_is_no_config_of_a_causal_model_is_refused(tmp_path: Path, c
 
 def test_a_tokenizer_larger_than_the_config_is_refused(config_file: Path) -> None:
     large = train_tokenizer([" ".join(f"word{i}" for i in range(300))], vocab_size=400)
-    with pytest.raises(SecateurError, match=r"tokenizer: found 400 tokens.*300"):
+    with pytest.raises(SecateurError, match=r"tokenizer TokenizersBackend: found 400 tokens.*300"):
         model_config(PretrainOptions(config=str(config_file), vocab_size=300), large)
 
 
