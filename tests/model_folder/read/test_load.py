@@ -33,7 +33,10 @@ def test_a_model_without_one_of_its_tensors_is_refused_with_its_name(tmp_path: P
     tensors = tensors_of(tmp_path / "model")
     del tensors[NORM]
     folder = write(tmp_path / "less", config_of("mixtral"), tensors)
-    with pytest.raises(SecateurError, match=rf"less: .*transformers does not load it whole: .*missing.*{NORM}"):
+    with pytest.raises(
+        SecateurError,
+        match=rf"less: config.json .* \(model.safetensors\), and transformers does not load it whole: .*missing.*{NORM}",
+    ):
         load_whole(read_model_folder(folder))
 
 

@@ -125,7 +125,9 @@ def load_whole(source: ModelFolder, dtype: torch.dtype | Literal["auto"] = "auto
     path = source.files.path
     model, problems = load(path, source, dtype)
     if problems:
-        raise SecateurError(f"{path}: {MISFIT}, and transformers does not load it whole: {problems}"[:500])
+        named = sorted(source.files.headers)
+        weights = named[0] if len(named) == 1 else f"{named[0]} to {named[-1]}"
+        raise SecateurError(f"{path}: {MISFIT} ({weights}), and transformers does not load it whole: {problems}"[:500])
     return model
 
 
