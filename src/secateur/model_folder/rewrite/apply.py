@@ -193,7 +193,7 @@ def _check_model(folder: ModelFolder, plan: Plan) -> None:
     if isinstance(told, dict) and told.get("digest") != here.digest:
         raise SecateurError(
             f"plan: it was made for a {told.get('model_type')} model with other layers or routers "
-            f"than those of {folder.files.path}, a {here.model_type}"
+            f"than those of {folder.files.path}, by its config.json a {here.model_type}"
         )
 
 
