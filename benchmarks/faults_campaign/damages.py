@@ -24,7 +24,7 @@ from support.damage import Damaged, damaged_bytes, damaged_file
 SECONDS = 5.0  # of processor time
 MEMORY = 300 * 2**20  # bytes above the start
 ADDRESSES = 3 * 2**30  # bytes of address space; what asks for more gets a MemoryError
-PATIENCE = 30.0
+PATIENCE = 120.0  # seconds of the clock: on a busy machine a trial gets a tenth of a core
 WHOLE_EVERY = 20  # one in so many is not damaged
 EVERY = 300  # damaged ones for each command that reads, without those
 OF_A_FILE = 400  # that are thought of
