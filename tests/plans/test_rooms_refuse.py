@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.model_folder.checks.claims import verify_model
 from secateur.model_folder.rewrite.apply import apply_to_model
-from secateur.model_folder.rewrite.undo import RECORD, restore
+from secateur.model_folder.rewrite.undo import RECORD, SEAL, restore
 from secateur.plans import FREE, MAPPED, REROUTE, ZERO_SLOT, LayerPlan, Matrix, Neurons, Plan, Source
 from secateur.surgery.module import prune_model_
 from secateur.surgery.oracle import barred_experts
@@ -90,7 +91,10 @@ def test_a_report_and_an_undo_folder_of_a_later_release_are_refused_by_name(sour
     ]
     before = contents(out)
     for path, read in reads:
-        path.write_text(json.dumps({**json.loads(path.read_text()), "plan": later}))
+        content = {**json.loads(path.read_text()), "plan": later}
+        if content.pop(SEAL, None):
+            content[SEAL] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(content))
         with pytest.raises(SecateurError, match=f"{path.name}.*mixed from 0, 1.*{WORDS}"):
             read()
     assert {name for name, data in contents(out).items() if data != before[name]} == {"report.json"}

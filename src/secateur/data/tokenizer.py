@@ -92,7 +92,8 @@ def named(tokenizer: PreTrainedTokenizerBase) -> str:
 def _with_files(folder: Path, *, but: str = "") -> str:
     found = sorted({path.name for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)})
     found += [name for name in BESIDE if (folder / name).is_file()]
-    return f"{folder} ({', '.join([name for name in found if name != but] or found)})"
+    listed = ", ".join([name for name in found if name != but] or found)
+    return f"{folder} ({listed})" if listed else str(folder)
 
 
 def _find_fault(folder: Path) -> None:

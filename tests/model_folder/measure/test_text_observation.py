@@ -32,7 +32,9 @@ def data_of(*ids: int) -> Calibration:
 
 def test_the_last_token_of_the_vocabulary_is_known_and_the_one_after_it_is_not(model: Path, tmp_path: Path) -> None:
     TextObservation(found_in(model), data_of(0, VOCABULARY - 1), tmp_path / "stats")
-    with pytest.raises(SecateurError, match=rf"gives the id {VOCABULARY}, but the model knows {VOCABULARY} tokens"):
+    with pytest.raises(
+        SecateurError, match=rf"{model}: it makes a token of id {VOCABULARY}, but its vocabulary is {VOCABULARY} "
+    ):
         TextObservation(found_in(model), data_of(0, VOCABULARY), tmp_path / "stats")
 
 
