@@ -233,7 +233,11 @@ def edited(tensors: dict[str, Tensor], pattern: str, new: str | None) -> dict[st
         (r"layers\.1\.mlp\.experts\.3\.up_proj", None, "mlp.experts.3 has no up_proj.weight, which other experts have"),
         (r"layers\.1\.mlp\.gate\.weight", None, r"layer 1: missing are tensors of \['mlp.gate.weight'\]"),
         (r"layers\.1\.mlp\.(experts|gate)\..*", None, "layer 1: no experts in the files, 8 by config.json"),
-        (r"(layers\.1\.mlp\.)gate\.weight", r"\1router.weight", r"layers.1.mlp.router.weight: 1 names sound like"),
+        (
+            r"(layers\.1\.mlp\.)gate\.weight",
+            r"\1router.weight",
+            r"router.weight: 1 names sound like.*in \S+\.safetensors",
+        ),
         (r"layers\.1\.mlp\.experts\.3\.", "layers.0.mlp.experts.3.", "layer 0: missing are tensors of"),
         (r"layers\.2\.(mlp\.(experts|gate))", r"blocks.2.\1", "model.blocks.2.mlp.* names sound like"),
         (r"^model\.layers\.2\.mlp", "other.layers.2.mlp", "MoE layers under several paths: model.* other"),

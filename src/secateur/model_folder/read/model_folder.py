@@ -100,7 +100,7 @@ def understand(files: TensorFiles, experts_from: str = BY_CONFIG) -> ModelFolder
 def _understand(files: TensorFiles, config: ModelConfig, experts_from: str) -> ModelFolder:
     parts = {name: split(name) for name in files.tensors}
     layout, found = _choose(config.layouts, parts)
-    hits = _hits(layout, parts, found)
+    hits = _hits(layout, parts, found, files.tensors)
     path = _path_of_layers(parts, hits)
     mtp = frozenset(
         name
@@ -185,12 +185,14 @@ def _left_over(layout: Layout, parts: Mapping[str, Name | None], found: Mapping[
     ]
 
 
-def _hits(layout: Layout, parts: Mapping[str, Name | None], found: Mapping[str, Match]) -> dict[str, Match]:
+def _hits(
+    layout: Layout, parts: Mapping[str, Name | None], found: Mapping[str, Match], tensors: Mapping[str, StoredTensor]
+) -> dict[str, Match]:
     left = _left_over(layout, parts, found)
     if left:
         raise SecateurError(
             f"{', '.join(left[:LISTED])}: {len(left)} names sound like those of experts or routers, and no rule covers "
-            f"them (names {layout.title})"
+            f"them (names {layout.title}; the first is in {tensors[left[0]].file})"
         )
     return {
         name: hit for name, hit in found.items() if (part := parts[name]) is not None and _may_hold_layers(layout, part)

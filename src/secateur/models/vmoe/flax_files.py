@@ -83,10 +83,11 @@ def read_arrays(prefix: Path, under: str) -> dict[str, Tensor]:
         chunks = _read_data(path)
         for name, info in wanted.items():
             for piece in chunks.get(str(info.number), ()):
-                _fill_(arrays[name], filled[name], info, piece, f"{path}: {name}")
+                _fill_(arrays[name], filled[name], info, piece, f"{path}: {name} of {prefix.name}.index")
     gaps = [name for name, done in filled.items() if not done.all()]
     if gaps:
-        raise SecateurError(f"{prefix}: parts of {gaps[:5]} are in none of the data files")
+        names = ", ".join(path.name for path in files)
+        raise SecateurError(f"{prefix}.index: parts of {gaps[:5]} are in none of the data files ({names})")
     return arrays
 
 
