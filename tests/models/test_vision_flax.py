@@ -205,7 +205,7 @@ ONE = {"params/a": torch.arange(6.0).view(2, 3)}
         ({"info": {"shape": [6]}}, "expected some inside the shape"),
         (
             {"info": {"shape": [3, 3]}},
-            r"x\.index: parts of \['a'\] are in none of the data files \(x\.data-00000-of-00002, x\.data-00001-of-00002\)",
+            r"x\.index: parts of \['a'\] are in none of the data files \(x\.data-00000-of-00002, x\.data-00001-of-",
         ),
         ({"info": {"dtype": "object"}}, "params/a is of type 'object'|a is of type 'object'"),
         ({"info": {"dtype": "bfloat16"}}, "expected bfloat16"),
