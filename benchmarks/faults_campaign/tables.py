@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from faults_campaign.rows import FELL, NOT_COUNTED, PASSED, Row, Rows
 COLUMNS = ["fault", "command, or file read", "counted", "passed", "fell", "of these"]
 PARTS = ("kill", "pair", "signal", "fill", "change", "damage")
 MOST_FALLEN = 200  # in the result
+WORK = re.compile(r"/\S*/secateur-faults-[^/]+/trial/")  # where a run lay says nothing about it
 
 
 def table_of(rows: Rows) -> list[list[str]]:
@@ -48,7 +50,7 @@ def fallen(rows: Rows) -> list[dict[str, Any]]:
     """The trials that fell: the name that makes each again, where it was, and what was wrong."""
     fell = [row for mine in _by_part(rows).values() for row in mine if row.outcome == FELL]
     return [
-        {"trial": row.name, "outcome": row.phase, "point": row.point, "detail": row.detail}
+        {"trial": row.name, "outcome": row.phase, "point": row.point, "detail": WORK.sub("", row.detail)}
         for row in fell[:MOST_FALLEN]
     ]
 
