@@ -104,7 +104,7 @@ def _find_fault(folder: Path) -> None:
     if whole.is_file():
         try:
             Tokenizer.from_file(str(whole))
-        except Exception as error:
+        except Exception as error:  # the tokenizers library raises plain Exception
             raise SecateurError(f"tokenizer {whole}: cannot be loaded ({error})") from error
 
 

@@ -26,20 +26,22 @@ def faults_named(folder: Path, misfits: Callable[[], Iterable[Any]] = tuple) -> 
     Raises:
         SecateurError: it raised something. OSError: as it is.
     """
-    try:
-        yield
-    except (SecateurError, OSError):
-        raise
-    except Exception as error:  # it has no error of its own for a folder that it cannot use
-        if (folder / GENERATION).is_file():
-            with foreign(f"{folder / GENERATION}: transformers cannot use it"), contextlib.suppress(OSError):
-                GenerationConfig.from_pretrained(folder)
-        if found := in_words(misfits()):
-            raise SecateurError(f"{folder}: {found}") from error
-        raise SecateurError(
-            f"{folder}: transformers cannot load this model from its config.json and weights "
-            f"({type(error).__name__}: {str(error)[:300]})"
-        ) from error
+    with foreign(f"{folder}: transformers cannot load this model from its config.json and weights"):
+        try:
+            yield
+        except (SecateurError, OSError):
+            raise
+        except Exception as error:  # of any kind
+            _check_generation_config(folder / GENERATION)
+            if found := in_words(misfits()):
+                raise SecateurError(f"{folder}: {found}") from error
+            raise
+
+
+def _check_generation_config(path: Path) -> None:
+    if path.is_file():
+        with foreign(f"{path}: transformers cannot use it"), contextlib.suppress(OSError):
+            GenerationConfig.from_pretrained(path.parent)
 
 
 def in_words(misfits: Iterable[Any]) -> str:
