@@ -259,3 +259,10 @@ def test_a_build_far_larger_than_the_files_is_stopped(tmp_path: Path, monkeypatc
     monkeypatch.setattr("secateur.model_folder.read.plausible.MODULES", -10_000)
     with pytest.raises(SecateurError, match=r"a model of more than -\d+ modules, but the files hold \d+ tensors"):
         inspect(tmp_path / "source")
+
+
+def test_a_table_far_larger_than_the_files_is_not_computed(tmp_path: Path) -> None:
+    """Of what no file holds, so that no shape in the files speaks against it."""
+    saved("qwen3_moe", tmp_path / "source")
+    with pytest.raises(SecateurError, match=r"config\.json, .*inv_freq of 2199023255552 bytes, but the files hold \d+"):
+        inspect(config_changed(tmp_path / "source", head_dim=2**40))

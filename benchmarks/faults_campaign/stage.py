@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import secateur
 from faults_campaign.cases import Case
@@ -54,7 +55,7 @@ class Stage:
 
     def __init__(self, work: Path, hooks: Sequence[Hook] = ()) -> None:
         self.work, self.trial, self.said = work, work / "trial", work / "said"
-        self.inputs, self.hooks = work / "inputs", [few_strokes, *hooks]
+        self.inputs, self.hooks = work / "inputs", [few_strokes, steps_of_a_second, *hooks]
         self._references: dict[str, Reference] = {}
         self.said.mkdir(parents=True, exist_ok=True)
 
@@ -152,3 +153,14 @@ def few_strokes() -> None:
     import secateur.reporting.write as write
 
     write.png = lambda figure: PNG  # type: ignore[attr-defined]
+
+
+def steps_of_a_second() -> None:
+    """Else a step that two runs share takes one second in each: the clock stands still between any two looks at it."""
+    from secateur.train.training_log import StepClock
+
+    def so_far(clock: Any, step: int) -> tuple[int, float]:
+        steps = clock._before[0] + step - clock._started[0]
+        return steps, float(steps)
+
+    StepClock.so_far = so_far  # type: ignore[method-assign]

@@ -33,8 +33,14 @@ def test_a_result_is_there_as_a_whole_or_not_at_all() -> None:
     assert half_written(TOY, BEFORE, TOYS) == half_written(TOY, AFTER, TOYS) == ""
     assert half_written(TOY, BEFORE | {"out": "folder"}, TOYS) == "out: missing: out/a, out/b"
     assert half_written(TOY, AFTER | {"out/a": "half"}, TOYS) == "out: other content: out/a"
-    late = replace(TOY, late=("out/b",))
-    assert half_written(late, BEFORE | {"out": "folder", "out/a": "2"}, TOYS) == ""
+    late, begun = replace(TOY, late=("out/b",)), BEFORE | {"out": "folder", "out/a": "2"}
+    assert half_written(late, begun, TOYS) == ""
+    under_way = {"out/.b.0123456789abcdef": "3"}
+    assert half_written(late, begun | under_way, TOYS) == ""
+    assert half_written(TOY, AFTER | under_way, TOYS) == "out: left over: out/.b.0123456789abcdef"
+    assert (
+        half_written(late, begun | {"out/.c.0123456789abcdef": "3"}, TOYS) == "out: left over: out/.c.0123456789abcdef"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import pytest
 from secateur import cli
 from secateur.commands.exits import fail
 from secateur.commands.interrupts import Interrupted, interruptible, interruption_in, leave_interrupted
+from secateur.errors import SecateurError
 from secateur.placement import milp
 from support.faults import Signal
 from support.model_folders import plan_of, saved
@@ -134,6 +136,18 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_after_a_signal_every_error_is_its_doing() -> None:
+    """Code in C++ may lose what the signal raised, and fail at something else."""
+    with interruptible():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        found = interruption_in(SecateurError("it cannot be read"))
+        assert isinstance(found, Interrupted)
+        assert found.number == signal.SIGTERM
+    with interruptible():
+        assert interruption_in(SecateurError("it cannot be read")) is None
 
 
 def raised(make: Callable[[], Any]) -> BaseException:

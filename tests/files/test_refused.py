@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import resource
@@ -17,7 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.files.refused import refusal_in_words, refused_by_the_disk
+from secateur.files.new_folder import copy_file
+from secateur.files.refused import UNREADABLE, naming, refusal_in, refusal_in_words, refused_by_the_disk
+from secateur.model_folder.rewrite.pieces import Copy, NewTensor
+from secateur.model_folder.rewrite.writer import Shard, write_shard
 from secateur.train.distributed.save import failures_as
 
 BIG = torch.zeros(2**19)  # 2 MiB
@@ -50,7 +54,34 @@ def by_python(path: Path) -> None:
     path.write_bytes(bytes(2**21))
 
 
-WRITERS: list[Callable[[Path], None]] = [by_torch, by_safetensors, by_a_tokenizer, by_distributed, by_python]
+def by_copying_to_a_shard(path: Path, source: Path) -> None:
+    piece = Copy(file="a", start=0, length=2**21)
+    tensor = NewTensor(name="a", dtype="U8", shape=(2**21,), pieces=(piece,))
+    write_shard(Shard(file="b", tensors=(tensor,)), lambda name: source, path, {}, lambda count: None)
+
+
+def by_copying_through_memory(path: Path, source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(os, "copy_file_range", raising=False)
+        by_copying_to_a_shard(path, source)
+
+
+def by_copying_a_file(path: Path, source: Path) -> None:
+    copy_file(source, path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "source"
+    path.write_bytes(bytes(2**21))
+    return path
+
+
+@pytest.fixture
+def writers(source: Path) -> list[Callable[[Path], None]]:
+    copying = (by_copying_to_a_shard, by_copying_through_memory, by_copying_a_file)
+    own = [functools.partial(write, source=source) for write in copying]
+    return [by_torch, by_safetensors, by_a_tokenizer, by_distributed, by_python, *own]
 
 
 @pytest.fixture
@@ -84,22 +115,65 @@ def refused(write: Callable[[Path], None], path: Path, number: int) -> None:
         write(path)
     assert caught.value.errno == number
     assert str(caught.value.filename).startswith(str(path))
+    assert not Path(str(caught.value.filename)).is_dir()
     assert refusal_in_words(caught.value) == f"{caught.value.filename}: {os.strerror(number)}"
 
 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_full_disk_says_so_whoever_writes(small_disk: Path) -> None:
-    for write in WRITERS:
+def test_a_full_disk_says_so_whoever_writes(small_disk: Path, writers: list[Callable[[Path], None]]) -> None:
+    for write in writers:
         path = small_disk / "new"
         refused(write, path, errno.ENOSPC)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_limit_of_files_says_so_whoever_writes(tmp_path: Path, limited: None) -> None:
-    for write in WRITERS:
-        refused(write, tmp_path / write.__name__, errno.EFBIG)
+def test_a_limit_of_files_says_so_whoever_writes(
+    tmp_path: Path, writers: list[Callable[[Path], None]], limited: None
+) -> None:
+    for number, write in enumerate(writers):
+        refused(write, tmp_path / f"{number}", errno.EFBIG)
+
+
+@pytest.mark.parametrize("write", [by_copying_to_a_shard, by_copying_through_memory, by_copying_a_file])
+def test_an_error_of_the_file_that_is_read_names_that(
+    write: Callable[[Path, Path], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for where, name in ((os, "copy_file_range"), (os, "pread"), (shutil, "copyfileobj")):
+        monkeypatch.setattr(where, name, broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write(tmp_path / "new", source)
+    assert caught.value.filename == str(source)
+
+
+def test_only_an_error_of_the_system_without_a_name_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for error, only, name in (
+        (OSError(errno.EIO, "broken"), None, str(path)),
+        (OSError(errno.EIO, "broken"), UNREADABLE, str(path)),
+        (OSError(errno.ENOSPC, "full"), UNREADABLE, None),
+        (OSError(errno.EIO, "broken", "another"), None, "another"),
+        (OSError("without a number"), None, None),
+    ):
+        with pytest.raises(OSError, match=r"broken|full|without a number") as caught, naming(path, only):
+            raise error
+        assert caught.value.filename == name
+
+
+def test_of_a_folder_the_file_is_named_that_was_written_to_last(tmp_path: Path) -> None:
+    for at, name in enumerate(("b", "c", "a")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, ns=(at, at))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+    for name, expected in ((".", "a"), ("b", "b"), ("d", "d")):
+        full.filename = str(tmp_path / name)
+        refusal = refusal_in(full, tmp_path)
+        assert refusal is not None
+        assert refusal.filename == str(tmp_path / expected)
 
 
 def test_what_has_another_cause_is_raised_as_it_is(tmp_path: Path) -> None:

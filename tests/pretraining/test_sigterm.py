@@ -74,6 +74,15 @@ def test_the_run_that_goes_on_is_the_one_that_nobody_stopped(tmp_path: Path, cor
     assert checkpoints.last_whole(out / "checkpoints") == out / "checkpoints" / "checkpoint-11"
     assert in_child(command, again) == 0
     assert_same_run(out, whole)
+    assert_every_second_counted(out)
+
+
+def assert_every_second_counted(out: Path) -> None:
+    """Between two lines lie all their steps, also those before a checkpoint: steps an interval = rate x seconds."""
+    lines = [line for line in map(json.loads, (out / "metrics.jsonl").open()) if line["kind"] == "train"]
+    for before, line in zip([{"step": 0, "seconds": 0.0, "tokens": 0}, *lines], lines, strict=False):
+        tokens = line["tokens_per_second"] * (line["seconds"] - before["seconds"])
+        assert tokens == pytest.approx(line["tokens"] - before["tokens"])
 
 
 @pytest.mark.process

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.surgery.plausible import check_counts, no_more_modules_than
+from secateur.surgery.plausible import check_counts, no_larger_buffers_than, no_more_modules_than
 
 MOST = {"layers": 4, "experts": 8, "why": "as the tensors show"}
 
@@ -34,6 +35,15 @@ def test_a_number_that_cannot_be_meant_is_named(config: dict[str, Any], message:
 def test_numbers_up_to_the_most_can_be_meant() -> None:
     inner = {"num_hidden_layers": 4, "num_experts": [2, 8], "num_experts_per_tok": 8, "dropout": 1, "n_group": 8}
     check_counts(inner | {"text_config": inner, "num_experts_per_tok": "9"}, **MOST)  # type: ignore[arg-type]
+
+
+def test_a_model_of_too_large_buffers_is_not_built() -> None:
+    with no_larger_buffers_than(64, "but the files hold 0 bytes"):
+        nn.Module().register_buffer("table", torch.empty(16, device="meta"))
+        with pytest.raises(SecateurError, match="a model with table of 68 bytes, but the files hold 0 bytes"):
+            nn.Module().register_buffer("table", torch.empty(17, device="meta"))
+    nn.Module().register_buffer("table", torch.empty(17, device="meta"))
+    nn.Module().register_buffer("none", None)
 
 
 def test_a_model_of_too_many_modules_is_not_built() -> None:

@@ -52,6 +52,18 @@ def test_a_clock_counts_from_its_first_start_without_what_is_left_out(now: Simpl
     assert clock.stop(7) == (1, 1.0)
 
 
+def test_a_clock_goes_on_from_what_was_counted_before_a_checkpoint(now: SimpleNamespace) -> None:
+    clock = StepClock()
+    clock.go_on_from(3, 6.0)
+    clock.start(7)
+    now.seconds += 2
+    assert clock.so_far(8) == clock.so_far(8) == (4, 8.0)
+    assert clock.stop(8) == (4, 8.0)
+    clock.start(8)
+    now.seconds += 1
+    assert clock.stop(9) == (1, 1.0)
+
+
 @pytest.mark.parametrize(
     ("key", "which"), [("loss", "training"), ("train_loss", "training"), ("eval_code_loss", "validation")]
 )

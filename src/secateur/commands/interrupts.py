@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+_came: list[Interrupted] = []  # what was raised since the command began
 AGAIN = "run the same command again"
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "interrupted by SIGTERM"}
 
@@ -29,6 +30,7 @@ def interruptible() -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
+        _came.clear()
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _raise)
@@ -40,17 +42,22 @@ def interruptible() -> Iterator[None]:
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted(number)
+    _came.append(Interrupted(number))
+    raise _came[-1]
 
 
 def interruption_in(error: BaseException) -> KeyboardInterrupt | None:
-    """The interruption that led to an error; typer makes an exit of it, and cleaning up may fail with another error."""
+    """The interruption that led to an error; typer makes an exit of it, and cleaning up may fail with another error.
+
+    Code in C++ may lose it, as where it only asks whether an object has an attribute, and fail at what comes of that:
+    after a signal every error counts as its doing.
+    """
     if isinstance(error, SystemExit) and error.code != 128 + signal.SIGINT:
         return None
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
-    return cause
+    return cause or (_came[-1] if _came else None)
 
 
 def leave_interrupted(error: KeyboardInterrupt) -> NoReturn:

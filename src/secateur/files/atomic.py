@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from secateur.files.lock import held, is_ours
+from secateur.files.refused import naming
 
 
 def atomic_write(
@@ -99,11 +100,8 @@ def fsync_file(path: Path) -> None:
     Raises:
         OSError: the disk refused; it names the file.
     """
-    with path.open("rb") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            raise _of_file(error, path) from error
+    with path.open("rb") as file, naming(path):
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -132,9 +130,14 @@ def fsync_tree(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and new entries in `folder` survive a power cut."""
+    """Make renames and new entries in `folder` survive a power cut.
+
+    Raises:
+        OSError: the disk refused; it names the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,6 +21,7 @@ from secateur.files.exchange import exchange
 from secateur.files.json import read_object
 from secateur.files.lock import held
 from secateur.files.records import as_record
+from secateur.files.refused import UNREADABLE, naming
 
 
 def check_target(source: Path, out: Path, option: str = "--out") -> None:
@@ -225,8 +226,9 @@ def _note_of_pair(out: Path) -> Path:
 def copy_file(source: Path, target: Path) -> None:
     """A new file with the bytes of `source`, on the disk when this returns; makes the folders it lies in."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as old, target.open("xb") as new:
-        shutil.copyfileobj(old, new)
+    with source.open("rb") as old, target.open("xb") as new, naming(target):
+        with naming(source, UNREADABLE):
+            shutil.copyfileobj(old, new)
         new.flush()
         os.fsync(new.fileno())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from secateur.errors import SecateurError
+from secateur.files.refused import UNREADABLE, naming
 
 PATIENCE = 10
 KINDS = (
@@ -48,7 +49,7 @@ def opened(path: Path, *, where: str | None = None, pipes: bool = False) -> Iter
             raise SecateurError(f"{where}: cannot be read (it is a pipe, and nobody has written to it)")
         os.set_blocking(descriptor, True)
         stack.pop_all()
-        with os.fdopen(descriptor, "rb") as file:
+        with os.fdopen(descriptor, "rb") as file, naming(path, UNREADABLE):
             yield file
 
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from secateur.errors import SecateurError
@@ -14,8 +14,27 @@ from secateur.errors import SecateurError
 # of a disk that takes no more: full, over the user's quota, or over the largest size of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSALS = (*FULL, errno.EIO, errno.EROFS, errno.ENXIO)
+UNREADABLE = (errno.EIO, errno.ESTALE)  # of a read that failed, or of a file that is gone from a server
 OF_RUST = re.compile(r"\(os error (\d+)\)")
 PROBE = 64 * 2**10  # bytes that a disk which is not full takes
+
+
+@contextlib.contextmanager
+def naming(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
+    """Give an error of the system that names no file, as of `write` and `fsync`, the name of `path`.
+
+    Args:
+        only: of these numbers of `errno`, where other files may have failed: FULL is of a write, UNREADABLE of a read.
+
+    Raises:
+        OSError: with the name; one that has a name, or no number, is raised as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None or (only is not None and error.errno not in only):
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -45,7 +64,7 @@ def refusal_in(error: BaseException, path: Path) -> OSError | None:
     if told is None:
         return _asked(path)
     number, name = told
-    return OSError(number, os.strerror(number), name or str(path))
+    return OSError(number, os.strerror(number), str(_newest(Path(name or path)) if number in FULL else name or path))
 
 
 def refusal_in_words(error: BaseException) -> str:
@@ -68,6 +87,12 @@ def _told(error: BaseException) -> tuple[int, str | None] | None:
             return known[0], None
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+def _newest(path: Path) -> Path:
+    """The file in a folder that was written to last, as the one that did not get its bytes was; a file is its own."""
+    files = [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else []
+    return max(files, key=lambda one: (one.stat().st_mtime_ns, one), default=path)
 
 
 def _asked(path: Path) -> OSError | None:

@@ -17,6 +17,7 @@ from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.json import read_lines, read_object
 from secateur.files.lock import locked
 from secateur.files.records import Count, Finite, as_record
+from secateur.files.refused import naming
 from secateur.files.work_folder import differing
 from secateur.plans import Plan
 from secateur.pretraining.options import PretrainOptions
@@ -203,11 +204,8 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         OSError: the disk refused; the message names the file.
     """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def _in_order(value: Any, *, by_name: bool = False) -> Any:

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_module_registration_hook
 
 from secateur.errors import SecateurError
 from secateur.modeling_secateur import COUNT_KEYS, TOP_K_KEYS
@@ -60,6 +60,25 @@ def no_more_modules_than(most: int, why: str) -> Iterator[None]:
             raise SecateurError(f"it describes a model of more than {most} modules, {why}")
 
     handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def no_larger_buffers_than(most: int, why: str) -> Iterator[None]:
+    """While it lasts, no model is built whose buffers, such as tables of positions, take more than `most` bytes.
+
+    Raises:
+        SecateurError: one is; `why` ends the message.
+    """
+
+    def look(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+        if buffer is not None and buffer.nbytes > most:
+            raise SecateurError(f"it describes a model with {name} of {buffer.nbytes} bytes, {why}")
+
+    handle = register_module_buffer_registration_hook(look)
     try:
         yield
     finally:

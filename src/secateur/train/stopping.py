@@ -19,15 +19,20 @@ from transformers.trainer_callback import ExportableState
 
 from secateur.files.records import Count, Finite, as_record
 from secateur.train.distributed.launch import any_rank, rank, values_of_ranks, world_size
+from secateur.train.training_log import StepClock
 
 STATUS = 128 + signal.SIGTERM
 
 
 class Unlogged(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of a checkpoint: what each rank has summed up of its losses since the last log, which was at a step."""
+    """Of a checkpoint: what each rank has summed up of its losses since the last log, which was at a step, and when.
+
+    seconds: of the steps since then, as `clock` counts them; 0 also in checkpoints of an earlier release.
+    """
 
     loss_sums: tuple[Finite, ...]
     last_logged_step: Count
+    seconds: Finite = 0.0
 
 
 class StopAtSignal(TrainerCallback, ExportableState):
@@ -35,7 +40,7 @@ class StopAtSignal(TrainerCallback, ExportableState):
 
     Must come before other callbacks of ours in the Trainer's list, so that they know of the checkpoint. `trainer` is
     set once the Trainer exists. What has been trained on and not yet logged travels with every checkpoint: the Trainer
-    logs means since the last log, and would begin a new one.
+    logs means since the last log, and would begin a new one. So do the seconds of a `clock`, where there is one.
 
     Attributes:
         stopped: whether the training ended like that.
@@ -43,6 +48,7 @@ class StopAtSignal(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
+        self.clock: StepClock | None = None
         self.stopped = False
         self._asked = False
         self._unlogged: dict[str, Any] = {}
@@ -95,6 +101,8 @@ class StopAtSignal(TrainerCallback, ExportableState):
         sums = before.loss_sums
         trainer._tr_loss += sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums)
         trainer._globalstep_last_logged = before.last_logged_step
+        if self.clock is not None and before.seconds:
+            self.clock.go_on_from(state.global_step - before.last_logged_step, before.seconds)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._asked = any_rank(self._asked)
@@ -106,7 +114,11 @@ class StopAtSignal(TrainerCallback, ExportableState):
             self._unlogged = {
                 "loss_sums": values_of_ranks(0.0 if is_logged else float(trainer._tr_loss)),
                 "last_logged_step": state.global_step if is_logged else trainer._globalstep_last_logged,
+                "seconds": 0.0 if is_logged else self._seconds(state.global_step),
             }
+
+    def _seconds(self, step: int) -> float:
+        return self.clock.so_far(step)[1] if self.clock is not None and self.clock.is_running else 0.0
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json` (transformers' ExportableState)."""

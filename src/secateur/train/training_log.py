@@ -18,10 +18,11 @@ Progress = Callable[[int, int, str], None]
 
 
 class StepClock:
-    """Seconds from the begin of a step on, until it is stopped."""
+    """Steps, and seconds from the begin of a step on, until it is stopped."""
 
     def __init__(self) -> None:
         self._started: tuple[int, float] | None = None
+        self._before = 0, 0.0
 
     @property
     def is_running(self) -> bool:
@@ -38,12 +39,21 @@ class StepClock:
         step, began = self._started
         self._started = step, began + seconds
 
-    def stop(self, step: int) -> tuple[int, float]:
-        """(steps, seconds) since it was started."""
+    def go_on_from(self, steps: int, seconds: float) -> None:
+        """Add to the next count what was counted before a checkpoint."""
+        self._before = steps, seconds
+
+    def so_far(self, step: int) -> tuple[int, float]:
+        """(steps, seconds) since it was started, with those from before a checkpoint."""
         assert self._started is not None
-        first, began = self._started
-        self._started = None
-        return step - first, time.perf_counter() - began
+        (first, began), (steps, seconds) = self._started, self._before
+        return steps + step - first, seconds + time.perf_counter() - began
+
+    def stop(self, step: int) -> tuple[int, float]:
+        """`so_far`, for the last time."""
+        counted = self.so_far(step)
+        self._started, self._before = None, (0, 0.0)
+        return counted
 
 
 class TrainingLog(TrainerCallback):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.files.refused import naming
 from secateur.training_checkpoint.stored import Chunk, StoredBytes, StoredTensor
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of an entry in a zip file (APPNOTE 4.3.7)
@@ -87,7 +88,8 @@ def _read_into(target: Tensor, tensor: StoredTensor, chunk: Chunk, row: int) -> 
     try:
         done = 0
         while done < len(view):
-            read = os.preadv(descriptor, [view[done:]], start + done)
+            with naming(chunk.place.path):
+                read = os.preadv(descriptor, [view[done:]], start + done)
             if not read:
                 raise SecateurError(f"{chunk.place.path}: it ends inside {tensor.name}")
             done += read

@@ -76,7 +76,7 @@ def batches_for(folder: ModelFolder, images: Images, batch_size: int | None) -> 
     size = -(-BATCH // together) * together if batch_size is None else batch_size
     if size % together:
         raise SecateurError(
-            f"--batch-size {size}: {folder.files.path} routes {together} images together (group_images), expected a "
-            "multiple of that"
+            f"--batch-size {size}: {folder.files.path}/config.json routes {together} images together (group_images), "
+            "expected a multiple of that"
         )
     return ImageBatches(images=images, pixels=read_pixels(folder.files.path), size=size)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.model_folder.read.names import split
 from secateur.model_folder.read.tensor_files import StoredTensor
-from secateur.surgery.plausible import check_counts, no_more_modules_than
+from secateur.surgery.plausible import check_counts, no_larger_buffers_than, no_more_modules_than
 
 FEW_LAYERS = 256  # that may be built of what has no tensors here, such as a vision tower that was left out
 MODULES, PER_TENSOR = 20_000, 4  # that a build may have: so many, and so many more for each tensor in the files
+BUFFER = 2**28  # bytes that a buffer may have which no file holds, and as many more as the files have
 
 
 def check_plausible(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
@@ -37,8 +38,11 @@ def check_plausible(config: Mapping[str, Any], tensors: Mapping[str, StoredTenso
 
 
 @contextlib.contextmanager
-def no_more_than_files(tensors: Collection[str]) -> Iterator[None]:
+def no_more_than_files(tensors: Mapping[str, StoredTensor]) -> Iterator[None]:
     """While it lasts, no model is built that is much larger than these tensors; raises SecateurError where one is."""
-    most = MODULES + PER_TENSOR * len(tensors)
-    with no_more_modules_than(most, f"but the files hold {len(tensors)} tensors"):
+    modules, held = MODULES + PER_TENSOR * len(tensors), sum(tensor.length for tensor in tensors.values())
+    with (
+        no_more_modules_than(modules, f"but the files hold {len(tensors)} tensors"),
+        no_larger_buffers_than(BUFFER + held, f"but the files hold {held} bytes"),
+    ):
         yield

@@ -15,6 +15,7 @@ from pathlib import Path
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor
 from secateur.files.progress import OnChunk
+from secateur.files.refused import naming
 from secateur.model_folder.read.model_folder import ExpertPart, ModelFolder
 from secateur.model_folder.read.tensor_files import StoredTensor
 from secateur.model_folder.rewrite.pieces import router_is_untouched
@@ -155,7 +156,8 @@ class _Files:
         if tensor.file != self._name:
             self.__exit__()
             self._name, self._descriptor = tensor.file, os.open(self._folder / tensor.file, os.O_RDONLY)
-        return read_into(self._buffer, self._descriptor, length, tensor.start + offset)
+        with naming(self._folder / tensor.file):
+            return read_into(self._buffer, self._descriptor, length, tensor.start + offset)
 
 
 def read_into(buffer: bytearray, descriptor: int, length: int, offset: int) -> bytearray:

@@ -11,6 +11,7 @@ from secateur.errors import SecateurError
 from secateur.files.atomic import atomic_write, fsync_file
 from secateur.files.new_folder import copy_file
 from secateur.files.progress import OnChunk
+from secateur.files.refused import naming
 from secateur.model_folder.rewrite.compare import same_files
 from secateur.model_folder.rewrite.writer import Shard, Writer, write_shard
 from secateur.plans import Plan, is_side_file
@@ -69,7 +70,8 @@ class Comparer(Writer):
     def put(self, data: bytes, *, of_piece: bool = False) -> None:
         view = memoryview(data)
         while view:
-            found = os.read(self._out, len(view))
+            with naming(self._target):
+                found = os.read(self._out, len(view))
             if not found or found != view[: len(found)]:
                 raise DifferentError(f"{self._target} would be another")
             view = view[len(found) :]

@@ -14,6 +14,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.files.atomic import fsync_file
 from secateur.files.progress import OnChunk
+from secateur.files.refused import FULL, UNREADABLE, naming
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
 from secateur.model_folder.read.tensor_files import TensorFiles
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
@@ -125,7 +126,8 @@ class Writer:
         """Append bytes; those that belong to a piece are reported."""
         view = memoryview(data)
         while view:
-            written = os.write(self._out, view)
+            with naming(self._target):
+                written = os.write(self._out, view)
             view = view[written:]
             if of_piece:
                 self._on_bytes(written)
@@ -137,7 +139,8 @@ class Writer:
                 os.close(descriptor)
             self._open = {file: os.open(self._source(file), os.O_RDONLY)}
         while length:
-            copied = self._some(self._open[file], start, min(length, STEP))
+            with naming(self._source(file), UNREADABLE):
+                copied = self._some(self._open[file], start, min(length, STEP))
             if copied == 0:
                 raise SecateurError(f"{self._source(file)}: it has become shorter while it was read")
             start, length = start + copied, length - copied
@@ -146,7 +149,9 @@ class Writer:
         """Copy and report some of the bytes: how many."""
         if hasattr(os, "copy_file_range"):
             try:
-                if copied := os.copy_file_range(descriptor, self._out, length, offset_src=start):
+                with naming(self._target, FULL):
+                    copied = os.copy_file_range(descriptor, self._out, length, offset_src=start)
+                if copied:
                     self._on_bytes(copied)
                     return copied  # some file systems say 0 where they mean that they cannot
             except OSError as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.files.refused import naming
 from secateur.model_folder.read.load import DTYPES
 from secateur.model_folder.read.tensor_files import StoredTensor
 
@@ -60,7 +61,7 @@ class LazyTensor:
         """
         if not self._spans:
             return
-        with self._path.open("rb", buffering=0) as file:
+        with self._path.open("rb", buffering=0) as file, naming(self._path):
             for first, length in self._spans:
                 file.seek(self._stored.start + first)
                 done = 0

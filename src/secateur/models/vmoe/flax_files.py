@@ -150,7 +150,8 @@ def _check_sizes(prefix: Path, wanted: Mapping[str, Info], files: list[Path]) ->
     claimed = sum(math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in wanted.values())
     there = sum(path.stat().st_size for path in files)
     if claimed > there:
-        raise SecateurError(f"{prefix}.index: arrays of {claimed} bytes, but the data files have {there}")
+        names = ", ".join(path.name for path in files[:5])
+        raise SecateurError(f"{prefix}.index: arrays of {claimed} bytes, but there are {there} in the files {names}")
 
 
 def _read_data(path: Path) -> dict[str, list[Piece]]:

@@ -77,7 +77,7 @@ def failures_as(kind: type[Exception], what: str) -> Iterator[None]:
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, OSError) and cause.errno is not None and not is_initialized():  # one rank
-            raise OSError(cause.errno, cause.strerror, what) from error
+            raise OSError(cause.errno, cause.strerror, cause.filename or what) from error
         raise kind(f"{what}: rank {rank}: {cause}") from error
 
 
