@@ -75,13 +75,17 @@ def removed(root: Path, case: Case, draw: random.Random) -> str:
 
 def own_folder_gone(root: Path, case: Case, draw: random.Random) -> str:
     """What the command has written so far goes, or one folder of it."""
-    known = set(case.inputs.split())
-    every = [path for path in sorted(root.rglob("*")) if path.is_dir() and path.relative_to(root).parts[0] not in known]
+    known = {*case.inputs.split(), *case.results}  # a finished result is its owner's
+    every = [path for path in sorted(root.rglob("*")) if path.is_dir() and not _is_under(path.relative_to(root), known)]
     if not every:
         return ""
     path = draw.choice([one for one in every if one.parent == root] * 3 + every)
     shutil.rmtree(path, ignore_errors=True)
     return str(path.relative_to(root))
+
+
+def _is_under(path: Path, names: set[str]) -> bool:
+    return any(path.is_relative_to(name) for name in names)
 
 
 def out_filled(root: Path, case: Case, draw: random.Random) -> str:
@@ -122,7 +126,7 @@ def change(stage: Stage, case: Case, number: int, seed: int) -> Row:
     if ended.hangs or "Traceback" in ended.err or ended.status not in (0, 1, 2):
         wrong = f"status {ended.status}: {last_line(ended)}"
     elif ended.status == 0:
-        wrong = _other_result(stage, case, found, reference)
+        wrong = _other_result(stage, case, found, reference, done[0])
     elif left := _results(case, found, reference, done[0]):
         wrong = f"status {ended.status} ({last_line(ended)}), but there is {', '.join(sorted(left)[:4])}"
     elif len(ended.lines) != 1:
@@ -141,9 +145,9 @@ def _results(case: Case, found: Tree, reference: Reference, changed: str) -> lis
     return list(mine)
 
 
-def _other_result(stage: Stage, case: Case, found: Tree, reference: Reference) -> str:
+def _other_result(stage: Stage, case: Case, found: Tree, reference: Reference, changed: str) -> str:
     """Where a run ended well: its result is that of the inputs as they were, or that of the inputs as they are now."""
-    names = case.inputs.split() if not case.replaces else []
+    names = case.inputs.split() if not case.replaces else [changed]
     mine = without(found, names)
     if mine == without(reference.after, names):
         return ""

@@ -34,6 +34,21 @@ def as_line(text: str) -> str:
     return text
 
 
+def causes_of(error: BaseException, *, suppressed: bool = False) -> Iterator[BaseException]:
+    """The error, what led to that, and so on; each once, since an error may have led to one that it was made of.
+
+    Args:
+        suppressed: also what `raise ... from None` hides.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        hidden = cause.__suppress_context__ and not suppressed
+        cause = cause.__cause__ or (None if hidden else cause.__context__)
+
+
 @contextlib.contextmanager
 def foreign(what: str) -> Iterator[None]:
     """Make one line of what another library raises at something that it cannot use; it has no error of its own for it.

@@ -23,6 +23,7 @@ from secateur.model_folder.measure.observe import observe
 from secateur.model_folder.read.facts import model_facts
 from secateur.model_folder.stream import states
 from secateur.model_folder.stream.resume import WorkFolder
+from secateur.model_folder.stream.states import DiskStates
 from secateur.observation.observation import Observation
 from secateur.stats import DEFAULT_SUMS, SUMS
 from support.faults import Kill
@@ -223,6 +224,33 @@ def test_a_run_goes_on_at_the_layer_it_had_reached(
     )
     assert run(*DISK)[0] == 0
     assert kept == [1, 2]
+
+
+def test_layers_that_were_read_from_other_files_do_not_count(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there again at the next start, the same by size and time, as from a backup."""
+    assert run(*DISK, "--out", folder / "whole")[0] == 0
+    put, changed = DiskStates.put, folder / "changed"
+
+    def once_changed(*values: Any) -> None:
+        put(*values)
+        if not changed.exists():
+            (folder / "model").rename(folder / "as it was")
+            shutil.copytree(folder / "as it was", folder / "model")
+            for path in (folder / "model").glob("*.safetensors"):
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 64
+                path.write_bytes(content)
+            changed.touch()
+
+    monkeypatch.setattr(DiskStates, "put", once_changed)
+    status, _, error = run(*DISK)
+    assert (status, "it was changed while it was in use" in error) == (2, True), error
+    shutil.rmtree(folder / "model")
+    (folder / "as it was").rename(folder / "model")
+    assert run(*DISK)[0] == 0
+    assert (folder / "stats.safetensors").read_bytes() == (folder / "whole").read_bytes()
 
 
 @pytest.mark.process

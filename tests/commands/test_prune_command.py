@@ -302,6 +302,20 @@ def test_statistics_that_change_while_the_result_is_written_get_it_no_name(
     assert not (folder / "out").exists()
 
 
+def test_a_file_beside_the_weights_that_changes_after_the_data_were_read_gets_the_result_no_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*values: Any, **options: Any) -> Plan:
+        (folder / "source/tokenizer.json").write_text('{"version"')
+        return decide(*values, **options)
+
+    decide = module.decide_plan
+    monkeypatch.setattr(module, "decide_plan", changed)
+    with pytest.raises(SecateurError, match=r"source/tokenizer\.json: it was changed while it was in use"):
+        start(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [".out.pruning", "source"]
+
+
 def test_restart_throws_away_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module, "apply_to_model", refusing_to_write)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.errors import SecateurError
+from secateur.model_folder.measure.router_change import router_changes
 from secateur.plans import Plan
 from support.claims import ALL, outcome
 from support.tiny_models import tiny_model
@@ -63,6 +66,25 @@ def test_prune_needs_no_data_and_its_result_passes_every_check(folders: Path, tm
     assert outcome(result["verified"]["checks"]) == dict.fromkeys(ALL, True)
     assert Plan.load(tmp_path / "out" / "plan.json").layers[0].order == tuple(KEPT[4])
     assert not (tmp_path / "out" / "observed").exists()
+
+
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_a_model_that_changes_while_it_is_compared_is_an_error(
+    folders: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in ("base", "tuned"):
+        shutil.copytree(folders / one, tmp_path / one)
+
+    def changed(*values: Any) -> Any:
+        found = router_changes(*values)
+        os.utime(tmp_path / name / "config.json", (1, 1))
+        return found
+
+    monkeypatch.setattr("secateur.model_folder.choice.router_changes", changed)
+    words = ["plan", tmp_path / "tuned", "--pretrained", tmp_path / "base", "--keep", "0.5"]
+    with pytest.raises(SecateurError, match=rf"{name}/config\.json: it was changed while it was in use"):
+        run(*words, "--out", tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_a_model_that_does_not_belong_is_refused_and_leaves_nothing(folders: Path, tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_two_folders_killed_anywhere_are_both_there_or_both_made_by_the_next_sta
     assert half, "no kill fell between the two names"
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_folder_that_another_one_has_taken_the_place_of_gets_no_name(tmp_path: Path, number: int) -> None:
+    def fill() -> None:
+        with written_together(tmp_path / "out", tmp_path / "side") as both:
+            shutil.rmtree(both[number])
+            both[number].mkdir()
+
+    with pytest.raises(OSError, match="it was taken away while it was written to"):
+        fill()
+    assert in_it(tmp_path) == {}
+
+
 def test_a_second_name_that_is_taken_meanwhile_takes_the_first_one_back(tmp_path: Path) -> None:
     def fill(out: str, side: str) -> None:
         with written_together(tmp_path / out, tmp_path / side):

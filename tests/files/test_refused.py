@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from secateur.files.atomic import atomic_write
 from secateur.files.new_folder import copy_file
 from secateur.files.refused import UNREADABLE, naming, refusal_in, refusal_in_words, refused_by_the_disk
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor
@@ -126,6 +127,19 @@ def test_a_full_disk_says_so_whoever_writes(small_disk: Path, writers: list[Call
         path = small_disk / "new"
         refused(write, path, errno.ENOSPC)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@pytest.mark.process
+def test_a_disk_without_a_byte_says_so_of_a_small_file_too(small_disk: Path, tmp_path: Path) -> None:
+    """What is still in a buffer is tried again when the file is closed, and fails once more."""
+    (tmp_path / "small").write_text("a few bytes")
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))):
+        (small_disk / "all").write_bytes(bytes(2**21))
+    for write in (lambda path: copy_file(tmp_path / "small", path), lambda path: atomic_write(path, "a few bytes")):
+        with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))) as caught:
+            write(small_disk / "new")
+        assert caught.value.filename == str(small_disk / "new")
+        (small_disk / "new").unlink(missing_ok=True)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

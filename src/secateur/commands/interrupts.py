@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+from secateur.errors import causes_of
+
 _came: list[Interrupted] = []  # what was raised since the command began
 AGAIN = "run the same command again"
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "interrupted by SIGTERM"}
@@ -54,10 +56,8 @@ def interruption_in(error: BaseException) -> KeyboardInterrupt | None:
     """
     if isinstance(error, SystemExit) and error.code != 128 + signal.SIGINT:
         return None
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__
-    return cause or (_came[-1] if _came else None)
+    found = (cause for cause in causes_of(error, suppressed=True) if isinstance(cause, KeyboardInterrupt))
+    return next(found, _came[-1] if _came else None)
 
 
 def leave_interrupted(error: KeyboardInterrupt) -> NoReturn:

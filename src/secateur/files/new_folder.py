@@ -97,12 +97,14 @@ def written_beside(out: Path, *, replaces: bool = False) -> Iterator[Path]:
             one under the name, a kill after the new one.
 
     Raises:
-        OSError: the disk refused, cannot exchange two folders, or `out` has been filled meanwhile; nothing new is left.
+        OSError: the disk refused, cannot exchange two folders, or `out` has been filled or the new folder taken away
+            meanwhile; nothing new is left.
     """
     out = out.resolve()  # "." has no name
     with _hidden(out, replaces) as beside:
+        number = beside.stat().st_ino
         yield beside
-        fsync_tree(beside)
+        _flush(beside, number)
         (exchange if replaces else _rename)(beside, out)
     fsync_folder(out.parent)
     if replaces:
@@ -114,11 +116,12 @@ def written_together(out: Path, side: Path, *, replaces: bool = False) -> Iterat
     """The same for two folders: both get their names, or none does; see also `roll_back`. Only `out` is replaced."""
     out, side = out.resolve(), side.resolve()
     with _hidden(out, replaces) as beside, _hidden(side) as other:
+        numbers = beside.stat().st_ino, other.stat().st_ino
         yield beside, other
-        fsync_tree(beside)
-        fsync_tree(other)
+        for folder, number in zip((beside, other), numbers, strict=True):
+            _flush(folder, number)
         note = _note_of_pair(out)
-        pair = Pair(side=str(side), partial=beside.name, number=beside.stat().st_ino)
+        pair = Pair(side=str(side), partial=beside.name, number=numbers[0])
         atomic_write(note, json.dumps(msgspec.structs.asdict(pair)) + "\n")
         try:
             _rename(other, side)
@@ -189,6 +192,13 @@ def _hidden(out: Path, replaces: bool = False) -> Iterator[Path]:
         raise
 
 
+def _flush(folder: Path, number: int) -> None:
+    """Put a finished folder on the disk. What makes folders as it needs them has made one anew if this one went."""
+    if not _is_folder(folder, number):
+        raise OSError(errno.ENOENT, "it was taken away while it was written to", str(folder))
+    fsync_tree(folder)
+
+
 def _is_folder(path: Path, number: int) -> bool:
     return path.is_dir() and path.stat().st_ino == number
 
@@ -226,7 +236,7 @@ def _note_of_pair(out: Path) -> Path:
 def copy_file(source: Path, target: Path) -> None:
     """A new file with the bytes of `source`, on the disk when this returns; makes the folders it lies in."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as old, target.open("xb") as new, naming(target):
+    with naming(target), source.open("rb") as old, target.open("xb") as new:
         with naming(source, UNREADABLE):
             shutil.copyfileobj(old, new)
         new.flush()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, causes_of
 
 # of a disk that takes no more: full, over the user's quota, or over the largest size of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,8 +76,7 @@ def refusal_in_words(error: BaseException) -> str:
 
 def _told(error: BaseException) -> tuple[int, str | None] | None:
     """(number, file or None) of the first error of the system among those that led to this one."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes_of(error):
         if isinstance(cause, OSError) and cause.errno is not None and (cause is error or cause.errno in REFUSALS):
             return cause.errno, None if cause.filename is None else str(cause.filename)
         if in_text := OF_RUST.search(str(cause)):
@@ -85,7 +84,6 @@ def _told(error: BaseException) -> tuple[int, str | None] | None:
         known = [number for number in FULL if os.strerror(number) in str(cause)]
         if known:
             return known[0], None
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 

@@ -281,7 +281,11 @@ def _router_changes(source: Source, choice: Choice) -> Any:
             f"criterion {choice.criterion!r} compares a fine-tuned model with the one it was made from: give the "
             "folder of the former, and name the latter with --pretrained"
         )
-    return router_changes(source.found or source.finetuned, source.pretrained)
+    changes = router_changes(source.found or source.finetuned, source.pretrained)
+    for found in (source.found, source.pretrained):
+        if found is not None:
+            found.files.check_unchanged(read=found.files.model_files)
+    return changes
 
 
 def _origin(source: Source, plan: Plan) -> dict[str, JSON]:

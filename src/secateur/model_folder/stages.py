@@ -171,6 +171,7 @@ def run_stages(
                 copy_file(stats, written / STATS)
                 kept.check(KEPT_STATS, written / STATS)
             _verify(model, written, out, verify_tokens, on_progress)
+            found.files.check_unchanged()  # since the start, of which the data were read
 
         apply_to_model(
             model,

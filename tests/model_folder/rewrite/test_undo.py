@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.errors import SecateurError
+from secateur.files.new_folder import copy_file
 from secateur.model_folder.rewrite import undo as undo_module
 from secateur.model_folder.rewrite.apply import apply_to_model
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, kept_tensors
@@ -339,6 +340,25 @@ def test_an_undo_folder_that_changes_while_it_is_read_restores_nothing(folders: 
     with pytest.raises(SecateurError, match=r"config\.json: it was changed while it was in use"):
         restore(folders / "out", folders / "undo", folders / "again", on_bytes=change)
     assert not (folders / "again").exists()
+
+
+@pytest.mark.parametrize("gone", ["folder", "file"])
+def test_what_is_taken_away_while_it_is_written_gets_no_name(
+    folders: Path, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(source: Path, target: Path) -> None:
+        if gone == "folder" and not any(folders.glob("seen")):
+            (folders / "seen").touch()
+            shutil.rmtree(target.parent)  # which the copy makes anew
+        copy_file(source, target)
+        for path in target.parent.glob("model-00001-*"):
+            path.unlink()
+
+    before = sorted(path.name for path in folders.iterdir())
+    monkeypatch.setattr("secateur.model_folder.rewrite.undo.copy_file", take)
+    with pytest.raises(SecateurError, match=r"partial: model-00001-\S+ was taken away while the folder was written"):
+        restore(folders / "out", folders / "undo", folders / "again")
+    assert sorted(path.name for path in folders.iterdir() if path.name != "seen") == before
 
 
 def test_a_source_in_one_file_without_an_index_comes_back(tmp_path: Path) -> None:

@@ -129,9 +129,18 @@ def restore(pruned: Path, undo: Path, out: Path, *, on_bytes: OnProgress = silen
             _check_there(pruned / name)
             copy_file(pruned / name, beside / name)
             _check_digest(beside / name, digest, undo, pruned / name)
+        _check_names(beside, record)
         seen.check()
         found.check_unchanged()
     return _restored(record, total)
+
+
+def _check_names(folder: Path, record: UndoFile) -> None:
+    """Nobody has taken a file away since it was written."""
+    wanted = {*record.weights, *record.replaced, *record.copied}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if missing := sorted(wanted - found):
+        raise SecateurError(f"{folder}: {missing[0]} was taken away while the folder was written; start again")
 
 
 def _restored(record: UndoFile, num_bytes: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class StreamedModel:
 
         Raises:
             SecateurError: layers that exchange more than hidden states, a tensor that is missing, values that are not
-                finite; the message names the layer.
+                finite, and the message names the layer; or files of the model were changed.
         """
         done, total = states.first * len(batches), self.num_layers * len(batches)
         relay = Relay(self._parts.layers, states.form)
@@ -92,6 +92,8 @@ class StreamedModel:
                         states.put(number + 1, index, hidden, relay.shared)
                         done += 1
                         on_step(done, total)
+                    # before anything of this layer counts as done, from which an interrupted run goes on
+                    self._found.files.check_unchanged(read=self._found.files.model_files)
                 states.form = relay.form
                 states.finish(number + 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, causes_of
 from secateur.train.distributed.ranks import broadcast_text
 
 # what gloo puts into the text of its errors, which are plain RuntimeErrors
@@ -109,12 +109,10 @@ def values_of_ranks(value: float) -> list[float]:
 
 def has_lost_contact(error: BaseException) -> bool:
     """Whether an error, or what it was made from, is that another process of the job cannot be reached."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and GLOO in str(cause)):
-            return True
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return False
+    return any(
+        isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and GLOO in str(cause))
+        for cause in causes_of(error)
+    )
 
 
 def once(action: Callable[[], Any]) -> Any:
