@@ -194,7 +194,7 @@ def _be_the_command(
             hook()
         count_events(cwd, point, wire, counter, seen if trace else None)
         sys.argv = ["secateur", *words]
-        from secateur.cli import main
+        from secateur.__main__ import main
 
         try:
             main()
