@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import NoReturn
 
@@ -14,17 +13,15 @@ def main() -> NoReturn:
     """Run the command line and end the process, at once where it was interrupted: threads may still be at work."""
     status: object = 0
     try:
-        with interruptible():
-            try:
+        try:
+            with interruptible(to_the_end=True):
                 from secateur.cli import main as run  # here: an interruption may come while it is imported
 
                 run()
-            except KeyboardInterrupt as error:
-                leave_interrupted(error)
+        except KeyboardInterrupt as error:  # also of a signal that came when all was done, before it was ignored
+            leave_interrupted(error)
     except SystemExit as leaving:
         status = leaving.code
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # all is done, and an end takes a moment
     if status in [128 + number for number in SIGNALS]:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from secateur import cli
+from secateur.__main__ import main as process
 from secateur.commands.exits import fail
 from secateur.commands.interrupts import Interrupted, interruptible, interruption_in, leave_interrupted
 from secateur.errors import SecateurError
@@ -148,6 +149,54 @@ def test_after_a_signal_every_error_is_its_doing() -> None:
         assert found.number == signal.SIGTERM
     with interruptible():
         assert interruption_in(SecateurError("it cannot be read")) is None
+
+
+def ends(*hooks: Callable[[], None]) -> None:
+    for hook in hooks:
+        hook()
+    process()
+
+
+class AtTheEnd:
+    """A command that is done, and a signal that comes when the first of both is about to be ignored."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __call__(self) -> None:
+        original = signal.signal
+
+        def set_after_one(number: int, handler: Any) -> Any:
+            if handler is signal.SIG_IGN:
+                signal.signal = original
+                os.kill(os.getpid(), self.number)
+            return original(number, handler)
+
+        def done() -> None:
+            signal.signal = set_after_one  # type: ignore[assignment]
+            raise SystemExit(0)
+
+        cli.main = done  # type: ignore[assignment]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_in_the_moment_of_the_end_is_no_traceback(number: signal.Signals, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert in_child(ends, AtTheEnd(number), stderr=said) == STATUS[number]
+    assert said.read_text() == f"error: {SAID[number]}; run the same command again\n"
+
+
+def test_at_the_end_of_the_process_signals_are_ignored() -> None:
+    before = {number: signal.getsignal(number) for number in STATUS}
+    try:
+        with interruptible(to_the_end=True):
+            pass
+        for number in STATUS:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def raised(make: Callable[[], Any]) -> BaseException:

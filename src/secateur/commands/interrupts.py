@@ -27,8 +27,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """While it lasts, SIGINT and SIGTERM raise `Interrupted`; one that was ignored, as by nohup, stays ignored."""
+def interruptible(*, to_the_end: bool = False) -> Iterator[None]:
+    """While it lasts, SIGINT and SIGTERM raise `Interrupted`; one that was ignored, as by nohup, stays ignored.
+
+    Args:
+        to_the_end: of the process; afterwards they are ignored, as all is done. Otherwise they are as they were before.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -40,7 +44,7 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if to_the_end else handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
