@@ -64,6 +64,17 @@ def test_a_folder_that_another_one_has_taken_the_place_of_gets_no_name(tmp_path:
     assert in_it(tmp_path) == {}
 
 
+def test_one_folder_that_another_one_has_taken_the_place_of_gets_no_name(tmp_path: Path) -> None:
+    def fill() -> None:
+        with written_beside(tmp_path / "out") as beside:
+            shutil.rmtree(beside)
+            beside.mkdir()
+
+    with pytest.raises(OSError, match="it was taken away while it was written to"):
+        fill()
+    assert in_it(tmp_path) == {}
+
+
 def test_a_second_name_that_is_taken_meanwhile_takes_the_first_one_back(tmp_path: Path) -> None:
     def fill(out: str, side: str) -> None:
         with written_together(tmp_path / out, tmp_path / side):
