@@ -26,7 +26,7 @@ def recording(path: Path, count: Any, **others: Any) -> Path:
 
 
 def stats(recorded: Tensor, counts: dict[int, int] = COUNTS) -> Any:
-    return stats_of_recording(recorded, counts, num_layers=3, top_k=2)
+    return stats_of_recording(recorded, counts, num_layers=3, top_k=2, where="recording counts.pt")
 
 
 def test_steps_are_summed_and_rows_are_decoder_layers(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_table_and_rows_of_moe_layers_only_are_accepted(tmp_path: Path) -> Non
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(recorded: Tensor, counts: dict[int, int], message: str) -> None:
-    with pytest.raises(SecateurError, match=message):
+    with pytest.raises(SecateurError, match=rf"^recording counts\.pt: {message}"):
         stats(recorded.to(torch.int64), counts)
 
 

@@ -68,13 +68,16 @@ def _described(value: object) -> str:
     return f"{value.dtype} {shape}{form}"
 
 
-def stats_of_recording(recorded: Tensor, counts: Mapping[int, int], *, num_layers: int, top_k: int) -> RouterStats:
+def stats_of_recording(
+    recorded: Tensor, counts: Mapping[int, int], *, num_layers: int, top_k: int, where: str
+) -> RouterStats:
     """Statistics of the MoE layers.
 
     The number of tokens is not recorded; it is taken to be the counts of a layer by `top_k`.
 
     Args:
-        recorded: (layers, experts). counts: experts of every MoE layer. num_layers: decoder layers.
+        recorded: (layers, experts). counts: experts of every MoE layer. num_layers: decoder layers. where: its name
+            in messages.
 
     Raises:
         SecateurError: rows or experts that do not fit the model, counts where a layer has no experts, or none where it
@@ -84,18 +87,18 @@ def stats_of_recording(recorded: Tensor, counts: Mapping[int, int], *, num_layer
     layers = list(range(num_layers)) if rows == num_layers else sorted(counts)
     if rows != len(layers):
         raise SecateurError(
-            f"recording: {rows} layers, but the model has {num_layers} decoder layers, {len(counts)} with experts"
+            f"{where}: {rows} layers, but the model has {num_layers} decoder layers, {len(counts)} with experts"
         )
     found = {}
     for layer, row in zip(layers, recorded, strict=True):
         total = int(row.sum())
         if layer not in counts:
             if total:
-                raise SecateurError(f"recording: {total} tokens for experts of layer {layer}, which has none")
+                raise SecateurError(f"{where}: {total} tokens for experts of layer {layer}, which has none")
             continue
         if counts[layer] != experts:
-            raise SecateurError(f"recording: {experts} experts a layer, but layer {layer} has {counts[layer]}")
+            raise SecateurError(f"{where}: {experts} experts a layer, but layer {layer} has {counts[layer]}")
         if not total:
-            raise SecateurError(f"recording: no token for layer {layer}, which has experts")
+            raise SecateurError(f"{where}: no token for layer {layer}, which has experts")
         found[layer] = LayerStats(num_tokens=max(1, total // top_k), token_count=row)
     return RouterStats(layers=found)

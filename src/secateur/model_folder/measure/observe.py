@@ -203,7 +203,9 @@ def _recorded(folder: ModelFolder, path: Path) -> tuple[dict[str, Any], Observat
 
     recorded, about = read_recording(path)
     model = folder.config
-    stats = stats_of_recording(recorded, folder.counts, num_layers=model.num_layers, top_k=model.top_k)
+    stats = stats_of_recording(
+        recorded, folder.counts, num_layers=model.num_layers, top_k=model.top_k, where=f"recording {path}"
+    )
     observation = Observation(stats=stats, model=model_facts(folder), data={**about, "file": path.name})
     return {"layers": model.num_layers, "moe_layers": list(folder.counts), "data": about}, observation
 
