@@ -152,6 +152,7 @@ def test_after_a_signal_every_error_is_its_doing() -> None:
 
 
 def ends(*hooks: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     for hook in hooks:
         hook()
     process()
