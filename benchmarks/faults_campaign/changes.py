@@ -13,7 +13,7 @@ from faults_campaign.events import Point
 from faults_campaign.kills import in_words, last_line
 from faults_campaign.rows import FELL, NOT_COUNTED, PASSED, Row
 from faults_campaign.stage import Reference, Stage
-from faults_campaign.trees import Tree, difference, tree_of, under, without
+from faults_campaign.trees import Tree, difference, is_under, tree_of, under, without
 
 
 def _inputs(root: Path, case: Case, endings: tuple[str, ...]) -> list[Path]:
@@ -76,16 +76,13 @@ def removed(root: Path, case: Case, draw: random.Random) -> str:
 def own_folder_gone(root: Path, case: Case, draw: random.Random) -> str:
     """What the command has written so far goes, or one folder of it."""
     known = {*case.inputs.split(), *case.results}  # a finished result is its owner's
-    every = [path for path in sorted(root.rglob("*")) if path.is_dir() and not _is_under(path.relative_to(root), known)]
+    folders = [path for path in sorted(root.rglob("*")) if path.is_dir()]
+    every = [path for path in folders if not is_under(path.relative_to(root).as_posix(), known)]
     if not every:
         return ""
     path = draw.choice([one for one in every if one.parent == root] * 3 + every)
     shutil.rmtree(path, ignore_errors=True)
     return str(path.relative_to(root))
-
-
-def _is_under(path: Path, names: set[str]) -> bool:
-    return any(path.is_relative_to(name) for name in names)
 
 
 def out_filled(root: Path, case: Case, draw: random.Random) -> str:

@@ -45,15 +45,16 @@ def _digest(path: Path) -> str:
 def under(tree: Mapping[str, str], names: Iterable[str]) -> Tree:
     """The part of a tree that these names and what lies under them make."""
     wanted = tuple(names)
-    return {path: one for path, one in tree.items() if _is_under(path, wanted)}
+    return {path: one for path, one in tree.items() if is_under(path, wanted)}
 
 
 def without(tree: Mapping[str, str], names: Iterable[str]) -> Tree:
     wanted = tuple(names)
-    return {path: one for path, one in tree.items() if not _is_under(path, wanted)}
+    return {path: one for path, one in tree.items() if not is_under(path, wanted)}
 
 
-def _is_under(path: str, names: tuple[str, ...]) -> bool:
+def is_under(path: str, names: Iterable[str]) -> bool:
+    """Whether it is one of these names, or lies under one."""
     return any(path == name or path.startswith(f"{name}/") for name in names)
 
 

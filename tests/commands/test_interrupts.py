@@ -20,7 +20,7 @@ from secateur.commands.exits import fail
 from secateur.commands.interrupts import Interrupted, interruptible, interruption_in, leave_interrupted
 from secateur.errors import SecateurError
 from secateur.placement import milp
-from support.faults import Signal
+from support.faults import Signal, replace
 from support.model_folders import plan_of, saved
 from support.models_with_text import model_with_text
 from support.small_runs import in_child
@@ -162,22 +162,24 @@ class AtTheEnd:
     """A command that is done, and a signal that comes when the first of both is about to be ignored."""
 
     def __init__(self, number: signal.Signals) -> None:
-        self.number = number
+        self.number, self.is_done = number, False
 
     def __call__(self) -> None:
-        original = signal.signal
+        replace("signal:signal", self._after_one)
+        replace("secateur.cli:main", lambda main: self._done)
 
-        def set_after_one(number: int, handler: Any) -> Any:
-            if handler is signal.SIG_IGN:
-                signal.signal = original
+    def _done(self) -> None:
+        self.is_done = True
+        raise SystemExit(0)
+
+    def _after_one(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def set_handler(number: int, handler: Any) -> Any:
+            if handler is signal.SIG_IGN and self.is_done:
+                self.is_done = False  # once
                 os.kill(os.getpid(), self.number)
             return original(number, handler)
 
-        def done() -> None:
-            signal.signal = set_after_one  # type: ignore[assignment]
-            raise SystemExit(0)
-
-        cli.main = done  # type: ignore[assignment]
+        return set_handler
 
 
 @pytest.mark.process

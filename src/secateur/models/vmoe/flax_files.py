@@ -150,7 +150,8 @@ def _check_sizes(prefix: Path, wanted: Mapping[str, Info], files: list[Path]) ->
     claimed = sum(math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in wanted.values())
     there = sum(path.stat().st_size for path in files)
     if claimed > there:
-        names = ", ".join(path.name for path in files[:5])
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        names = ", ".join(path.name for path in files[:5]) + more
         raise SecateurError(f"{prefix}.index: arrays of {claimed} bytes, but there are {there} in the files {names}")
 
 
