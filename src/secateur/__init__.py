@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.placement.every_layer import place
     from secateur.plans import Plan
     from secateur.pretraining.pretrain import pretrain
+    from secateur.replay.phases import phases
     from secateur.reporting.write import report
     from secateur.stats import RouterStats
     from secateur.surgery.events import PruneEvent
@@ -52,6 +53,7 @@ __all__ = [
     "finetune",
     "inspect",
     "observe",
+    "phases",
     "place",
     "plan",
     "pretrain",
@@ -77,6 +79,7 @@ _HOMES = {
     "finetune": "secateur.finetuning.finetune",
     "inspect": "secateur.model_folder.read.inspect",
     "observe": "secateur.model_folder.measure.observe",
+    "phases": "secateur.replay.phases",
     "place": "secateur.placement.every_layer",
     "plan": "secateur.model_folder.plan",
     "pretrain": "secateur.pretraining.pretrain",

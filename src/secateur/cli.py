@@ -18,6 +18,7 @@ from secateur.commands.finetune import finetune
 from secateur.commands.inspect import inspect
 from secateur.commands.interrupts import interruptible, interruption_in, leave_interrupted
 from secateur.commands.observe import observe
+from secateur.commands.phases import phases
 from secateur.commands.place import place
 from secateur.commands.plan import plan
 from secateur.commands.pretrain import pretrain
@@ -27,7 +28,7 @@ from secateur.commands.streams import all_signs_printable, check_words
 from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, place, report, inspect, observe, plan, apply, verify, prune, eval, finetune, convert_vmoe)
+COMMANDS = (pretrain, phases, place, report, inspect, observe, plan, apply, verify, prune, eval, finetune, convert_vmoe)
 
 app = typer.Typer(
     name="secateur",

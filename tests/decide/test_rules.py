@@ -188,11 +188,13 @@ def test_the_callback_takes_what_laep_takes_in_the_same_order() -> None:
 def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the_rest_on(folder: Path) -> None:
     model = tiny_model("mixtral")
     pruning: dict[str, Any] = {"at_step": 3, "multiple_of": 2, "min_experts": 4, "max_experts": 6}
-    phase, moe = PhaseConstants(windows=5), describe_moe(model)
+    phase, moe = PhaseConstants(max_regret=0.5), describe_moe(model)
     others: dict[str, Any] = {
         "window_steps": 7,
         "phase": phase,
+        "warmup_steps": 30,
         "self_check": False,
+        "on_message": [].append,
         "rearrange": Rearrangement(ranks=2),
     }
     callback = LAEPCallback(alpha=0.3, beta=0.2, uniform=True, moe=moe, **pruning, **others)

@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ from secateur.plans import Plan
 from secateur.pretraining.options import PretrainOptions
 from secateur.pretraining.run_folder import RunFolder
 from secateur.reporting.run_data import read_run
-from secateur.reporting.run_files import read_loads, read_metrics, read_summary
+from secateur.reporting.run_files import read_loads, read_metrics, read_summary, read_unpruned
 from secateur.stats import RouterStats
 from secateur.surgery.events import read_events
 from secateur.train.checkpoints import read_seal
-from secateur.train.phases import PhaseConstants, StablePhaseDetector
+from secateur.train.load_history import LoadHistory
 from secateur.training_checkpoint.names_file import read_naming
 from support.damage import WRONG, damaged_json
 from support.model_folders import sealed
@@ -462,15 +462,28 @@ RECORDS = {
         },
         write=write_packed,
     ),
-    "phase detector": Record(
+    "load history": Record(
         file="trainer_state.json",
-        sample={"format": "secateur-phase-detector", "version": 1, "constants": asdict(PhaseConstants())}
-        | {"previous": {"0": [1, 2]}, "streak": {"0": 1}},
-        read=read_json_text(StablePhaseDetector().restore),
+        sample={"stride": 1, "marks": [{"windows": 0, "tokens": 0, "sums": {"0": [0, 0]}}]},
+        read=read_json_text(LoadHistory().restore),
         accepts={
             "": MORE_KEYS,
-            "previous.0": frozenset({"missing"}),
-            "streak.0": frozenset({"missing"}),
+            "marks": frozenset({"missing"}),
+            "marks[0]": MORE_KEYS,
+            "marks[0].sums": frozenset({"missing"}),
+            "marks[0].sums.0": frozenset({"missing"}),
+        },
+    ),
+    "unpruned": Record(
+        file="unpruned.json",
+        sample={"step": 20, "waits_for": "moving", "dropped": {"0": [1]}, "rerouted_share": 0.5},
+        read=read_unpruned,
+        accepts={
+            "": MORE_KEYS,
+            "waits_for": TEXTS,
+            "dropped": frozenset({"null"}),
+            "dropped.0": frozenset({"missing"}),
+            "rerouted_share": NUMBERS | {"null"},
         },
     ),
     "facts of a model": Record(

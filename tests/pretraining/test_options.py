@@ -68,10 +68,9 @@ def test_the_defaults_are_a_run_of_the_first_preset_that_prunes_once_at_the_stab
         ({"target_params": 0.0}, ["--target-params", "is 0.0"]),
         ({"max_rerouted": 1.0}, ["--max-rerouted", "is 1.0"]),
         ({"target_params": 0.5, "alpha": 0.5}, ["--target-params", "--alpha"]),
-        ({"stable_windows": 1}, ["windows is 1"]),
-        ({"min_rank_correlation": 1.1}, ["min_rank_correlation is 1.1"]),
-        ({"max_total_variation": -0.1}, ["max_total_variation is -0.1"]),
-        ({"min_stable_layers": 0.0}, ["min_stable_layers is 0"]),
+        ({"max_regret": 1.1}, ["max_regret is 1.1"]),
+        ({"max_noise": -0.1}, ["max_noise is -0.1"]),
+        ({"min_change": math.nan}, ["min_change is nan"]),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_found(changes: dict[str, Any], named: list[str]) -> None:

@@ -52,8 +52,8 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"prune": tuple(f"step={step} target_params=0.9" for step in (26, 30, 34))},
     "control": STEADY | {"steps": 12, "log_steps": 2, "eval_steps": 6, "save_steps": 6, "prune_at_step": 7}
     | {"control": True},
-    "detector": STEADY | {"steps": 20, "eval_steps": 10, "save_steps": 5} | LOOSE
-    | {"stable_windows": 4, "uniform": True},
+    "detector": STEADY | LOOSE
+    | {"steps": 20, "eval_steps": 10, "save_steps": 5, "window_steps": 3, "uniform": True},
     # everything that has a state of its own: biases, dropout's random numbers, accumulation, two prunings, bf16;
     # a checkpoint at the end of an epoch (10) and others within one
     "all": {

@@ -22,7 +22,13 @@ def test_seconds_are_those_of_training_alone_and_add_up_from_where_the_run_was(
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now.seconds)
     pruner = SimpleNamespace(
-        last_window=None, events=[], phase="stable", load_max_over_mean=None, moe=SimpleNamespace(num_parameters=7)
+        last_window=None,
+        events=[],
+        phase="stable",
+        phase_in_words="stable, regret 0.1%",
+        unpruned=lambda: None,
+        load_max_over_mean=None,
+        moe=SimpleNamespace(num_parameters=7),
     )
     (tmp_path / "run.json").write_text("{}")
     folder, laep = RunFolder(tmp_path), SimpleNamespace(events=[], pruner=pruner)

@@ -36,9 +36,7 @@ PARSED = {
         "pruning.rearrange",
     ),
     "rearrange_tolerance": "pruning.rearrange",
-    **dict.fromkeys(
-        ("stable_windows", "min_rank_correlation", "max_total_variation", "min_stable_layers"), "pruning.phase"
-    ),
+    **dict.fromkeys(("max_regret", "max_noise", "min_change"), "pruning.phase"),
     "window_steps": "pruning.window_steps",
     "balance": "balance.kind",
     "balance_strength": "balance.arguments",
@@ -65,9 +63,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "rearrange_nodes": {"rearrange_ranks": 4, "rearrange_nodes": 2},
     "rearrange_tolerance": {"rearrange_tolerance": 0.1},
     "validation_share": {"validation_share": 0.1},
-    "min_rank_correlation": {"min_rank_correlation": 0.5},
-    "max_total_variation": {"max_total_variation": 0.5},
-    "min_stable_layers": {"min_stable_layers": 0.5},
+    "max_regret": {"max_regret": 0.5},
+    "max_noise": {"max_noise": 0.5},
+    "min_change": {"min_change": 0.5},
     "eval_steps": {"eval_steps": 50},
     "save_steps": {"save_steps": 50},
     "log_steps": {"log_steps": 50},

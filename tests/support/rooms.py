@@ -16,7 +16,7 @@ SOURCE = Path(secateur.__file__).parent
 MAX_TOP_LEVEL_FILES = 12  # Python files beside the folders of src/secateur
 
 # Numbers in, a value out: these use no model and no process group, and import only each other and the ground.
-PURE = ("stats", "criteria", "decide", "plans", "placement", "train.phases")
+PURE = ("stats", "criteria", "decide", "plans", "placement", "train.phases", "train.load_history")
 GROUND = ("errors", "files", "results", "version")
 
 
@@ -45,7 +45,7 @@ ROOMS: dict[str, Room] = {
     "commands": Room(
         question="What does each command of `secateur` take, call and show? One command a file.",
         may_import=_rooms(
-            "finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
+            "replay finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
             "model_folder.measure model_folder.rewrite model_folder.read train reporting models placement decide "
             "criteria plans results files errors"
         ),
@@ -56,10 +56,14 @@ ROOMS: dict[str, Room] = {
             "checkpoints."
         ),
         may_import=_rooms(
-            "finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
+            "replay finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
             "model_folder.measure model_folder.read train reporting surgery auto_classes models placement decide "
             "plans stats version errors"
         ),
+    ),
+    "replay": Room(
+        question="When would LAEP have pruned a run that was recorded, and why not earlier?",
+        may_import=_rooms("train reporting surgery results files errors"),
     ),
     "finetuning": Room(
         question="How does `secateur finetune` train a model folder, of text or of images, pruned or not?",

@@ -68,8 +68,9 @@ SMALL: Json = {
     "window_steps": 4,
     "threads": 1,
 }
-# constants of the detector that every window meets, so that it fires after three windows
-LOOSE: Json = {"min_rank_correlation": -1.0, "max_total_variation": 1.0}
+# constants of the detector that all loads meet, so that it fires after five windows
+LOOSE: Json = {"max_regret": 1.0, "max_noise": 1.0, "min_change": 0.0}
+STRICT: Json = {"min_change": 1.0}  # constants that no loads meet
 # what a clock or the machine decides
 TIMINGS = {"seconds", "tokens_per_second", "surgery_seconds", "peak_memory_bytes"}
 STARTED = {"command"}  # by whom

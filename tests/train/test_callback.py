@@ -38,7 +38,7 @@ def _cheap_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-PHASE = PhaseConstants(windows=2, min_rank_correlation=0.5, max_total_variation=0.3)
+PHASE = PhaseConstants(max_regret=1.0, max_noise=1.0, min_change=0.0)
 
 
 def dataset() -> list[dict[str, Tensor]]:

@@ -26,13 +26,16 @@ from secateur.surgery.events import PruneEvent
 from secateur.train import laep as laep_module
 from secateur.train.distributed import job as job_module
 from secateur.train.laep import LAEP
-from secateur.train.phases import PhaseConstants, StablePhaseDetector
+from secateur.train.load_history import LoadHistory
+from secateur.train.phases import PhaseConstants, phase_of
 from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning
 from support.tiny_models import everything, random_tokens, tiny_model
 
 TOKENS_PER_STEP = 4 * 8
-QUICK_PHASE = PhaseConstants(windows=2, min_rank_correlation=0.6, max_total_variation=0.15)
+QUICK_PHASE = PhaseConstants(max_regret=0.06, max_noise=1.0, min_change=0.0)
+
+WARMUP = 11
 
 
 def batch(step: int) -> Tensor:
@@ -107,21 +110,23 @@ def test_it_prunes_at_the_end_of_the_window_in_which_the_tokens_are_reached() ->
 
 
 def test_it_prunes_when_the_detector_says_that_the_loads_are_stable() -> None:
-    detector = StablePhaseDetector(QUICK_PHASE)
-    stable = [detector.update(window.loads()).stable for window in watched(14)]
+    history, stable = LoadHistory(), []
+    for number, window in enumerate(watched(26), start=1):
+        history.add(window.loads(), 2 * TOKENS_PER_STEP)
+        stable.append(phase_of(history, QUICK_PHASE, rises=2 * number < WARMUP).stable)
     first = 2 * (stable.index(True) + 1)
-    assert first > 6, "the loads were stable from the start, so this test could not fail"
-    run = Run(target_params=0.8)
+    assert first > WARMUP + 2, "the loads were stable from the start, so this test could not fail"
+    run = Run(target_params=0.8, warmup_steps=WARMUP)
     phases = {}
     events = {}
-    for index in range(14):
+    for index in range(26):
         event = run.step(index)
         events |= {} if event is None else {index + 1: event}
         phases[index + 1] = run.pruner.phase
     assert list(events) == [first]
     assert events[first].reason == "stable"
-    assert set(phases.values()) == {"transition", "pruned"}
-    assert [step for step, phase in phases.items() if phase == "pruned"] == list(range(first, 15))
+    assert set(phases.values()) == {"begin", "warm-up", "moving", "pruned"}
+    assert [step for step, phase in phases.items() if phase == "pruned"] == list(range(first, 27))
 
 
 def test_the_default_keeps_two_thirds_of_the_parameters_at_the_stable_phase() -> None:
@@ -165,9 +170,10 @@ def test_a_pruning_right_after_another_is_decided_on_the_tokens_between_them() -
 def test_an_empty_schedule_only_watches() -> None:
     model = tiny_model("mixtral")
     run = Run(model=model, prunings=[], optimizer=lambda model: torch.optim.NAdam(model.parameters()))
-    assert run.go(0, 14) == {}
+    assert run.go(0, 10) == {}
     assert run.pruner.phase == "stable"
-    loads = run.pruner._watch._windows[-1].loads().values()
+    assert run.pruner.last_window is not None
+    loads = run.pruner.last_window.loads().values()
     expected = sum(max(one) / (sum(one) / 8) for one in loads) / 3
     assert run.pruner.load_max_over_mean == pytest.approx(expected)
 
@@ -448,7 +454,7 @@ def test_the_stable_phase_is_found_at_the_same_step_after_a_resume() -> None:
     """From each of three steps before it."""
     run, before, second = Run(target_params=0.8), {}, {}
     for stop in range(14):
-        if stop in (8, 9, 10):
+        if stop in (7, 8, 9):
             second[stop] = Run(model=copy.deepcopy(run.model), target_params=0.8)
             second[stop].optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
             second[stop].pruner.load_state_dict(json.loads(json.dumps(run.pruner.state_dict())))
@@ -483,7 +489,7 @@ WRONG_STATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "other settings.*'window_steps': 2.*'window_steps': 3": ({"window_steps": 3}, {}),
     "other settings.*target_params=0.8.*target_params=0.5": ({"target_params": 0.5}, {}),
     "other settings.*at_step=5.*at_step=6": ({"at_step": 6}, {}),
-    "the saved constants are": ({"phase": PhaseConstants(windows=4)}, {}),
+    "the saved constants of the phase are": ({"phase": PhaseConstants(max_regret=0.5)}, {}),
     r"1 expert tensors, e.g. model.layers.0.mlp.gate.weight, are not those": ({}, {"checksums": {GATE: 0}}),
 }
 

@@ -82,10 +82,9 @@ def pretrain(
     rearrange_nodes: Annotated[int, _option("Nodes whose ranks are filled together.", PLACEMENT)] = 1,
     rearrange_tolerance: Annotated[float | None, _option("Between prunings, move as few experts as keep the balance within this share of the best found.", PLACEMENT)] = None,
     window_steps: Annotated[int, _option("Steps a statistics window.", PRUNING)] = 20,
-    stable_windows: Annotated[int, _option("Windows that must agree before loads are stable.", PRUNING)] = 3,
-    min_rank_correlation: Annotated[float, _option("Spearman correlation of consecutive windows, at least.", PRUNING)] = 0.97,
-    max_total_variation: Annotated[float, _option("Total variation distance of consecutive load shares, at most.", PRUNING)] = 0.05,
-    min_stable_layers: Annotated[float, _option("Share of the MoE layers that must be stable.", PRUNING)] = 0.95,
+    max_regret: Annotated[float, _option("Loads are stable when the idlest experts of half as many tokens ago carry at most this share of the tokens more than today's.", PRUNING)] = 0.005,
+    max_noise: Annotated[float, _option("And when sampling alone makes at most this share.", PRUNING)] = 0.005,
+    min_change: Annotated[float | None, _option("And when at least this share of the tokens goes to other experts than in the first window. Default: 0.1; 0 with --model.", PRUNING)] = None,
     log_steps: Annotated[int, _option("Steps between log lines.", RECORD)] = 10,
     eval_steps: Annotated[int, _option("Steps between validations.", RECORD)] = 100,
     save_steps: Annotated[int, _option("Steps between checkpoints.", RECORD)] = 200,
@@ -178,6 +177,9 @@ def _done(out: Path, report: dict[str, Any]) -> str:
         )
     if not prunings:
         lines.append("no pruning took place")
+    if unpruned := report["unpruned"]:
+        experts = sum(map(len, (unpruned["dropped"] or {}).values()))
+        lines.append(f"the next pruning did not come: {unpruned['waits_for']}; it would have dropped {experts} experts")
     if moves := len(report["events"]) - len(prunings):
         lines.append(f"experts rearranged {moves} more times")
     lines.append(f"validation loss {report['validation_loss']:.4f}")

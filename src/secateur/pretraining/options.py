@@ -95,10 +95,9 @@ class PretrainOptions(RuleFields):
     rearrange_nodes: int = 1
     rearrange_tolerance: float | None = None
     window_steps: int = 20
-    stable_windows: int = 3
-    min_rank_correlation: float = 0.97
-    max_total_variation: float = 0.05
-    min_stable_layers: float = 0.95
+    max_regret: float = 0.005
+    max_noise: float = 0.005
+    min_change: float | None = None
     # record
     log_steps: int = 10
     eval_steps: int = 100
@@ -224,13 +223,15 @@ class PretrainOptions(RuleFields):
         return {"update_rate" if self.balance == "bias" else "coefficient": self.balance_strength}
 
     def phase(self) -> PhaseConstants:
-        """The constants of the stable-phase detector."""
-        return PhaseConstants(
-            windows=self.stable_windows,
-            min_rank_correlation=self.min_rank_correlation,
-            max_total_variation=self.max_total_variation,
-            min_stable_layers=self.min_stable_layers,
+        """What counts as stable. The loads of a model that was trained before need not leave their start."""
+        given = (
+            {"min_change": self.min_change}
+            if self.min_change is not None
+            else {"min_change": 0.0}
+            if self.model
+            else {}
         )
+        return PhaseConstants(max_regret=self.max_regret, max_noise=self.max_noise, **given)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; an option of a rule that is infinite, such as alpha, is the string "inf"."""

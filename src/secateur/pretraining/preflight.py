@@ -33,6 +33,7 @@ from secateur.train.balance import attach_balance
 from secateur.train.callback import refuse_arguments
 from secateur.train.distributed.launch import world_size
 from secateur.train.distributed.load import ParallelSizes, check_split, fewest_processes, parallel_sizes
+from secateur.train.phases import FEWEST_WINDOWS
 from secateur.train.progress import only_our_messages
 from secateur.train.schedule import Pruning, check_count, check_goal
 
@@ -155,17 +156,11 @@ def plan_of_run(options: PretrainOptions) -> dict[str, Any]:
 
 def _pruning_facts(pruning: Pruning, limits: Mapping[int, LayerLimits]) -> dict[str, Any]:
     return {
-        "when": _when(pruning),
+        "when": pruning.when,
         "rule": {name: "inf" if value == float("inf") else value for name, value in pruning.rule.to_json().items()},
         "multiple_of": pruning.multiple_of,
         "least_experts_per_layer": {str(layer): limit.counts()[0] for layer, limit in limits.items()},
     }
-
-
-def _when(pruning: Pruning) -> str:
-    if pruning.at_step is not None:
-        return f"step {pruning.at_step}"
-    return "the stable phase" if pruning.at_tokens is None else f"{pruning.at_tokens} tokens"
 
 
 def _check_rearrange_ranks(ranks: int, moe: MoEModel) -> None:
@@ -197,12 +192,13 @@ def _check_times(pruning: PruningSettings, training: TrainingSettings) -> None:
             tokens = one.at_tokens - step * training.tokens_per_step
             step += window * max(1, -(-tokens // (window * training.tokens_per_step)))
         else:
-            step += window * pruning.phase.windows
+            step = max(step + window * FEWEST_WINDOWS, window * (training.warmup_steps // window + 1))
         if step >= training.steps:
             raise SecateurError(
-                f"the pruning at {_when(one)} can be at step {step} at the earliest, expected before the end of "
-                f"the run (--steps {training.steps}). Tokens are compared every --window-steps ({window}), loads can "
-                f"be stable after --stable-windows ({pruning.phase.windows}) of them; --prune-at-step takes any step"
+                f"the pruning at {one.when} can be at step {step} at the earliest, expected before the end of "
+                f"the run (--steps {training.steps}). Loads are compared every --window-steps ({window}), and can be "
+                f"stable after {FEWEST_WINDOWS} windows and --warmup-steps ({training.warmup_steps}); --prune-at-step "
+                "takes any step"
             )
 
 

@@ -117,10 +117,9 @@ def pretrain(
     rearrange_nodes: int = 1,
     rearrange_tolerance: float | None = None,
     window_steps: int = 20,
-    stable_windows: int = 3,
-    min_rank_correlation: float = 0.97,
-    max_total_variation: float = 0.05,
-    min_stable_layers: float = 0.95,
+    max_regret: float = 0.005,
+    max_noise: float = 0.005,
+    min_change: float | None = None,
     log_steps: int = 10,
     eval_steps: int = 100,
     save_steps: int = 200,
@@ -174,10 +173,8 @@ def pretrain(
         rearrange_nodes: nodes whose ranks are filled together.
         rearrange_tolerance: between prunings, move as few experts as keep the balance within this share of the best
             found.
-        window_steps: steps a statistics window. stable_windows: windows that must agree before loads are stable.
-        min_rank_correlation: Spearman correlation of consecutive windows, at least.
-        max_total_variation: total variation distance of consecutive load shares, at most.
-        min_stable_layers: share of the MoE layers that must be stable. log_steps: steps between log lines.
+        window_steps: steps a statistics window. max_regret, max_noise, min_change: what counts as stable, see
+            `PhaseConstants`; the default of min_change is 0 with `model`. log_steps: steps between log lines.
         eval_steps: steps between validations. save_steps: steps between checkpoints.
         report_to: loggers of transformers: tensorboard, wandb, trackio, ... or none.
         control: also train without pruning, for the report to compare with.

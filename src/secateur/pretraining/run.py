@@ -294,13 +294,6 @@ def _train_steps(
     training, pruning, model = settings.training, settings.pruning, moe.model
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
     seconds = folder.rewind(done) if launch.is_main() else 0.0
-    laep = LAEPCallback(
-        prunings=pruning.prunings,
-        window_steps=pruning.window_steps,
-        phase=pruning.phase,
-        rearrange=pruning.rearrange,
-        moe=moe,
-    )
     balance = attach_balance(
         model,
         settings.balance.kind,
@@ -312,6 +305,14 @@ def _train_steps(
     validation = {domain: BlockDataset(blocks) for domain, blocks in shared.data.validation.items()}
     name = "control" if folder.path.name == "control" and not pruning.prunings else "pretrain"
     steps = Steps(name, shared.on_progress if launch.is_main() else None, done=done, total=training.steps)
+    laep = LAEPCallback(
+        prunings=pruning.prunings,
+        window_steps=pruning.window_steps,
+        phase=pruning.phase,
+        rearrange=pruning.rearrange,
+        on_message=steps.say,
+        moe=moe,
+    )
     log = RunLog(
         folder,
         laep,

@@ -21,7 +21,7 @@ from secateur.files.refused import naming
 from secateur.files.work_folder import differing
 from secateur.plans import Plan
 from secateur.pretraining.options import PretrainOptions
-from secateur.reporting.run_files import EvalPoint, RunFile
+from secateur.reporting.run_files import UNPRUNED, EvalPoint, RunFile
 from secateur.surgery.events import PruneEvent, read_events
 from secateur.train.checkpoints import step_of
 
@@ -40,6 +40,7 @@ class RunFolder:
         self.loads = path / "loads.jsonl"
         self.events = path / "events.json"
         self.summary = path / "summary.json"
+        self.unpruned = path / UNPRUNED
         self.plan = path / "plan.json"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"

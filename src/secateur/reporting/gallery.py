@@ -8,8 +8,8 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from secateur.reporting import figures_kept, figures_loads, figures_run
-from secateur.reporting.numbers import chosen_layers, dropped_share, placed, rule_in_words
+from secateur.reporting import figures_kept, figures_loads, figures_phases, figures_run
+from secateur.reporting.numbers import chosen_layers, dropped_share, placed, rule_in_words, stretches
 from secateur.reporting.ranks import max_over_mean, rank_balance
 from secateur.reporting.run_data import RunData
 from secateur.reporting.theme import Theme
@@ -31,6 +31,8 @@ class Entry:
 def gallery(run: RunData) -> list[Entry]:
     """The figures of a run; those that need a pruning or loads are left out where there is none."""
     entries = [_loss(run), _load_over_time(run)]
+    if figures_phases.has_phases(run):
+        entries.append(_phases(run))
     entries += [_cut(event, number, len(run.prunings)) for number, event in enumerate(run.prunings, start=1)]
     if run.prunings:
         entries.append(_kept(run))
@@ -69,6 +71,21 @@ def _load_over_time(run: RunData) -> Entry:
         alternative=f"{figures_loads.load_over_time_title(run)}. Heat maps of {len(shown)} layers: "
         "tokens across, experts up, colour for the load.",
         draw=partial(figures_loads.load_over_time_figure, run),
+    )
+
+
+def _phases(run: RunData) -> Entry:
+    parts = "; ".join(
+        f"{phase} from {count(begin)} to {count(end)} tokens" for phase, begin, end in stretches(run.windows)
+    )
+    return Entry(
+        name="phases",
+        heading="When the loads are stable",
+        caption="Regret: what the idlest quarter of the experts of half as many tokens ago carries now, over what the "
+        "idlest quarter does now. Noise: the regret that sampling alone makes. Dashed: their limits. Loads are stable "
+        "when both are below, the learning rate does not rise, and loads have left where they started.",
+        alternative=f"{figures_phases.phases_title(run)}. {parts}. Regret, noise and learning rate against tokens.",
+        draw=partial(figures_phases.phases_figure, run),
     )
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from secateur.files.limits import MAX_FLOAT
 from secateur.reporting.ranks import balance_json, rank_balance
 from secateur.reporting.run_data import RunData
-from secateur.reporting.run_files import EvalPoint
+from secateur.reporting.run_files import EvalPoint, LoadWindow
 from secateur.surgery.events import BALANCES, PruneEvent
 
 MOST_LAYERS = 8
@@ -64,6 +65,20 @@ class LoadHistory:
 
     edges: NDArray[np.float64]
     ratio: NDArray[np.float64]
+
+
+def stretches(windows: Sequence[LoadWindow]) -> Iterator[tuple[str, int, int]]:
+    """(phase, first token, last token) of windows in a row with one phase."""
+    begin = tokens = 0
+    phase: str | None = None
+    for window in windows:
+        if window.phase != phase:
+            if phase is not None:
+                yield phase, begin, tokens
+            phase, begin = window.phase, tokens
+        tokens = window.tokens
+    if phase is not None:
+        yield phase, begin, tokens
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -200,6 +215,11 @@ def report_json(run: RunData) -> dict[str, Any]:
         "finished": run.summary is not None,
         "tokens": run.tokens,
         "events": [_event_json(event, record) for event, record in zip(run.events, run.event_records, strict=True)],
+        "phases": [
+            {"phase": phase, "first_tokens": first, "last_tokens": last}
+            for phase, first, last in stretches(run.windows)
+        ],
+        "unpruned": msgspec.to_builtins(run.unpruned, str_keys=True),
         "validation_loss": end.validation_loss if end else None,
         "validation_loss_by_domain": end.by_domain if end else {},
         "tokens_per_second": {"before": pace.before, "after": pace.after},

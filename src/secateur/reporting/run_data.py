@@ -12,22 +12,26 @@ from secateur.files.json import read_object
 from secateur.files.records import as_record
 from secateur.plans import Plan
 from secateur.reporting.run_files import (
+    UNPRUNED,
     EvalPoint,
     LoadWindow,
     RunFile,
     RunModel,
     Summary,
     TrainPoint,
+    UnprunedFile,
     read_loads,
     read_metrics,
     read_summary,
+    read_unpruned,
 )
 from secateur.surgery.events import REARRANGE, PruneEvent, read_events
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run folder. `summary` is None while the run is not finished, `control` without a run to compare with.
+    """A run folder. `summary` is None while the run is not finished, `control` without a run to compare with,
+    `unpruned` where no pruning was left at the end.
 
     info: run.json, and event_records: the events, as they were written.
     """
@@ -40,6 +44,7 @@ class RunData:
     events: tuple[PruneEvent, ...]
     event_records: tuple[dict[str, Any], ...]
     summary: Summary | None
+    unpruned: UnprunedFile | None
     control: RunData | None
 
     @property
@@ -82,8 +87,8 @@ def _read(folder: Path, *, control: RunData | None) -> RunData:
     model = as_record(info, RunFile, str(folder / "run.json")).model
     if model is None:
         raise SecateurError(f"{folder / 'run.json'}: 'model' is missing, expected the model of the run")
-    names = ("metrics.jsonl", "loads.jsonl", "events.json", "summary.json")
-    metrics, loads, events, summary = (folder / name for name in names)
+    names = ("metrics.jsonl", "loads.jsonl", "events.json", "summary.json", UNPRUNED)
+    metrics, loads, events, summary, unpruned = (folder / name for name in names)
     logged = list(read_metrics(metrics)) if metrics.exists() else []
     windows = _in_order(list(read_loads(loads)) if loads.exists() else [])
     done = read_events(events) if events.exists() else []
@@ -96,6 +101,7 @@ def _read(folder: Path, *, control: RunData | None) -> RunData:
         events=tuple(event for event, _ in done),
         event_records=tuple(record for _, record in done),
         summary=read_summary(summary) if summary.exists() else None,
+        unpruned=read_unpruned(unpruned) if unpruned.exists() else None,
         control=control,
     )
     _check_events(run, str(events))

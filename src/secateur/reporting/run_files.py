@@ -11,7 +11,10 @@ import msgspec
 from msgspec import Meta
 
 from secateur.files.json import read_json, read_lines
-from secateur.files.records import Count, Experts, Layer, as_record
+from secateur.files.records import Count, Expert, Experts, Finite, Layer, as_record
+
+UNPRUNED = "unpruned.json"
+Phase = Literal["begin", "warm-up", "unknown", "unlearned", "moving", "stable"]  # of `secateur.train.phases`
 
 
 class RunModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +65,7 @@ class TrainPoint(Measured, frozen=True, kw_only=True):
     loss: float | None = None
     tokens_per_second: float | None = None
     load_max_over_mean: float | None = None
-    phase: Literal["transition", "stable", "pruned"]
+    phase: Phase | Literal["pruned", "transition"]  # transition: of releases before
 
 
 class EvalPoint(Measured, frozen=True, kw_only=True):
@@ -82,11 +85,18 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 class LoadWindow(msgspec.Struct, frozen=True, kw_only=True):
     """A line of loads.jsonl: tokens per expert of one statistics window that ended at `step`, in the numbering of
-    that time."""
+    that time. The rest is there where LAEP watched: see `secateur.train.phases`. tokens: of the run until then."""
 
     step: Count
     tokens: Count
     layers: dict[Layer, tuple[Count, ...]]
+    learning_rate: Finite | None = None
+    rises: bool | None = None
+    phase: Phase | None = None
+    regret: Finite | None = None
+    noise: Finite | None = None
+    change: Finite | None = None
+    tokens_needed: Count | None = None
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "layers", dict(sorted(self.layers.items())))
@@ -111,6 +121,20 @@ class Summary(Measured, frozen=True, kw_only=True):
     validation_loss_by_domain: dict[str, float | None] = {}
     seconds: float | None = None
     peak_memory_bytes: float | None = None
+
+
+class UnprunedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """unpruned.json: what the next pruning of a run that ended before it would have dropped, and what it waited for."""
+
+    step: Count
+    waits_for: str
+    dropped: dict[Layer, list[Expert]] | None
+    rerouted_share: Finite | None
+
+
+def read_unpruned(path: Path) -> UnprunedFile:
+    """unpruned.json. Raises as `read_summary`."""
+    return as_record(read_json(path), UnprunedFile, str(path))
 
 
 def read_metrics(path: Path) -> Iterator[tuple[str, TrainPoint | EvalPoint]]:

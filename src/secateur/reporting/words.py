@@ -7,6 +7,7 @@ import math
 from secateur.reporting.numbers import Comparison, compare, last_eval, speed
 from secateur.reporting.ranks import RankBalance, max_over_mean, rank_balance
 from secateur.reporting.run_data import RunData
+from secateur.reporting.run_files import UnprunedFile
 from secateur.surgery.events import PruneEvent
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -88,6 +89,18 @@ def comparison_sentence(versus: Comparison, finished: bool) -> str:
     )
 
 
+def unpruned_sentence(unpruned: UnprunedFile) -> str:
+    """What the pruning that did not come would have done."""
+    waited = f"The next pruning did not come: {unpruned.waits_for}."
+    if unpruned.dropped is None:
+        return waited
+    experts = sum(map(len, unpruned.dropped.values()))
+    return (
+        f"{waited} At the end it would have dropped {experts} experts, with {share(unpruned.rerouted_share)} of the "
+        "routed tokens."
+    )
+
+
 def summary_paragraph(run: RunData) -> str:
     """The run in a few sentences that an engineer can check against the tables below them."""
     state = "finished after" if run.summary else "is not finished; it has seen"
@@ -99,6 +112,8 @@ def summary_paragraph(run: RunData) -> str:
     if not run.prunings:
         ending = "No expert was dropped" if run.summary else "No expert has been dropped so far"
         sentences.append(f"{ending}: all {sum(run.model.experts.values())} experts are in place.")
+    if run.unpruned is not None:
+        sentences.append(unpruned_sentence(run.unpruned))
     pace = speed(run)
     if pace.before and pace.after:
         sentences.append(

@@ -56,8 +56,10 @@ class LAEPCallback(TrainerCallback, ExportableState):
         uniform: bool = False,
         window_steps: int = 20,
         phase: PhaseConstants | None = None,
+        warmup_steps: int = 0,
         self_check: bool = True,
         rearrange: Rearrangement | bool | None = None,
+        on_message: Callable[[str], None] | None = None,
         moe: MoEModel | None = None,
         **rule: Unpack[RuleOptions],
     ) -> None:
@@ -75,8 +77,10 @@ class LAEPCallback(TrainerCallback, ExportableState):
             "prunings": schedule,
             "window_steps": window_steps,
             "phase": phase,
+            "warmup_steps": warmup_steps,
             "self_check": self_check,
             "rearrange": rearrange,
+            "on_message": on_message,
         }
         self._moe = moe
         self._on_event = on_event
@@ -118,18 +122,23 @@ class LAEPCallback(TrainerCallback, ExportableState):
                 self.pruner.load_state_dict(saved["attributes"]["pruner_state"])
             else:
                 self.pruner.check_goal()
+            if kwargs.get("lr_scheduler") is not None:
+                self.pruner.follow(kwargs["lr_scheduler"], state.max_steps)
         except SecateurError:
             self.pruner.detach()
             raise
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None
+        before = self.pruner.phase
         event = self.pruner.step()
+        history: list[Any] = state.log_history
         if event is not None:
-            history: list[Any] = state.log_history
             history.append({"step": state.global_step, "prune_event": event.to_json()})
             if self._on_event is not None:
                 self._on_event(event)
+        if self.pruner.phase != before:
+            history.append({"step": state.global_step, "laep/phase": self.pruner.phase_in_words})
         self._collect(control)
 
     def on_epoch_end(
@@ -140,8 +149,12 @@ class LAEPCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.pruner is not None:
-            self.pruner.detach()
+        if self.pruner is None:
+            return
+        unpruned = self.pruner.finish()
+        if unpruned is not None:
+            history: list[Any] = state.log_history
+            history.append({"step": state.global_step, "laep/unpruned": unpruned.to_json()})
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json` (transformers' ExportableState), on the rank that writes it.

@@ -15,9 +15,10 @@ that `fully_shard` sharded, or that DistributedDataParallel wraps (give LAEP the
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -38,10 +39,13 @@ from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, u
 from secateur.surgery.oracle import barred_experts
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
+from secateur.train.distributed.launch import is_main
 from secateur.train.laep_state import STATE_VERSION, LAEPState, check_state
-from secateur.train.phases import PhaseConstants
+from secateur.train.phases import PhaseConstants, PhaseReport, in_words
+from secateur.train.rates import read_schedule
 from secateur.train.rearrange import Rearrangement, nothing_dropped, rearranged, settled
 from secateur.train.schedule import Pruning, as_prunings, check_count, check_goal
+from secateur.train.unpruned import Unpruned
 from secateur.train.watch import LoadWatch
 
 
@@ -56,7 +60,11 @@ class LAEP:
             the options of one `Rule`, such as alpha and beta. Default: DEFAULT_RULE of `secateur.decide.rules`, a share
             of the parameters, at the stable phase.
         window_steps: optimizer steps a statistics window.
-        phase: constants of the stable-phase detector.
+        phase: what counts as stable. Nothing does while the learning rate rises: it is read ahead from a scheduler that
+            `follow` was given, else watched in the optimizer.
+        warmup_steps: nothing is stable before so many steps, for a warm-up that neither of them shows.
+        on_message: called with a line for people, such as what would have been dropped when `detach` ends a run whose
+            loads never were stable. Default: a warning of the logger "secateur".
         self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training
             sequence of every rank (two forward passes).
         rearrange: how the kept experts are placed on the expert-parallel ranks. Default: level them over the ranks of
@@ -84,12 +92,16 @@ class LAEP:
         uniform: bool = False,
         window_steps: int = 20,
         phase: PhaseConstants | None = None,
+        warmup_steps: int = 0,
         self_check: bool = True,
         rearrange: Rearrangement | bool | None = None,
+        on_message: Callable[[str], None] | None = None,
         moe: MoEModel | None = None,
         **rule: Unpack[RuleOptions],
     ) -> None:
         check_count("window_steps", window_steps)
+        if warmup_steps:
+            check_count("warmup_steps", warmup_steps)
         self.prunings = as_prunings(
             prunings,
             at_step=at_step,
@@ -119,7 +131,16 @@ class LAEP:
             raise
         self._sample: Tensor | None = None
         self._sample_hook = model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
-        self._watch = LoadWatch(self.moe, self._job, window_steps, phase or PhaseConstants())
+        self._constants = phase or PhaseConstants()
+        self._watch = LoadWatch(
+            self.moe,
+            self._job,
+            self._optimizer,
+            window_steps=window_steps,
+            constants=self._constants,
+            warmup_steps=warmup_steps,
+        )
+        self._say = on_message or logging.getLogger("secateur").warning
         self.num_steps = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
@@ -137,12 +158,22 @@ class LAEP:
         """
         if self.num_steps == 0:
             self.check_goal()
+            self._check_rates()
         self.num_steps += 1
-        self._watch.step()
+        self._watch.step(self.num_steps)
         reason = self._due()
         if reason == REARRANGE:
             return self._change(None, reason)
         return None if reason is None else self._change(self.prunings[self._num_prunings], reason)
+
+    def _check_rates(self) -> None:
+        """Say where a warm-up could not be seen."""
+        waits = any(pruning.waits_for_stable for pruning in self.prunings)
+        if waits and is_main() and self.learning_rate is None and not self._watch.warmup_steps:
+            self._say(
+                "the optimizer sets its own learning rate ('lr' is None): LAEP cannot see a warm-up; tell of one by "
+                "warmup_steps"
+            )
 
     def check_goal(self) -> None:
         """Refuse a `target_params` of the next pruning that no loads could meet; the first `step` calls it.
@@ -180,11 +211,85 @@ class LAEP:
         return self._watch.load_max_over_mean
 
     @property
+    def learning_rate(self) -> float | None:
+        """The highest of the optimizer's parameter groups; None where it sets its own."""
+        return self._watch.learning_rate
+
+    @property
+    def rises(self) -> bool:
+        """Whether the learning rate rose in the last full window, or is known to rise later."""
+        return self._watch.rises
+
+    @property
+    def report(self) -> PhaseReport:
+        """The phase as of the last full window, with its numbers."""
+        return self._watch.report
+
+    @property
     def phase(self) -> str:
-        """transition, stable, or pruned (all prunings of the schedule are done)."""
-        if self.prunings and self._num_prunings == len(self.prunings):
-            return "pruned"
-        return "stable" if self._watch.is_stable else "transition"
+        """A `Phase` (see `secateur.train.phases`), or pruned (all prunings of the schedule are done)."""
+        return "pruned" if self._is_done else self.report.phase
+
+    @property
+    def phase_in_words(self) -> str:
+        """The phase and the number that decides it, such as "moving, regret 1.2%"."""
+        return "pruned" if self._is_done else in_words(self.report)
+
+    def follow(self, scheduler: Any, num_steps: int) -> None:
+        """Know the learning rates of a whole run ahead, so that nothing is found stable before their highest.
+
+        Args:
+            scheduler: the one that is stepped with the optimizer. num_steps: of the run, from its begin.
+        """
+        if not any(pruning.waits_for_stable for pruning in self.prunings):
+            return
+        schedule = read_schedule(scheduler, num_steps, done=self.num_steps)
+        self._watch.schedule = schedule
+        if not is_main():
+            return
+        if schedule is None:
+            self._say(
+                f"{type(scheduler).__name__} cannot be read ahead (a LambdaLR can): LAEP watches the learning rate "
+                "step by step; warmup_steps tells it of a warm-up with pauses"
+            )
+        elif schedule.rises_again is not None:
+            self._say(
+                f"the learning rate rises again at step {schedule.rises_again}, after its highest at step "
+                f"{schedule.peak}: loads that are stable before may move again"
+            )
+        elif schedule.peak >= num_steps > 1:
+            self._say(
+                f"the learning rate rises up to step {schedule.peak} of {num_steps}: loads cannot be stable before; "
+                "at_step prunes at a fixed step"
+            )
+
+    def unpruned(self) -> Unpruned | None:
+        """What the next pruning of the schedule would drop now, and what it waits for; None where none is to come."""
+        if self._is_done or not self.prunings:
+            return None
+        pruning = self.prunings[self._num_prunings]
+        waits = in_words(self.report, self._constants) if pruning.waits_for_stable else pruning.when
+        stats = self._watch.settled()
+        if stats is None:
+            return Unpruned(step=self.num_steps, waits_for=waits)
+        plan = self._decide(stats, pruning)
+        layers = layer_events(plan, stats)
+        gone = sum(stats.loads()[layer][old] for layer, one in layers.items() for old in one.dropped)
+        share = gone / sum(sum(loads) for loads in stats.loads().values())
+        dropped = {layer: one.dropped for layer, one in layers.items()}
+        return Unpruned(step=self.num_steps, waits_for=waits, dropped=dropped, rerouted_share=share)
+
+    def finish(self) -> Unpruned | None:
+        """The run is over: says by `on_message` what a pruning that never came would have dropped, and detaches.
+
+        Returns:
+            What it said, else None.
+        """
+        unpruned = self.unpruned() if self.num_steps else None
+        if unpruned is not None and is_main():
+            self._say(unpruned.describe())
+        self.detach()
+        return unpruned
 
     def detach(self) -> None:
         """Remove all hooks from the model."""
@@ -225,6 +330,10 @@ class LAEP:
         return {"window_steps": self.window_steps, "prunings": [repr(pruning) for pruning in self.prunings]}
 
     @property
+    def _is_done(self) -> bool:
+        return bool(self.prunings) and self._num_prunings == len(self.prunings)
+
+    @property
     def _num_prunings(self) -> int:
         return sum(event.reason != REARRANGE for event in self.events)
 
@@ -238,7 +347,7 @@ class LAEP:
                 if pruning.at_tokens is not None:
                     if self.num_tokens >= pruning.at_tokens:
                         return "tokens"
-                elif self._watch.is_stable:
+                elif self.report.stable:
                     return "stable"
         every = self._rearrange and self._rearrange.every
         if every and self.last_window is not None:

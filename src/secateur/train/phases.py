@@ -1,23 +1,32 @@
-"""When has the load of the experts settled? The stable phase of LAEP (arXiv 2601.14327 describes it, without a test).
+"""Have the loads of the experts settled? The stable phase of LAEP (arXiv 2601.14327 describes it, without a test).
 
-Our reading: cut training into windows and compare the loads of each window with those of the window before.
+Our reading judges by what a choice would cost. Say that the idlest quarter of a layer's experts was chosen at some
+moment. Its **regret** now is the share of the tokens that it carries now, minus the share of the quarter that is idlest
+now. Loads are stable when a choice made half as many tokens ago has hardly any regret. So the horizon grows with the
+run, and the length of a window, the size of a batch and the learning rate do not decide.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
-import msgspec
-
-from secateur.decide.laep_rule import check_loads, exact
+from secateur.decide.laep_rule import removal_order
 from secateur.errors import SecateurError
-from secateur.files.records import Count, Layer, as_record
+from secateur.train.load_history import LoadHistory, Loads, Mark
 
-FORMAT = "secateur-phase-detector"
-VERSION = 1
+Phase = Literal["begin", "warm-up", "unknown", "unlearned", "moving", "stable"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+NUMBERS = ("regret", "noise", "change", "tokens_needed")  # of a report
+
+FEWEST_WINDOWS = 5  # before them there is nothing to look back at
+BACK = 0.5  # of the tokens so far: the moment that is looked back at
+RECENT = 0.125  # of the tokens so far: what counts as a moment ...
+LEAST = 3  # ... and so many windows, where there are as many
+IDLE = 4  # one in four experts is chosen
+SURELY = 2  # a regret so many times the noise above its limit is no noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,183 +34,159 @@ class PhaseConstants:
     """What counts as stable.
 
     Args:
-        windows: m, at least 2. A layer is stable when all m - 1 comparisons of consecutive windows among the last m
-            windows hold.
-        min_rank_correlation: a comparison holds when the Spearman correlation of the two loads is at least this ...
-        max_total_variation: ... and the total variation distance of their shares is at most this.
-        min_stable_layers: the run is stable when at least this share of its layers is.
+        max_regret: of a choice made half as many tokens ago, as a share of a layer's tokens, mean over the layers.
+        max_noise: regret that sampling alone would make; above it the phase is unknown.
+        min_change: share of the tokens that must go to other experts than in the first window, so that loads which
+            an untrained router came with do not count as settled. 0 for a model that was trained before.
 
     Raises:
         SecateurError: a value out of range.
     """
 
-    windows: int = 3
-    min_rank_correlation: float = 0.97
-    max_total_variation: float = 0.05
-    min_stable_layers: float = 0.95
+    max_regret: float = 0.005
+    max_noise: float = 0.005
+    min_change: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.windows, bool) or not isinstance(self.windows, int) or self.windows < 2:
-            raise SecateurError(f"windows is {self.windows!r}, expected an integer of 2 or more")
-        for name, low in (("min_rank_correlation", -1), ("max_total_variation", 0), ("min_stable_layers", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
-                raise SecateurError(f"{name} is {value!r}, expected a number from {low} to 1")
-        if self.min_stable_layers == 0:
-            raise SecateurError("min_stable_layers is 0, expected more: every window would count as stable")
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise SecateurError(f"{name} is {value!r}, expected a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseReport:
-    """The state of the run after a window; the two dicts are {layer: comparison with the window before}, empty at the
-    first window."""
+    """The phase of a run at the end of a window, and the numbers that say so, means over the layers.
 
-    stable: bool
-    stable_share: float
-    rank_correlation: dict[int, float]
-    total_variation: dict[int, float]
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation, from -1 to 1; equal values share the average of their ranks.
-
-    Where it is undefined: 1.0 if both vectors are constant (nothing changed its rank), 0.0 if only one is.
-
-    Raises:
-        SecateurError: the vectors are empty or of different length.
+    regret: of a choice made half as many tokens ago. noise: the regret that sampling alone makes. change: share of the
+    tokens that go to other experts than in the first window. tokens_needed: about how many tokens a moment must have
+    for max_noise; None where it has them. All but the phase are None at the begin.
     """
-    _check_lengths(a, b)
-    ranks_a, ranks_b = _doubled_ranks(a), _doubled_ranks(b)
-    # Doubled ranks are integers with mean len + 1, so the sums are exact.
-    mean = len(a) + 1
-    spread_a = sum((rank - mean) ** 2 for rank in ranks_a)
-    spread_b = sum((rank - mean) ** 2 for rank in ranks_b)
-    if not spread_a or not spread_b:
-        return 1.0 if spread_a == spread_b else 0.0
-    common = sum((left - mean) * (right - mean) for left, right in zip(ranks_a, ranks_b, strict=True))
-    return max(-1.0, min(1.0, common / math.sqrt(spread_a * spread_b)))
+
+    phase: Phase
+    regret: float | None = None
+    noise: float | None = None
+    change: float | None = None
+    tokens_needed: int | None = None
+
+    @property
+    def stable(self) -> bool:
+        return self.phase == "stable"
+
+
+def phase_of(
+    history: LoadHistory, constants: PhaseConstants, *, rises: bool = False, learned: bool = False
+) -> PhaseReport:
+    """The phase of a run after the windows so far.
+
+    Args:
+        rises: the learning rate still rises. learned: loads had left their start before this history began.
+    """
+    if history.num_windows < FEWEST_WINDOWS:
+        return PhaseReport(phase="begin")
+    recent = recent_loads(history)
+    regret = mean_regret(moment(history, BACK * history.num_tokens), recent)
+    noise = noise_of(history)
+    change = _mean([total_variation(history.marks[1].sums[layer], recent[layer]) for layer in recent])
+    needed = None
+    if noise > constants.max_noise > 0:  # the regret of noise goes down with the root of the tokens, or faster
+        needed = math.ceil(RECENT * history.num_tokens * (noise / constants.max_noise) ** 2)
+    phase: Phase
+    if rises:
+        phase = "warm-up"
+    elif regret > constants.max_regret + SURELY * noise:
+        phase = "moving"
+    elif noise > constants.max_noise:
+        phase = "unknown"
+    elif change < constants.min_change and not learned:
+        phase = "unlearned"
+    else:
+        phase = "moving" if regret > constants.max_regret else "stable"
+    return PhaseReport(phase=phase, regret=regret, noise=noise, change=change, tokens_needed=needed)
+
+
+def recent_loads(history: LoadHistory) -> Loads:
+    """{layer: tokens of each expert} over the last part of the history, which is a choice's moment."""
+    return moment(history, history.num_tokens)
+
+
+def recent_tokens(history: LoadHistory) -> int:
+    """How many tokens had the loads that `recent_loads` gives?"""
+    first, last = _ends(history, history.num_tokens)
+    return last.tokens - first.tokens
+
+
+def moment(history: LoadHistory, tokens: float) -> Loads:
+    """The loads at the time when so many tokens had been seen: of the windows just before, as wide as a moment is."""
+    return history.between(*_ends(history, tokens))
+
+
+def _ends(history: LoadHistory, tokens: float) -> tuple[Mark, Mark]:
+    last = max(1, history.mark_at(tokens))
+    return history.marks[_begin(history, last)], history.marks[last]
+
+
+def _begin(history: LoadHistory, last: int) -> int:
+    """The mark at which the moment begins that ends at the mark `last`. Joined windows are longer than LEAST anyway."""
+    begin = history.mark_at(history.marks[last].tokens - RECENT * history.num_tokens)
+    return max(0, min(begin, last - LEAST))
+
+
+def noise_of(history: LoadHistory) -> float:
+    """The regret that two halves of the last moment have of each other, taken in turns, window by window."""
+    last = len(history.marks) - 1
+    halves: list[Loads] = [{}, {}]
+    for index in range(_begin(history, last), last):
+        loads, half = history.between(history.marks[index], history.marks[index + 1]), halves[(last - index) % 2]
+        for layer, counts in loads.items():
+            half[layer] = [a + b for a, b in zip(half.get(layer, [0] * len(counts)), counts, strict=True)]
+    return (mean_regret(halves[0], halves[1]) + mean_regret(halves[1], halves[0])) / 2
+
+
+def mean_regret(chosen_by: Loads, now: Loads) -> float:
+    """`regret`, mean over the layers."""
+    return _mean([regret(chosen_by[layer], now[layer]) for layer in now])
+
+
+def regret(chosen_by: Sequence[int], now: Sequence[int]) -> float:
+    """What the idlest quarter by the loads `chosen_by` carries of the loads `now`, over what the idlest quarter does.
+
+    Args:
+        chosen_by, now: (E,) tokens of each expert of a layer.
+
+    Returns:
+        A share of the tokens, 0 or more.
+    """
+    size = max(1, len(now) // IDLE)
+    chosen, idlest = (sum(now[expert] for expert in removal_order(loads)[:size]) for loads in (chosen_by, now))
+    return (chosen - idlest) / sum(now)
 
 
 def total_variation(a: Sequence[int], b: Sequence[int]) -> float:
     """Half the summed difference of the shares of two loads: 0 for equal shares, 1 for disjoint ones.
 
     Raises:
-        SecateurError: different lengths, a negative load, or no token in one of them.
+        SecateurError: loads of different length, or without a token.
     """
-    _check_lengths(a, b)
-    check_loads(a, "first load")
-    check_loads(b, "second load")
+    if len(a) != len(b) or not sum(a) or not sum(b):
+        raise SecateurError(
+            f"loads {list(a)!r:.100} and {list(b)!r:.100} cannot be compared, expected as many, not all 0"
+        )
     total_a, total_b = sum(a), sum(b)
     return sum(abs(x * total_b - y * total_a) for x, y in zip(a, b, strict=True)) / (2 * total_a * total_b)
 
 
-class StablePhaseDetector:
-    """Takes the loads of one window after another and says when the run has become stable."""
-
-    def __init__(self, constants: PhaseConstants | None = None) -> None:
-        self.constants = constants or PhaseConstants()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all windows, as after a pruning."""
-        self._previous: dict[int, list[int]] = {}
-        self._streak: dict[int, int] = {}
-
-    def reorder(self, orders: Mapping[int, Sequence[int]]) -> None:
-        """Follow experts to their new places, {layer: order[new] = old}; nothing else about the loads has changed."""
-        for layer, order in orders.items():
-            if layer in self._previous:
-                self._previous[layer] = [self._previous[layer][old] for old in order]
-
-    def update(self, loads: Mapping[int, Sequence[int]]) -> PhaseReport:
-        """Add a window: {layer: tokens of each expert}.
-
-        Raises:
-            SecateurError: a layer without a token, or other layers or expert counts than in the window before without
-                a `reset` between. The detector is unchanged then.
-        """
-        self._check(loads)
-        correlation, distance = {}, {}
-        for layer, before in self._previous.items():
-            correlation[layer] = spearman(before, loads[layer])
-            distance[layer] = total_variation(before, loads[layer])
-            holds = (
-                correlation[layer] >= self.constants.min_rank_correlation
-                and distance[layer] <= self.constants.max_total_variation
-            )
-            self._streak[layer] = self._streak.get(layer, 0) + 1 if holds else 0
-        self._previous = {layer: [int(load) for load in loads[layer]] for layer in sorted(loads)}
-        num_stable = sum(count >= self.constants.windows - 1 for count in self._streak.values())
-        return PhaseReport(
-            stable=num_stable >= exact(self.constants.min_stable_layers) * len(loads),
-            stable_share=num_stable / len(loads),
-            rank_correlation=correlation,
-            total_variation=distance,
-        )
-
-    def _check(self, loads: Mapping[int, Sequence[int]]) -> None:
-        if not loads:
-            raise SecateurError("window: no layer, expected at least one")
-        for layer, counts in loads.items():
-            check_loads(counts, f"window, layer {layer}")
-        sizes = {layer: len(counts) for layer, counts in loads.items()}
-        before = {layer: len(counts) for layer, counts in self._previous.items()}
-        if before and sizes != before:
-            changed = sorted({layer for layer, _ in sizes.items() ^ before.items()})
-            raise SecateurError(
-                f"window: layers {changed} have {[sizes.get(layer, 0) for layer in changed]} experts, but "
-                f"{[before.get(layer, 0) for layer in changed]} in the window before; reset the detector after a change"
-            )
-
-    def state(self) -> dict[str, Any]:
-        """All that the next `update` depends on, as JSON."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "constants": asdict(self.constants),
-            "previous": {str(layer): list(counts) for layer, counts in self._previous.items()},
-            "streak": {str(layer): count for layer, count in self._streak.items()},
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            SecateurError: the state is of another format, or of a detector with other constants.
-        """
-        saved = as_record(state, DetectorState, "phase detector")
-        if saved.constants != asdict(self.constants):
-            raise SecateurError(
-                f"phase detector: the saved constants are {saved.constants}, but this run uses {asdict(self.constants)}"
-            )
-        self._previous, self._streak = saved.previous, saved.streak
+def in_words(report: PhaseReport, constants: PhaseConstants | None = None) -> str:
+    """The phase and the number that decides it, short enough for a progress line; with constants also its limit."""
+    deciding = {"unknown": "noise", "unlearned": "change", "moving": "regret", "stable": "regret"}.get(report.phase)
+    if deciding is None:
+        return report.phase
+    value = getattr(report, deciding)
+    said = f"{report.phase}, {deciding} {100 * value:.2g}%"
+    if constants is None:
+        return said
+    name = "min_change" if deciding == "change" else f"max_{deciding}"
+    return f"{said} ({name} {100 * getattr(constants, name):.2g}%)"
 
 
-class DetectorState(msgspec.Struct, frozen=True, kw_only=True):
-    """What `StablePhaseDetector.state` gives."""
-
-    format: Literal["secateur-phase-detector"]
-    version: Literal[1]
-    constants: dict[str, Any]
-    previous: dict[Layer, list[Count]]
-    streak: dict[Layer, Count]
-
-
-def _check_lengths(a: Sequence[float], b: Sequence[float]) -> None:
-    if not a or len(a) != len(b):
-        raise SecateurError(f"loads of {len(a)} and of {len(b)} experts cannot be compared, expected equal numbers")
-
-
-def _doubled_ranks(values: Sequence[float]) -> list[int]:
-    """Twice the rank of each value, counted from 1; equal values share the average."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    ranks = [0] * len(values)
-    start = 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and values[order[stop]] == values[order[start]]:
-            stop += 1
-        for index in order[start:stop]:
-            ranks[index] = start + 1 + stop
-        start = stop
-    return ranks
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

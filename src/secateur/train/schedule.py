@@ -37,6 +37,18 @@ class Pruning:
             if getattr(self, name) is not None or name in ("multiple_of", "min_experts"):
                 check_count(name, getattr(self, name))
 
+    @property
+    def waits_for_stable(self) -> bool:
+        """Whether it comes at the stable phase, at no fixed time."""
+        return self.at_step is None and self.at_tokens is None
+
+    @property
+    def when(self) -> str:
+        """The time in words."""
+        if self.at_step is not None:
+            return f"step {self.at_step}"
+        return "the stable phase" if self.at_tokens is None else f"{self.at_tokens} tokens"
+
 
 @spelled_out
 def as_prunings(
