@@ -3,9 +3,9 @@
     python benchmarks/fetch_text.py TEXT && python benchmarks/detector_record.py TEXT --work WORK
 
 One thread a process; as many processes as are started share the work. A run that is in WORK is not repeated, nor one
-that benchmarks/results/detector_histories.npz has. Besides the loads of each window it keeps what other detectors would
-look at: the learning rate, the loss, each expert's share of the squared gradient, and the mean margin between the last
-chosen expert's logit and the next.
+that is in benchmarks/results already. Besides the loads of each window it keeps what other detectors would look at: the
+learning rate, the loss, each expert's share of the squared gradient, and the mean margin between the last chosen
+expert's logit and the next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from detector_grid import SEEDS, SEQUENCE, SETTINGS, VOCABULARY, Setting
-from detector_histories import ARRAYS, STORED, names_in
+from detector_histories import ARRAYS, names_stored
 from laep_quality import write_code
 from secateur.data.prepare import load_prepared, prepare, save_prepared
 from secateur.errors import SecateurError
@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    done = names_in(STORED) if STORED.exists() else set()
+    done = names_stored()
     jobs = [(seed, setting) for seed in range(SEEDS) for setting in SETTINGS if name_of(setting, seed) not in done]
     print(f"{len(jobs)} runs times about {SECONDS} s", flush=True)
     blocks = prepared(arguments.text, arguments.work)
@@ -121,6 +121,7 @@ def record(setting: Setting, seed: int, blocks: Tensor) -> dict[str, Any]:
         balance.after_optimizer_step()
         laep.step()
         if laep.last_window is not None:
+            rows["steps"].append(step)
             rows["loads"].append(list(laep.last_window.loads().values()))
             rows["learning_rate"].append(scheduler.get_last_lr()[0])
             rows["loss"].append(sum(losses) / len(losses))

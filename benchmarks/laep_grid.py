@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Looser than the defaults of `pretrain`, which wait until half of a run as short as these is over.
-DETECTOR = ("--min-rank-correlation", "0.9", "--max-total-variation", "0.1", "--min-stable-layers", "0.75")
+# The defaults of `pretrain`. The stored runs had the detector of a release before, with looser constants.
+DETECTOR: tuple[str, ...] = ()
 AUXILIARY = ("1e-4", "1e-3", "1e-2")
 BETAS = ("0.05", "0.1", "0.2")
 ALPHAS = ("0.2", "0.4", "0.6")

@@ -156,6 +156,7 @@ CASES = {
     ),
     "pretrain, dry run": Case("pretrain", (), {**RUN, "prune": ["step=9 alpha=0.5"], "dry_run": True}),
     "report": Case("report", ("run",), {}, ("run",)),
+    "phases": Case("phases", ("run",), {"max_regret": 0.1, "max_noise": 0.9, "warmup_steps": 9}),
     "convert_vmoe": Case("convert_vmoe", ("published",), {"out": "out", "top_k": 2}, ("out",)),
 }
 

@@ -145,6 +145,33 @@ def test_it_prunes_at_tokens_and_at_the_stable_phase_by_a_schedule(tmp_path: Pat
     assert callback.pruner.phase == "pruned"
 
 
+def test_the_trainers_schedule_is_known_ahead_and_phases_are_logged(tmp_path: Path) -> None:
+    said: list[str] = []
+    callback = laep(prunings=[Pruning(rule=Rule(target_params=0.9))], on_message=said.append)
+    trainer = trainer_of(tmp_path, callback, max_steps=20, warmup_steps=13, lr_scheduler_type="linear")
+    trainer.train()
+    (event,) = callback.events
+    assert (event.step, event.reason) == (16, "stable")
+    changes = [(entry["step"], entry["laep/phase"]) for entry in trainer.state.log_history if "laep/phase" in entry]
+    assert [step for step, _ in changes] == [10, 16]
+    assert changes[0][1] == "warm-up"
+    assert changes[1][1] == "pruned"
+    assert said == []
+
+
+def test_a_training_that_ends_before_it_is_stable_says_what_it_would_have_dropped(tmp_path: Path) -> None:
+    said: list[str] = []
+    callback = laep(prunings=[Pruning(rule=Rule(target_params=0.8))], on_message=said.append)
+    trainer = trainer_of(tmp_path, callback, max_steps=12, warmup_steps=12)
+    trainer.train()
+    assert callback.events == []
+    assert "rises up to step 12 of 12" in said[0]
+    assert said[1].startswith("not pruned up to step 12: warm-up. Now ")
+    (entry,) = [entry["laep/unpruned"] for entry in trainer.state.log_history if "laep/unpruned" in entry]
+    assert entry["step"] == 12
+    assert sum(map(len, entry["dropped"].values())) > 0
+
+
 @pytest.mark.parametrize("goal", [{"max_rerouted": 0.1}, {"target_params": 0.7, "uniform": True}])
 def test_goals(goal: dict[str, Any], tmp_path: Path) -> None:
     callback = laep(target_params=goal.pop("target_params", None), **goal)

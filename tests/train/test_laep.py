@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers.optimization import Adafactor
 
 from secateur.decide.rule import Rule
 from secateur.errors import SecateurError
@@ -27,7 +29,7 @@ from secateur.train import laep as laep_module
 from secateur.train.distributed import job as job_module
 from secateur.train.laep import LAEP
 from secateur.train.load_history import LoadHistory
-from secateur.train.phases import PhaseConstants, phase_of
+from secateur.train.phases import PhaseConstants, in_words, phase_of
 from secateur.train.rearrange import Rearrangement, rearranged
 from secateur.train.schedule import Pruning
 from support.tiny_models import everything, random_tokens, tiny_model
@@ -680,3 +682,101 @@ def test_an_expert_has_moved_where_its_rank_is_another_one_by_the_old_and_the_ne
     )
     assert plan.layers[1] == kept  # all loads are alike, so they stand as they did
     assert placements[1].moved == 1
+
+
+# The learning rate
+
+
+def scheduled(steps: int, **laep: Any) -> tuple[Run, list[str], list[str]]:
+    """A run with a linear warm-up of 16 steps, what LAEP said, and the phases at the ends of its windows."""
+    said: list[str] = []
+    run = Run(prunings=[Pruning(rule=Rule(target_params=0.8))], on_message=said.append, **laep)
+    scheduler = get_scheduler("cosine", run.optimizer, num_warmup_steps=16, num_training_steps=40)
+    phases = []
+    for index in range(steps):
+        event = run.step(index)
+        scheduler.step()
+        if run.pruner.last_window is not None:
+            phases.append("pruned" if event else run.pruner.phase)
+    return run, said, phases
+
+
+EASY = PhaseConstants(max_regret=1.0, max_noise=1.0, min_change=0.0)
+
+
+def test_it_never_prunes_while_the_learning_rate_rises_though_nobody_told_it() -> None:
+    run, said, phases = scheduled(24, phase=EASY)
+    assert phases == ["begin"] * 4 + ["warm-up"] * 5 + ["pruned"] * 3
+    (event,) = run.pruner.events
+    assert event.step == 20  # step 17 has the highest rate, so the window of 19 and 20 is the first without a rise
+    assert said == []
+
+
+def test_a_schedule_that_is_followed_is_known_ahead() -> None:
+    """A staircase: the rate rests for two windows at each step of the stairs."""
+    said: list[str] = []
+    run = Run(prunings=[Pruning(rule=Rule(target_params=0.8))], phase=EASY, on_message=said.append)
+    stairs = LambdaLR(run.optimizer, lambda step: min(1.0, 0.25 * (1 + step // 6)))
+    run.pruner.follow(stairs, 60)
+    events = {}
+    for index in range(30):
+        event = run.step(index)
+        stairs.step()
+        events |= {} if event is None else {index + 1: event}
+    assert list(events) == [22]  # the highest rate is that of step 19, seen after step 18
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=40), "OneCycleLR cannot be read ahead"),
+        (lambda optimizer: LambdaLR(optimizer, lambda step: 1 - 0.5 * (10 < step < 20)), "rises again at step 21"),
+        (lambda optimizer: LambdaLR(optimizer, lambda step: step / 40), "rises up to step 40 of 40"),
+    ],
+)
+def test_what_a_schedule_means_for_the_stable_phase_is_said(make: Any, words: str) -> None:
+    said: list[str] = []
+    run = Run(prunings=[Pruning(rule=Rule(target_params=0.8))], on_message=said.append)
+    run.pruner.follow(make(run.optimizer), 40)
+    assert len(said) == 1
+    assert words in said[0]
+    fixed = Run(at_step=3, target_params=0.8, on_message=said.append)
+    fixed.pruner.follow(make(fixed.optimizer), 40)
+    assert len(said) == 1, "a fixed step needs no stable phase"
+
+
+def test_an_optimizer_that_sets_its_own_rate_is_said() -> None:
+    said: list[str] = []
+    optimizer = lambda model: Adafactor(model.parameters(), lr=None)  # noqa: E731
+    run = Run(optimizer=optimizer, on_message=said.append)
+    run.step(0)
+    assert "sets its own learning rate" in said[0]
+    Run(optimizer=optimizer, warmup_steps=5, on_message=said.append).step(0)
+    assert len(said) == 1
+
+
+def test_a_run_that_ends_before_it_is_stable_says_what_it_would_have_dropped() -> None:
+    said: list[str] = []
+    run = Run(target_params=0.8, phase=PhaseConstants(min_change=1.0), on_message=said.append)
+    run.go(0, 16)
+    unpruned = run.pruner.finish()
+    assert unpruned is not None
+    assert unpruned.waits_for == in_words(run.pruner.report, PhaseConstants(min_change=1.0))
+    assert said == [unpruned.describe()]
+    assert not run.model._forward_pre_hooks
+    pruned = Run(at_step=16, target_params=0.8, phase=PhaseConstants(min_change=1.0))
+    (event,) = pruned.go(0, 16).values()
+    assert unpruned.dropped == {layer: one.dropped for layer, one in event.layers.items()}
+    assert unpruned.rerouted_share == pytest.approx(event.rerouted_share)
+    assert pruned.pruner.finish() is None
+    assert Run().pruner.finish() is None, "nothing was trained"
+
+
+def test_before_the_first_window_there_is_nothing_to_choose_by() -> None:
+    run = Run(target_params=0.8)
+    run.step(0)
+    unpruned = run.pruner.unpruned()
+    assert unpruned is not None
+    assert (unpruned.dropped, unpruned.waits_for) == (None, "begin")
+    assert unpruned.describe().endswith("no loads yet to choose by")

@@ -1,203 +1,214 @@
-"""The detector says "stable" exactly when its two comparisons held long enough in enough layers."""
+"""The detector says "stable" exactly when a choice made half as many tokens ago would cost little now."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.train.phases import PhaseConstants, StablePhaseDetector, spearman, total_variation
+from secateur.train.load_history import MOST, LoadHistory
+from secateur.train.phases import (
+    FEWEST_WINDOWS,
+    PhaseConstants,
+    PhaseReport,
+    in_words,
+    mean_regret,
+    moment,
+    phase_of,
+    recent_loads,
+    recent_tokens,
+    regret,
+    total_variation,
+)
 
-UP = [10, 20, 30, 40]
-DOWN = [40, 30, 20, 10]
+TOKENS = 1000
+THEN = [5, 40, 10, 300, 20, 80, 35, 510]
+NOW = [100, 10, 50, 300, 20, 80, 35, 405]
+SKEWED = [0.30, 0.25, 0.15, 0.10, 0.08, 0.06, 0.04, 0.02]
 
 
-def noisy(rng: random.Random, noise: float) -> dict[int, list[int]]:
-    return {layer: [1 + int(100 * i * (1 + noise * rng.random())) for i in range(8)] for layer in range(3)}
+def history_of(windows: Iterable[list[int]], tokens: int = TOKENS) -> LoadHistory:
+    history = LoadHistory()
+    for loads in windows:
+        history.add({0: loads}, tokens)
+    return history
 
 
-def test_spearman_golden_values() -> None:
-    assert spearman(UP, UP) == 1.0
-    assert spearman(UP, DOWN) == -1.0
-    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826816681233)  # textbook, with a tie
-    assert spearman([106, 100, 86, 101, 99, 103, 97, 113, 112, 110], [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]) == (
-        pytest.approx(-29 / 165)
-    )
+def drawn(rng: random.Random, shares: list[float], tokens: int) -> list[int]:
+    loads = [0] * len(shares)
+    for expert in rng.choices(range(len(shares)), shares, k=tokens):
+        loads[expert] += 1
+    return loads
 
 
-def test_spearman_depends_on_ranks_only_and_is_symmetric() -> None:
+def test_regret_golden_values() -> None:
+    assert regret(THEN, NOW) == (100 + 50 - 10 - 20) / 1000
+    assert regret(NOW, THEN) == (40 + 20 - 5 - 10) / 1000
+    assert regret(NOW, NOW) == 0
+    assert regret([3, 3, 3, 3], [1, 2, 3, 4]) == 0.3  # of equal loads the higher id goes first
+    assert regret([2, 1], [9, 1]) == 0.0  # a quarter is at least one expert
+
+
+def test_regret_is_of_shares_and_of_no_numbering() -> None:
     rng = random.Random(0)
     for _ in range(100):
-        a = [rng.randrange(6) for _ in range(7)]
-        b = [rng.randrange(6) for _ in range(7)]
-        assert spearman(a, b) == spearman(b, a) == spearman([x**3 + 5 for x in a], b)
-        assert -1 <= spearman(a, b) <= 1
-
-
-def test_spearman_equals_pearson_of_average_ranks() -> None:
-    rng = random.Random(1)
-    for _ in range(100):
-        a, b = ([rng.randrange(9) for _ in range(6)] for _ in range(2))
-        ranks = [[sum(y < x for y in v) + (1 + sum(y == x for y in v)) / 2 for x in v] for v in (a, b)]
-        centred = [[x - sum(r) / 6 for x in r] for r in ranks]
-        norm = math.sqrt(math.prod(sum(x * x for x in c) for c in centred))
-        if norm:
-            expected = sum(x * y for x, y in zip(*centred, strict=True)) / norm
-            assert spearman(a, b) == pytest.approx(expected, abs=1e-12)
-
-
-def test_spearman_of_constant_vectors_is_defined() -> None:
-    assert spearman([3, 3, 3], [7, 7, 7]) == 1.0
-    assert spearman([3, 3, 3], [1, 2, 3]) == 0.0
-    assert spearman([1, 2, 3], [3, 3, 3]) == 0.0
-    assert spearman([5], [9]) == 1.0
+        then, now = (rng.sample(range(1, 1000), 9) for _ in range(2))
+        value = regret(then, now)
+        assert 0 <= value <= 1
+        assert regret([3 * load for load in then], [7 * load for load in now]) == pytest.approx(value)
+        order = rng.sample(range(9), 9)
+        assert regret([then[old] for old in order], [now[old] for old in order]) == value
 
 
 def test_total_variation_golden_values() -> None:
-    assert total_variation(UP, [2 * load for load in UP]) == 0.0
+    assert total_variation([1, 2], [2, 4]) == 0.0
     assert total_variation([1, 0], [0, 9]) == 1.0
-    assert total_variation(UP, DOWN) == 0.4
-    assert total_variation([50, 50], [55, 45]) == 0.05
+    assert total_variation([10, 20, 30, 40], [40, 30, 20, 10]) == 0.4
+    for other in ([1], [0, 0]):
+        with pytest.raises(SecateurError, match="cannot be compared"):
+            total_variation([1, 2], other)
 
 
-def test_stable_needs_windows_minus_one_good_comparisons() -> None:
-    for windows in (2, 3, 5):
-        detector = StablePhaseDetector(PhaseConstants(windows=windows))
-        seen = [detector.update({0: UP}).stable for _ in range(windows + 2)]
-        assert seen == [False] * (windows - 1) + [True] * 3
+def test_the_mean_is_over_the_layers() -> None:
+    assert mean_regret({0: THEN, 3: NOW}, {0: NOW, 3: NOW}) == 0.06
 
 
-def test_one_bad_comparison_starts_the_count_again() -> None:
-    detector = StablePhaseDetector(PhaseConstants(windows=3))
-    seen = [detector.update({0: loads}).stable for loads in (UP, UP, DOWN, DOWN, DOWN, UP)]
-    assert seen == [False, False, False, False, True, False]
+def test_a_moment_is_an_eighth_of_the_tokens_and_at_least_three_windows() -> None:
+    numbered = [[number, 1] for number in range(1, 41)]  # so that a sum tells which windows it is of
+    for windows, last, first in [(1, 1, 1), (2, 2, 1), (5, 5, 3), (24, 24, 22), (40, 40, 36)]:
+        history = history_of(numbered[:windows])
+        assert recent_loads(history)[0] == [sum(range(first, last + 1)), last + 1 - first]
+        assert recent_tokens(history) == TOKENS * (last + 1 - first)
+    halfway = moment(history_of(numbered), 20 * TOKENS)[0]
+    assert halfway == [16 + 17 + 18 + 19 + 20, 5]
 
 
-def test_rank_correlation_and_distance_are_both_needed() -> None:
-    same_ranks_other_shares = StablePhaseDetector(PhaseConstants(windows=2))
-    same_ranks_other_shares.update({0: [1, 2, 3, 4]})
-    report = same_ranks_other_shares.update({0: [1, 2, 3, 94]})
-    assert (report.stable, report.rank_correlation[0]) == (False, 1.0)
-    assert report.total_variation[0] == pytest.approx(0.54)
-
-    same_shares_other_ranks = StablePhaseDetector(PhaseConstants(windows=2))
-    same_shares_other_ranks.update({0: [100, 101, 102, 103]})
-    report = same_shares_other_ranks.update({0: [103, 102, 101, 100]})
-    assert (report.stable, report.rank_correlation[0]) == (False, -1.0)
-    assert report.total_variation[0] < 0.05
+def test_the_look_back_is_at_half_as_many_tokens() -> None:
+    """Loads change once, after window 10: at window 20 the look back ends there, one later it does not."""
+    windows = [*[THEN] * 10, *[NOW] * 40]
+    for number, expected in [(16, 0.12), (20, 0.12), (26, 0.0)]:
+        assert phase_of(history_of(windows[:number]), PhaseConstants()).regret == pytest.approx(expected)
+    found = [phase_of(history_of(windows[:number]), PhaseConstants()).regret for number in range(16, 51)]
+    assert found == sorted(found, reverse=True)  # type: ignore[type-var]
 
 
-def test_constants_are_inclusive_limits() -> None:
-    loads = ({0: [50, 50], 1: [1, 2]}, {0: [55, 45], 1: [1, 2]})
-    for limit, stable in ((0.05, True), (0.0499, False)):
-        detector = StablePhaseDetector(
-            PhaseConstants(windows=2, max_total_variation=limit, min_rank_correlation=0, min_stable_layers=1)
-        )
-        detector.update(loads[0])
-        assert detector.update(loads[1]).stable is stable
+def test_there_is_nothing_to_look_back_at_in_the_first_windows() -> None:
+    phases = [phase_of(history_of([THEN] * number), PhaseConstants()) for number in range(1, FEWEST_WINDOWS + 1)]
+    assert {report.phase for report in phases[:-1]} == {"begin"}
+    assert {report.regret for report in phases[:-1]} == {None}
+    assert phases[-1].phase == "unlearned"
 
 
-@pytest.mark.parametrize(("needed", "stable"), [(0.95, True), (0.96, False)])
-def test_a_share_of_the_layers_is_enough(needed: float, stable: bool) -> None:
-    detector = StablePhaseDetector(PhaseConstants(windows=2, min_stable_layers=needed))
-    detector.update(dict.fromkeys(range(20), UP))
-    report = detector.update({**dict.fromkeys(range(20), UP), 7: DOWN})
-    assert (report.stable, report.stable_share) == (stable, 0.95)
-    assert len(report.rank_correlation) == len(report.total_variation) == 20
-
-
-def test_first_window_has_nothing_to_compare() -> None:
-    report = StablePhaseDetector().update({0: UP})
-    assert (report.stable, report.stable_share, report.rank_correlation, report.total_variation) == (False, 0.0, {}, {})
-
-
-def test_restored_detector_goes_on_identically() -> None:
+def test_neither_a_long_window_nor_many_tokens_change_what_is_found() -> None:
     rng = random.Random(0)
-    windows = [noisy(rng, noise) for noise in (3, 0.1, 0.05, 2, 0.02, 0.02, 0.02, 0.02)]
-    whole = StablePhaseDetector()
-    reports = [whole.update(window) for window in windows]
-    assert {report.stable for report in reports} == {True, False}
-    for cut in range(len(windows)):
-        first = StablePhaseDetector()
-        for window in windows[:cut]:
-            first.update(window)
-        second = StablePhaseDetector()
-        second.restore(json.loads(json.dumps(first.state())))
-        assert [second.update(window) for window in windows[cut:]] == reports[cut:]
-        assert second.state() == whole.state()
+    short = [[1 + int(100 * rng.random() * (1 + window / 48)) for _ in range(8)] for window in range(48)]
+    long = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(short[::2], short[1::2], strict=True)]
+    large = [[1000 * load for load in window] for window in short]
+    first = phase_of(history_of(short), PhaseConstants())
+    for other in (history_of(large, 1000 * TOKENS), history_of(long, 2 * TOKENS)):
+        found = phase_of(other, PhaseConstants())
+        assert found.regret == pytest.approx(first.regret)
+    assert phase_of(history_of(large, 1000 * TOKENS), PhaseConstants()).change == pytest.approx(first.change)
 
 
-def test_reset_forgets_everything() -> None:
-    detector = StablePhaseDetector(PhaseConstants(windows=2))
-    fresh = detector.state()
-    detector.update({0: UP})
-    detector.reset()
-    assert detector.state() == fresh
-    assert not detector.update({0: [1, 2], 1: [3]}).stable
+def test_loads_that_stay_where_they_began_are_unlearned_unless_the_model_had_been_trained() -> None:
+    still = history_of([NOW] * 30)
+    assert phase_of(still, PhaseConstants()).phase == "unlearned"
+    assert phase_of(still, PhaseConstants(), learned=True).phase == "stable"
+    assert phase_of(still, PhaseConstants(min_change=0)).phase == "stable"
+    left = history_of([THEN, *[NOW] * 30])
+    assert phase_of(left, PhaseConstants()).change == pytest.approx(total_variation(THEN, NOW))
+    assert phase_of(left, PhaseConstants()).phase == "stable"
+    assert phase_of(left, PhaseConstants(min_change=0.5)).phase == "unlearned"
+
+
+def test_nothing_is_stable_while_the_learning_rate_rises() -> None:
+    left = history_of([THEN, *[NOW] * 30])
+    assert phase_of(left, PhaseConstants(), rises=True).phase == "warm-up"
+    assert phase_of(history_of([NOW] * 2), PhaseConstants(), rises=True).phase == "begin"
+
+
+def test_loads_that_keep_moving_are_moving() -> None:
+    turned = [
+        [round(1000 * (1.1 + math.sin(expert + math.log2(window)))) for expert in range(8)] for window in range(1, 61)
+    ]
+    phases = {phase_of(history_of(turned[:number]), PhaseConstants()).phase for number in range(FEWEST_WINDOWS, 61)}
+    assert phases == {"moving"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sampling_noise_is_told_from_movement_and_says_how_many_tokens_are_missing(seed: int) -> None:
+    """Fixed shares: few tokens say "unknown", with the tokens that a moment needs; with as many it is stable."""
+    rng = random.Random(seed)
+    close = [0.25, 0.2, 0.15, 0.1, 0.085, 0.08, 0.07, 0.065]
+    few = history_of([drawn(rng, close[::-1], 40), *(drawn(rng, close, 40) for _ in range(15))], 40)
+    report = phase_of(few, PhaseConstants())
+    assert report.phase in ("unknown", "moving")
+    assert report.noise is not None
+    assert report.noise > 0.005
+    assert report.tokens_needed is not None
+    assert report.tokens_needed > recent_tokens(few)
+    enough = 10_000
+    many = history_of([drawn(rng, close[::-1], enough), *(drawn(rng, close, enough) for _ in range(15))], enough)
+    report = phase_of(many, PhaseConstants())
+    assert (report.phase, report.tokens_needed) == ("stable", None)
+    assert report.noise is not None
+    assert report.noise <= 0.005
+
+
+def test_a_regret_far_above_its_noise_is_no_noise() -> None:
+    rng = random.Random(0)
+    few = [drawn(rng, SKEWED[::-1], 40) for _ in range(8)] + [drawn(rng, SKEWED, 40) for _ in range(7)]
+    report = phase_of(history_of(few, 40), PhaseConstants(max_noise=0.001))
+    assert report.noise is not None
+    assert report.noise > 0.001
+    assert report.phase == "moving"
+
+
+def test_a_long_run_is_found_stable_as_a_short_one_is() -> None:
+    for number in (30, MOST + 7, 5 * MOST):
+        moved = history_of([*[THEN] * (number // 10), *[NOW] * number])
+        assert phase_of(moved, PhaseConstants()).phase == "stable"
+        just = history_of([*[THEN] * number, *[NOW] * (number // 2)])
+        assert phase_of(just, PhaseConstants()).phase == "moving"
 
 
 @pytest.mark.parametrize(
-    ("loads", "message"),
+    ("report", "words", "limit"),
     [
-        ({}, "no layer"),
-        ({0: UP, 1: [0, 0]}, "window, layer 1: no token was routed to any of its 2 experts"),
-        ({0: UP}, r"layers \[1\] have \[0\] experts, but \[2\] in the window before; reset"),
-        ({0: UP[:3], 1: [1, 2]}, r"layers \[0\] have \[3\] experts, but \[4\]"),
-        ({0: UP, 1: [1, 2], 2: [1]}, r"layers \[2\] have \[1\] experts, but \[0\]"),
+        (PhaseReport(phase="begin"), "begin", ""),
+        (PhaseReport(phase="warm-up", regret=0.1, noise=0.1, change=0.1), "warm-up", ""),
+        (PhaseReport(phase="moving", regret=0.2352, noise=0.1, change=0.1), "moving, regret 24%", " (max_regret 0.5%)"),
+        (
+            PhaseReport(phase="unknown", regret=0.2, noise=0.0123, change=0.1),
+            "unknown, noise 1.2%",
+            " (max_noise 0.5%)",
+        ),
+        (PhaseReport(phase="moving", regret=1.0, noise=0.1, change=0.1), "moving, regret 100%", " (max_regret 0.5%)"),
+        (PhaseReport(phase="unlearned", regret=0, noise=0, change=0.04), "unlearned, change 4%", " (min_change 10%)"),
+        (PhaseReport(phase="stable", regret=0.0031, noise=0, change=0.4), "stable, regret 0.31%", " (max_regret 0.5%)"),
     ],
 )
-def test_an_unusable_window_is_refused_and_changes_nothing(loads: Any, message: str) -> None:
-    detector = StablePhaseDetector()
-    detector.update({0: UP, 1: [1, 2]})
-    before = detector.state()
-    with pytest.raises(SecateurError, match=message):
-        detector.update(loads)
-    assert detector.state() == before
+def test_phases_in_words(report: PhaseReport, words: str, limit: str) -> None:
+    assert in_words(report) == words
+    assert in_words(report, PhaseConstants()) == words + limit
+    assert report.stable == (report.phase == "stable")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"windows": 1}, "windows is 1"),
-        ({"windows": 3.0}, "windows is 3.0"),
-        ({"min_rank_correlation": 1.1}, "min_rank_correlation is 1.1"),
-        ({"max_total_variation": -0.1}, "max_total_variation is -0.1"),
-        ({"max_total_variation": math.nan}, "max_total_variation is nan"),
-        ({"min_stable_layers": 0}, "min_stable_layers is 0"),
-        ({"min_stable_layers": 2}, "min_stable_layers is 2"),
+        ({"max_regret": 1.1}, "max_regret is 1.1"),
+        ({"max_noise": -0.1}, "max_noise is -0.1"),
+        ({"max_noise": math.nan}, "max_noise is nan"),
+        ({"min_change": "much"}, "min_change is 'much'"),
+        ({"min_change": True}, "min_change is True"),
     ],
 )
 def test_constants_out_of_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SecateurError, match=message):
         PhaseConstants(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": "other"}, "'format' is 'other', expected 'secateur-phase-detector'"),
-        ({"version": 2}, "'version' is 2, expected 1"),
-        ({"constants": {"windows": 4}}, "the saved constants are"),
-        ({"previous": 3}, "'previous' is 3, expected an object"),
-        ({"streak": {"x": 1}}, "'streak' has the key 'x', expected a layer id"),
-    ],
-)
-def test_a_foreign_state_is_refused(change: dict[str, Any], message: str) -> None:
-    detector = StablePhaseDetector()
-    detector.update({0: UP})
-    before = detector.state()
-    with pytest.raises(SecateurError, match=message):
-        detector.restore({**before, **change})
-    assert detector.state() == before
-
-
-def test_comparing_loads_of_different_length_is_refused() -> None:
-    for compare in (spearman, total_variation):
-        with pytest.raises(SecateurError, match="loads of 2 and of 1 experts"):
-            compare([1, 2], [1])
-        with pytest.raises(SecateurError, match="loads of 0 and of 0"):
-            compare([], [])

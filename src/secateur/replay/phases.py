@@ -66,7 +66,9 @@ def phases(
     Args:
         run: the folder of a run of `pretrain`, pruned or not, or a file of JSON lines from any training: see
             `secateur.replay.histories.read_history`.
-        max_regret, max_noise, min_change: see `PhaseConstants`.
+        max_regret: of a choice made half as many tokens ago, as a share of the tokens; see `PhaseConstants`.
+        max_noise: of it that sampling alone may make. min_change: share of the tokens that must have left the experts
+            of the first window; 0 for a model that was trained before.
         warmup_steps: nothing is stable before so many steps; for records without a learning rate.
         on_progress: called with ("replaying", windows done, windows).
 

@@ -8,7 +8,10 @@ run, and the length of a window, the size of a batch and the learning rate do no
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -26,6 +29,7 @@ BACK = 0.5  # of the tokens so far: the moment that is looked back at
 RECENT = 0.125  # of the tokens so far: what counts as a moment ...
 LEAST = 3  # ... and so many windows, where there are as many
 IDLE = 4  # one in four experts is chosen
+SAMPLES = 33  # of a moment's loads
 SURELY = 2  # a regret so many times the noise above its limit is no noise
 
 
@@ -132,14 +136,52 @@ def _begin(history: LoadHistory, last: int) -> int:
 
 
 def noise_of(history: LoadHistory) -> float:
-    """The regret that two halves of the last moment have of each other, taken in turns, window by window."""
+    """The regret that one sample of the last moment's loads would have of another, mean over the layers."""
+    recent, spread = recent_loads(history), dispersion(history)
+    return _mean([sampling_regret(loads, spread) for loads in recent.values()])
+
+
+def sampling_regret(loads: Sequence[int], spread: float) -> float:
+    """The mean regret that samples have of each other which are drawn around `loads`.
+
+    Args:
+        loads: (E,) tokens of each expert. spread: the variance of a load over the load; 1 where tokens choose their
+            experts independently of each other.
+    """
+    deviations = [math.sqrt(spread * load) for load in loads]
+    samples = [
+        [max(0.0, load + z * by) for load, by, z in zip(loads, deviations, normal, strict=True)]
+        for normal in normals(len(loads))
+    ]
+    return _mean([regret(chosen_by, now) for chosen_by, now in itertools.pairwise(samples) if sum(now) > 0] or [1.0])
+
+
+def dispersion(history: LoadHistory) -> float:
+    """How much more the loads of the last moment vary from window to window than independent tokens would, at least 1.
+
+    Pearson's chi-squared of its windows over the degrees of freedom, all layers together.
+    """
     last = len(history.marks) - 1
-    halves: list[Loads] = [{}, {}]
-    for index in range(_begin(history, last), last):
-        loads, half = history.between(history.marks[index], history.marks[index + 1]), halves[(last - index) % 2]
-        for layer, counts in loads.items():
-            half[layer] = [a + b for a, b in zip(half.get(layer, [0] * len(counts)), counts, strict=True)]
-    return (mean_regret(halves[0], halves[1]) + mean_regret(halves[1], halves[0])) / 2
+    begin = _begin(history, last)
+    whole = history.between(history.marks[begin], history.marks[last])
+    parts = [history.between(history.marks[i], history.marks[i + 1]) for i in range(begin, last)]
+    squares = freedom = 0.0
+    for layer, loads in whole.items():
+        total, routed = sum(loads), [expert for expert, load in enumerate(loads) if load]
+        freedom += (len(parts) - 1) * (len(routed) - 1)
+        for part in parts:
+            tokens = sum(part[layer])
+            for expert in routed:
+                expected = tokens * loads[expert] / total
+                squares += (part[layer][expert] - expected) ** 2 / expected
+    return max(1.0, squares / freedom) if freedom else 1.0
+
+
+@functools.cache
+def normals(num_experts: int) -> tuple[tuple[float, ...], ...]:
+    """SAMPLES times (E,) normal numbers, the same at every call, so that a resumed run finds the same phases."""
+    draw = random.Random(0)
+    return tuple(tuple(draw.gauss(0, 1) for _ in range(num_experts)) for _ in range(SAMPLES))
 
 
 def mean_regret(chosen_by: Loads, now: Loads) -> float:
@@ -147,7 +189,7 @@ def mean_regret(chosen_by: Loads, now: Loads) -> float:
     return _mean([regret(chosen_by[layer], now[layer]) for layer in now])
 
 
-def regret(chosen_by: Sequence[int], now: Sequence[int]) -> float:
+def regret(chosen_by: Sequence[float], now: Sequence[float]) -> float:
     """What the idlest quarter by the loads `chosen_by` carries of the loads `now`, over what the idlest quarter does.
 
     Args:
@@ -180,12 +222,16 @@ def in_words(report: PhaseReport, constants: PhaseConstants | None = None) -> st
     deciding = {"unknown": "noise", "unlearned": "change", "moving": "regret", "stable": "regret"}.get(report.phase)
     if deciding is None:
         return report.phase
-    value = getattr(report, deciding)
-    said = f"{report.phase}, {deciding} {100 * value:.2g}%"
+    said = f"{report.phase}, {deciding} {_percent(getattr(report, deciding))}"
     if constants is None:
         return said
     name = "min_change" if deciding == "change" else f"max_{deciding}"
-    return f"{said} ({name} {100 * getattr(constants, name):.2g}%)"
+    return f"{said} ({name} {_percent(getattr(constants, name))})"
+
+
+def _percent(share: float) -> str:
+    """Two digits: 0.0123 -> "1.2%", 0.5 -> "50%"."""
+    return f"{share:.0%}" if share >= 0.0995 else f"{100 * share:.2g}%"
 
 
 def _mean(values: Sequence[float]) -> float:
