@@ -50,7 +50,7 @@ def rises(history: History, window: int) -> bool:
 
 
 def detector(history: History, threshold: float) -> int | None:
-    """LAEP's own: regret of the choice made half as many tokens ago."""
+    """LAEP's own: mean regret of the choices made since a fifth of the tokens."""
     found = reports(history, PhaseConstants(max_regret=threshold))
     return next((window for window, report in enumerate(found, start=1) if report.stable), None)
 
@@ -68,6 +68,12 @@ def looking_back(share: float) -> Fires:
 
 def _back(history: History, window: int, at: float) -> float:
     return regret(moment(history, window, at), moment(history, window, window))
+
+
+def choices_since(share: float) -> Fires:
+    """Mean regret of the choices made since `share` of the tokens had been seen; without noise or change."""
+    looks = [look for look in np.arange(0.05, 1, 0.05) if look >= share - 1e-9]
+    return _first(lambda history, window: float(np.mean([_back(history, window, look * window) for look in looks])))
 
 
 def by_learning_rate(history: History, window: int) -> float:
@@ -170,30 +176,26 @@ REGRETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03)
 SHARES: Sequence[float] = tuple(share / 100 for share in range(5, 100, 5))
 
 CANDIDATES = (
-    Candidate(name="looking back", about="LAEP's detector", fires=detector, thresholds=REGRETS),
+    Candidate(name="choices since 1/5", about="LAEP's detector", fires=detector, thresholds=REGRETS),
+    Candidate(name="choices since 1/5, regret alone", about="", fires=choices_since(0.2), thresholds=REGRETS),
+    Candidate(name="choices since 1/3", about="", fires=choices_since(0.35), thresholds=REGRETS),
+    Candidate(name="choices since half", about="", fires=choices_since(0.5), thresholds=REGRETS),
+    Candidate(name="the choice at 1/4", about="", fires=looking_back(0.25), thresholds=(*REGRETS, 0.05, 0.1)),
+    Candidate(name="the choice at half", about="", fires=looking_back(0.5), thresholds=REGRETS),
+    Candidate(name="the choice at 3/4", about="", fires=looking_back(0.75), thresholds=REGRETS),
     Candidate(
-        name="looking back, no noise or change",
-        about="the regret alone",
-        fires=looking_back(0.5),
-        thresholds=REGRETS,
-    ),
-    Candidate(name="looking back to a quarter", about="", fires=looking_back(0.25), thresholds=(*REGRETS, 0.05, 0.1)),
-    Candidate(name="looking back to 3/4", about="", fires=looking_back(0.75), thresholds=REGRETS),
-    Candidate(
-        name="looking back by learning rate",
+        name="the choice at half the learning rate",
         about="time is the summed learning rate",
         fires=_first(by_learning_rate),
         thresholds=REGRETS,
     ),
     Candidate(
-        name="looking back and ahead",
+        name="the choice at half, and ahead",
         about="also if loads move on as far",
         fires=_first(back_and_ahead),
         thresholds=REGRETS,
     ),
-    Candidate(
-        name="every choice since half", about="the largest regret", fires=_first(every_choice_since), thresholds=REGRETS
-    ),
+    Candidate(name="the worst choice since half", about="", fires=_first(every_choice_since), thresholds=REGRETS),
     Candidate(
         name="parallel curves",
         about="the paper's own words",

@@ -47,7 +47,7 @@ FOUR = Scenarios(__name__, 4)
 SMALL = {"num_hidden_layers": 2}
 ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 9, 5
 BEGUN = 7  # steps of the runs that are compared with the first ones of a longer run
-QUICK_PHASE = PhaseConstants(max_regret=0.004, max_noise=1.0, min_change=0.0)
+QUICK_PHASE = PhaseConstants(max_regret=0.002, max_noise=1.0, min_change=0.0)
 PRUNING: dict[str, Any] = {"at_step": PRUNE_AT, "target_params": 0.8, "window_steps": 2}
 
 Kind = dict[str, Any]
@@ -503,7 +503,7 @@ def test_rearrangement_changes_no_logit_and_no_training() -> None:
 
 
 def test_the_detector_and_the_windows_follow_the_experts() -> None:
-    plain, moved = watched(14), watched(14, rearrange=Rearrangement(ranks=4, every=2))
+    plain, moved = watched(22), watched(22, rearrange=Rearrangement(ranks=4, every=2))
     assert "stable" in plain.phases[2:]
     assert "moving" in plain.phases[2:]
     assert moved.phases == plain.phases

@@ -37,7 +37,7 @@ from support.tiny_models import everything, random_tokens, tiny_model
 TOKENS_PER_STEP = 4 * 8
 QUICK_PHASE = PhaseConstants(max_regret=0.06, max_noise=1.0, min_change=0.0)
 
-WARMUP = 11
+WARMUP, SLOW = 17, PhaseConstants(max_regret=0.09, max_noise=1.0, min_change=0.0)
 
 
 def batch(step: int) -> Tensor:
@@ -113,22 +113,22 @@ def test_it_prunes_at_the_end_of_the_window_in_which_the_tokens_are_reached() ->
 
 def test_it_prunes_when_the_detector_says_that_the_loads_are_stable() -> None:
     history, stable = LoadHistory(), []
-    for number, window in enumerate(watched(26), start=1):
+    for number, window in enumerate(watched(32), start=1):
         history.add(window.loads(), 2 * TOKENS_PER_STEP)
-        stable.append(phase_of(history, QUICK_PHASE, rises=2 * number < WARMUP).stable)
+        stable.append(phase_of(history, SLOW, rises=2 * number < WARMUP).stable)
     first = 2 * (stable.index(True) + 1)
     assert first > WARMUP + 2, "the loads were stable from the start, so this test could not fail"
-    run = Run(target_params=0.8, warmup_steps=WARMUP)
+    run = Run(target_params=0.8, warmup_steps=WARMUP, phase=SLOW)
     phases = {}
     events = {}
-    for index in range(26):
+    for index in range(32):
         event = run.step(index)
         events |= {} if event is None else {index + 1: event}
         phases[index + 1] = run.pruner.phase
     assert list(events) == [first]
     assert events[first].reason == "stable"
     assert set(phases.values()) == {"begin", "warm-up", "moving", "pruned"}
-    assert [step for step, phase in phases.items() if phase == "pruned"] == list(range(first, 27))
+    assert [step for step, phase in phases.items() if phase == "pruned"] == list(range(first, 33))
 
 
 def test_the_default_keeps_two_thirds_of_the_parameters_at_the_stable_phase() -> None:
@@ -171,7 +171,7 @@ def test_a_pruning_right_after_another_is_decided_on_the_tokens_between_them() -
 
 def test_an_empty_schedule_only_watches() -> None:
     model = tiny_model("mixtral")
-    run = Run(model=model, prunings=[], optimizer=lambda model: torch.optim.NAdam(model.parameters()))
+    run = Run(model=model, prunings=[], phase=SLOW, optimizer=lambda model: torch.optim.NAdam(model.parameters()))
     assert run.go(0, 10) == {}
     assert run.pruner.phase == "stable"
     assert run.pruner.last_window is not None

@@ -87,11 +87,16 @@ def test_a_moment_is_an_eighth_of_the_tokens_and_at_least_three_windows() -> Non
     assert halfway == [16 + 17 + 18 + 19 + 20, 5]
 
 
-def test_the_look_back_is_at_half_as_many_tokens() -> None:
-    """Loads change once, after window 10: at window 20 the look back ends there, one later it does not."""
-    windows = [*[THEN] * 10, *[NOW] * 40]
-    for number, expected in [(16, 0.12), (20, 0.12), (26, 0.0)]:
-        assert phase_of(history_of(windows[:number]), PhaseConstants()).regret == pytest.approx(expected)
+def test_the_regret_is_of_all_choices_since_a_fifth_of_the_tokens() -> None:
+    """Loads change once, after window 10. At window 20, 16 choices count, those made at the windows 4 to 19.
+
+    Seven are of the loads of before: 0.12 each. Of the two that are of both, that at 11 takes the experts 4 and 2, 0.04
+    more than the idlest carry, and that at 12 the idlest.
+    """
+    windows = [*[THEN] * 10, *[NOW] * 140]
+    report = phase_of(history_of(windows[:20]), PhaseConstants())
+    assert report.regret == pytest.approx((7 * 0.12 + 0.04) / 16)
+    assert phase_of(history_of(windows), PhaseConstants()).regret == 0.0
     found = [phase_of(history_of(windows[:number]), PhaseConstants()).regret for number in range(16, 51)]
     assert found == sorted(found, reverse=True)  # type: ignore[type-var]
 
@@ -106,13 +111,13 @@ def test_there_is_nothing_to_look_back_at_in_the_first_windows() -> None:
 def test_neither_a_long_window_nor_many_tokens_change_what_is_found() -> None:
     rng = random.Random(0)
     short = [[1 + int(100 * rng.random() * (1 + window / 48)) for _ in range(8)] for window in range(48)]
-    long = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(short[::2], short[1::2], strict=True)]
     large = [[1000 * load for load in window] for window in short]
     first = phase_of(history_of(short), PhaseConstants())
-    for other in (history_of(large, 1000 * TOKENS), history_of(long, 2 * TOKENS)):
-        found = phase_of(other, PhaseConstants())
-        assert found.regret == pytest.approx(first.regret)
-    assert phase_of(history_of(large, 1000 * TOKENS), PhaseConstants()).change == pytest.approx(first.change)
+    found = phase_of(history_of(large, 1000 * TOKENS), PhaseConstants())
+    assert (found.regret, found.change) == (pytest.approx(first.regret), pytest.approx(first.change))
+    halved = [half for window in short for half in ([load // 2 for load in window], [-(-load // 2) for load in window])]
+    found = phase_of(history_of(halved, TOKENS // 2), PhaseConstants())
+    assert found.regret == pytest.approx(first.regret, rel=0.1)
 
 
 def test_loads_that_stay_where_they_began_are_unlearned_unless_the_model_had_been_trained() -> None:
@@ -182,15 +187,27 @@ def test_a_long_run_is_found_stable_as_a_short_one_is() -> None:
     [
         (PhaseReport(phase="begin"), "begin", ""),
         (PhaseReport(phase="warm-up", regret=0.1, noise=0.1, change=0.1), "warm-up", ""),
-        (PhaseReport(phase="moving", regret=0.2352, noise=0.1, change=0.1), "moving, regret 24%", " (max_regret 0.5%)"),
+        (
+            PhaseReport(phase="moving", regret=0.2352, noise=0.1, change=0.1),
+            "moving, regret 24%",
+            " (max_regret 1.00%)",
+        ),
         (
             PhaseReport(phase="unknown", regret=0.2, noise=0.0123, change=0.1),
-            "unknown, noise 1.2%",
-            " (max_noise 0.5%)",
+            "unknown, noise 1.23%",
+            " (max_noise 0.50%)",
         ),
-        (PhaseReport(phase="moving", regret=1.0, noise=0.1, change=0.1), "moving, regret 100%", " (max_regret 0.5%)"),
-        (PhaseReport(phase="unlearned", regret=0, noise=0, change=0.04), "unlearned, change 4%", " (min_change 10%)"),
-        (PhaseReport(phase="stable", regret=0.0031, noise=0, change=0.4), "stable, regret 0.31%", " (max_regret 0.5%)"),
+        (PhaseReport(phase="moving", regret=1.0, noise=0.1, change=0.1), "moving, regret 100%", " (max_regret 1.00%)"),
+        (
+            PhaseReport(phase="unlearned", regret=0, noise=0, change=0.04),
+            "unlearned, change 4.00%",
+            " (min_change 10%)",
+        ),
+        (
+            PhaseReport(phase="stable", regret=0.0031, noise=0, change=0.4),
+            "stable, regret 0.31%",
+            " (max_regret 1.00%)",
+        ),
     ],
 )
 def test_phases_in_words(report: PhaseReport, words: str, limit: str) -> None:

@@ -26,10 +26,10 @@ def phases(
         float,
         typer.Option(
             "--max-regret",
-            help="Loads are stable when the idlest experts of half as many tokens ago carry at most this share of the "
-            "tokens more than today's.",
+            help="Loads are stable when the idlest experts of earlier, since a fifth of the tokens, carry on average "
+            "at most this share of the tokens more than today's.",
         ),
-    ] = 0.005,
+    ] = 0.01,
     max_noise: Annotated[
         float, typer.Option("--max-noise", help="And when sampling alone makes at most this share.")
     ] = 0.005,
@@ -49,7 +49,7 @@ def phases(
 ) -> None:
     """Replay the loads of a run: when would LAEP have found them stable, and why not earlier?
 
-    Example: `secateur phases run --max-regret 0.01`
+    Example: `secateur phases run --max-regret 0.02`
     """
     import json
 

@@ -82,7 +82,7 @@ def pretrain(
     rearrange_nodes: Annotated[int, _option("Nodes whose ranks are filled together.", PLACEMENT)] = 1,
     rearrange_tolerance: Annotated[float | None, _option("Between prunings, move as few experts as keep the balance within this share of the best found.", PLACEMENT)] = None,
     window_steps: Annotated[int, _option("Steps a statistics window.", PRUNING)] = 20,
-    max_regret: Annotated[float, _option("Loads are stable when the idlest experts of half as many tokens ago carry at most this share of the tokens more than today's.", PRUNING)] = 0.005,
+    max_regret: Annotated[float, _option("Loads are stable when the idlest experts of earlier, since a fifth of the tokens, carry on average at most this share of the tokens more than today's.", PRUNING)] = 0.01,
     max_noise: Annotated[float, _option("And when sampling alone makes at most this share.", PRUNING)] = 0.005,
     min_change: Annotated[float | None, _option("And when at least this share of the tokens goes to other experts than in the first window. Default: 0.1; 0 with --model.", PRUNING)] = None,
     log_steps: Annotated[int, _option("Steps between log lines.", RECORD)] = 10,

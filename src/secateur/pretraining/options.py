@@ -95,7 +95,7 @@ class PretrainOptions(RuleFields):
     rearrange_nodes: int = 1
     rearrange_tolerance: float | None = None
     window_steps: int = 20
-    max_regret: float = 0.005
+    max_regret: float = 0.01
     max_noise: float = 0.005
     min_change: float | None = None
     # record

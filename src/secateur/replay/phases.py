@@ -55,7 +55,7 @@ class Phases(Result):
 def phases(
     run: StrPath,
     *,
-    max_regret: float = 0.005,
+    max_regret: float = 0.01,
     max_noise: float = 0.005,
     min_change: float = 0.1,
     warmup_steps: int = 0,
@@ -66,7 +66,7 @@ def phases(
     Args:
         run: the folder of a run of `pretrain`, pruned or not, or a file of JSON lines from any training: see
             `secateur.replay.histories.read_history`.
-        max_regret: of a choice made half as many tokens ago, as a share of the tokens; see `PhaseConstants`.
+        max_regret: of earlier choices, on average, as a share of the tokens; see `PhaseConstants`.
         max_noise: of it that sampling alone may make. min_change: share of the tokens that must have left the experts
             of the first window; 0 for a model that was trained before.
         warmup_steps: nothing is stable before so many steps; for records without a learning rate.

@@ -81,9 +81,10 @@ def _phases(run: RunData) -> Entry:
     return Entry(
         name="phases",
         heading="When the loads are stable",
-        caption="Regret: what the idlest quarter of the experts of half as many tokens ago carries now, over what the "
-        "idlest quarter does now. Noise: the regret that sampling alone makes. Dashed: their limits. Loads are stable "
-        "when both are below, the learning rate does not rise, and loads have left where they started.",
+        caption="Regret: what the idlest quarter of the experts of earlier, since a fifth of the tokens, carries now "
+        "over what the idlest quarter does, on average. Noise: the regret that sampling alone makes. Dashed: their "
+        "limits. Loads are stable when both are below, the learning rate does not rise, and loads have left where they "
+        "started.",
         alternative=f"{figures_phases.phases_title(run)}. {parts}. Regret, noise and learning rate against tokens.",
         draw=partial(figures_phases.phases_figure, run),
     )

@@ -2,8 +2,8 @@
 
 Our reading judges by what a choice would cost. Say that the idlest quarter of a layer's experts was chosen at some
 moment. Its **regret** now is the share of the tokens that it carries now, minus the share of the quarter that is idlest
-now. Loads are stable when a choice made half as many tokens ago has hardly any regret. So the horizon grows with the
-run, and the length of a window, the size of a batch and the learning rate do not decide.
+now. Loads are stable when the choices made since a fifth of the tokens have hardly any regret, on average. So the
+horizon grows with the run, and the length of a window, the size of a batch and the learning rate do not decide.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 NUMBERS = ("regret", "noise", "change", "tokens_needed")  # of a report
 
 FEWEST_WINDOWS = 5  # before them there is nothing to look back at
-BACK = 0.5  # of the tokens so far: the moment that is looked back at
+LOOKS = tuple(part / 20 for part in range(4, 20))  # of the tokens so far: the moments that are looked back at
 RECENT = 0.125  # of the tokens so far: what counts as a moment ...
 LEAST = 3  # ... and so many windows, where there are as many
 IDLE = 4  # one in four experts is chosen
@@ -38,7 +38,8 @@ class PhaseConstants:
     """What counts as stable.
 
     Args:
-        max_regret: of a choice made half as many tokens ago, as a share of a layer's tokens, mean over the layers.
+        max_regret: of the choices made since a fifth of the tokens, as a share of a layer's tokens; the mean over
+            choices and layers.
         max_noise: regret that sampling alone would make; above it the phase is unknown.
         min_change: share of the tokens that must go to other experts than in the first window, so that loads which
             an untrained router came with do not count as settled. 0 for a model that was trained before.
@@ -47,7 +48,7 @@ class PhaseConstants:
         SecateurError: a value out of range.
     """
 
-    max_regret: float = 0.005
+    max_regret: float = 0.01
     max_noise: float = 0.005
     min_change: float = 0.1
 
@@ -61,9 +62,9 @@ class PhaseConstants:
 class PhaseReport:
     """The phase of a run at the end of a window, and the numbers that say so, means over the layers.
 
-    regret: of a choice made half as many tokens ago. noise: the regret that sampling alone makes. change: share of the
-    tokens that go to other experts than in the first window. tokens_needed: about how many tokens a moment must have
-    for max_noise; None where it has them. All but the phase are None at the begin.
+    regret: of the choices made since a fifth of the tokens. noise: the regret that sampling alone makes. change: share
+    of the tokens that go to other experts than in the first window. tokens_needed: about how many tokens a moment must
+    have for max_noise; None where it has them. All but the phase are None at the begin.
     """
 
     phase: Phase
@@ -88,7 +89,7 @@ def phase_of(
     if history.num_windows < FEWEST_WINDOWS:
         return PhaseReport(phase="begin")
     recent = recent_loads(history)
-    regret = mean_regret(moment(history, BACK * history.num_tokens), recent)
+    regret = _mean([mean_regret(moment(history, look * history.num_tokens), recent) for look in LOOKS])
     noise = noise_of(history)
     change = _mean([total_variation(history.marks[1].sums[layer], recent[layer]) for layer in recent])
     needed = None
@@ -230,8 +231,8 @@ def in_words(report: PhaseReport, constants: PhaseConstants | None = None) -> st
 
 
 def _percent(share: float) -> str:
-    """Two digits: 0.0123 -> "1.2%", 0.5 -> "50%"."""
-    return f"{share:.0%}" if share >= 0.0995 else f"{100 * share:.2g}%"
+    """0.0123 -> "1.23%", 0.5 -> "50%"."""
+    return f"{share:.0%}" if share >= 0.0995 else f"{100 * share:.2f}%"
 
 
 def _mean(values: Sequence[float]) -> float:
