@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from secateur.decide.laep_rule import removal_order
 from secateur.errors import SecateurError
 from secateur.train.load_history import MOST, LoadHistory
 from secateur.train.phases import (
     FEWEST_WINDOWS,
     PhaseConstants,
     PhaseReport,
+    dispersion,
     in_words,
     mean_regret,
     moment,
@@ -22,6 +25,7 @@ from secateur.train.phases import (
     recent_loads,
     recent_tokens,
     regret,
+    sampling_regret,
     total_variation,
 )
 
@@ -51,6 +55,33 @@ def test_regret_golden_values() -> None:
     assert regret(NOW, NOW) == 0
     assert regret([3, 3, 3, 3], [1, 2, 3, 4]) == 0.3  # of equal loads the higher id goes first
     assert regret([2, 1], [9, 1]) == 0.0  # a quarter is at least one expert
+
+
+def test_the_experts_that_are_chosen_are_those_that_the_rule_removes_first() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        then, now = ([rng.randrange(6) + 1 for _ in range(11)] for _ in range(2))  # with many ties
+        chosen, idlest = (sum(now[expert] for expert in removal_order(loads)[:2]) for loads in (then, now))
+        assert regret(then, now) == (chosen - idlest) / sum(now)
+
+
+def test_noise_is_what_samples_of_the_same_loads_have_of_each_other() -> None:
+    """Drawn anew from fixed shares: the mean regret of one moment by another is within a third of what is estimated."""
+    rng = random.Random(2)
+    shares = [0.25, 0.2, 0.15, 0.1, 0.085, 0.08, 0.07, 0.065]
+    for tokens in (100, 400, 1600):
+        loads = [drawn(rng, shares, tokens) for _ in range(200)]
+        found = sum(regret(a, b) for a, b in itertools.pairwise(loads)) / 199
+        estimated = sum(sampling_regret(one, 1.0) for one in loads[:40]) / 40
+        assert estimated == pytest.approx(found, rel=1 / 3)
+
+
+def test_loads_that_vary_more_than_independent_tokens_have_a_larger_spread() -> None:
+    rng = random.Random(3)
+    alone = [drawn(rng, SKEWED, 1000) for _ in range(24)]
+    in_fours = [[4 * load for load in drawn(rng, SKEWED, 250)] for _ in range(24)]
+    assert dispersion(history_of(alone)) == pytest.approx(1.0, abs=0.7)
+    assert dispersion(history_of(in_fours)) == pytest.approx(4.0, rel=0.5)
 
 
 def test_regret_is_of_shares_and_of_no_numbering() -> None:
