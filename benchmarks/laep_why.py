@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
@@ -33,7 +34,6 @@ from secateur.observation.call import read_index
 from secateur.pretraining.models import make_model, model_config
 from secateur.pretraining.options import PretrainOptions
 from secateur.train.laep import LAEP
-from secateur.train.phases import spearman
 
 DOMAINS = ("code", "manuals", "dictionary", "speeches")
 OPTIONS = PretrainOptions(
@@ -208,7 +208,7 @@ class Training:
         loads = {str(layer): counts for layer, counts in stats.loads().items()}
         before = self.windows[-1]["loads"] if self.windows else {}
         ranks = {
-            layer: spearman(before[layer], counts)
+            layer: float(spearmanr(before[layer], counts).statistic)
             for layer, counts in loads.items()
             if len(before.get(layer, ())) == len(counts)
         }
