@@ -222,7 +222,8 @@ def total_variation(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 def in_words(report: PhaseReport, constants: PhaseConstants | None = None) -> str:
-    """The phase and the number that decides it, short enough for a progress line; with constants also its limit."""
+    """The phase and the number that decides it, short enough for a progress line; with constants also its limit, and
+    how many tokens are missing."""
     deciding = {"unknown": "noise", "unlearned": "change", "moving": "regret", "stable": "regret"}.get(report.phase)
     if deciding is None:
         return report.phase
@@ -230,7 +231,10 @@ def in_words(report: PhaseReport, constants: PhaseConstants | None = None) -> st
     if constants is None:
         return said
     name = "min_change" if deciding == "change" else f"max_{deciding}"
-    return f"{said} ({name} {_percent(getattr(constants, name))})"
+    limit = f"{name} {_percent(getattr(constants, name))}"
+    if report.phase == "unknown" and report.tokens_needed is not None:
+        limit += f"; an eighth of the run needs about {report.tokens_needed:,} tokens"
+    return f"{said} ({limit})"
 
 
 def _percent(share: float) -> str:
