@@ -1,4 +1,4 @@
-"""Tell transformers' auto classes our models, pruned ones and V-MoE, without importing transformers ourselves."""
+"""Tell transformers' auto classes our models (pruned ones, V-MoE and BAM) without importing transformers ourselves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 LAYERS = "transformers.modeling_layers"  # it imports MODELS, and our models import it
 MODEL_TYPE = "secateur_moe"
-MODEL_MODULES = ("secateur.models.vmoe.modeling",)  # each registers its classes when it is imported
+# each registers its classes when it is imported
+MODEL_MODULES = ("secateur.models.bam.modeling", "secateur.models.vmoe.modeling")
 
 
 def when_auto_classes_load() -> None:
@@ -36,6 +37,7 @@ def _register_configs() -> None:
     # transformers is half imported at this moment: its config base class is there, its model classes are not.
     from transformers.configuration_utils import PreTrainedConfig
 
+    from secateur.models.bam.configuration import BamConfig
     from secateur.models.vmoe.configuration import VMoEConfig
 
     class PrunedMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -49,7 +51,7 @@ def _register_configs() -> None:
 
             return read_pruned_config(config_dict, **kwargs)
 
-    for config_class in (PrunedMoeConfig, VMoEConfig):
+    for config_class in (PrunedMoeConfig, BamConfig, VMoEConfig):
         sys.modules[CONFIGS].AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 

@@ -358,6 +358,8 @@ FAMILIES: dict[str, Family] = {
         router="router",
         tensors={"router.proj.weight": 0, "router.per_expert_scale": 0} | STACKED,
     ),
+    # Ours. Its attention experts have a count of their own, which no plan changes.
+    "bam": _std("bam", "num_experts", WIDE, {"num_attention_experts": 2}),
     # Two rows of the router belong to shared experts, which no plan may move.
     "inkling_text": _std(
         "inkling_text",
@@ -376,7 +378,7 @@ FAMILIES: dict[str, Family] = {
 LIKE_ANOTHER = {
     "qwen3_5_moe_text", "olmoe", "flex_olmo", "deepseek_v2 greedy", "deepseek_v32", "glm4_moe", "glm4_moe_lite",
     "dots1", "granitemoeshared", "granitemoehybrid", "exaone_moe", "aria_text", "axk1", "bailing_hybrid",
-    "cohere2_moe", "hy_v3", "laguna", "mellum", "mimo_v2_flash", "solar_open",
+    "cohere2_moe", "hy_v3", "bam", "laguna", "mellum", "mimo_v2_flash", "solar_open",
 }  # fmt: skip
 # One row of each layout, for tests that reach a model by its layout alone: experts of their own on the disk, router
 # groups, stacked with biases, a bias on another axis, rows that share an axis, other names on the disk, dense layers

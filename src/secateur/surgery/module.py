@@ -38,7 +38,7 @@ def check_model(moe: MoEModel) -> None:
             raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError("the model is quantised; experts are pruned in training only in floating point")
-    if getattr(model.config, "output_router_logits", False):
+    if getattr(model.config, "output_router_logits", False) and not getattr(model, "balances_by_layer", False):
         raise SecateurError(
             "config.output_router_logits is on: transformers then adds a balance loss that takes one expert count for "
             "all layers; turn it off (Secateur's balance option 'mixtral' is the same loss for layers that differ)"

@@ -172,6 +172,7 @@ class BalanceKind:
 # phimoe samples its choice; its affinities are the softmax that it samples from, without its threshold.
 SCORING: dict[str, Affinity] = {
     "afmoe": sigmoid_affinity,
+    "bam": softmax_affinity,
     "deepseek_v2": softmax_affinity,
     "deepseek_v3": sigmoid_affinity,
     "dots1": sigmoid_affinity,
