@@ -1,4 +1,4 @@
-"""Tell transformers' auto classes our models (pruned ones, V-MoE and BAM) without importing transformers ourselves."""
+"""Tell transformers' auto classes our models, pruned ones, V-MoE and BAM, without importing transformers ourselves."""
 
 from __future__ import annotations
 

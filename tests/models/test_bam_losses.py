@@ -126,7 +126,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_the_form_that_loses_the_
     for checkpointing in (False, True):
         model = tiny_bam("shared keys").train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(ids, labels=ids).loss.backward()
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert grads[0].keys() == grads[1].keys()
@@ -134,6 +134,6 @@ def test_gradient_checkpointing_changes_no_gradient_and_the_form_that_loses_the_
         torch.testing.assert_close(grads[1][name], grad, **NEAR)
         assert grad.any(), name
     model = tiny_bam("own keys").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(SecateurError, match="use_reentrant"):
         model(ids, labels=ids)

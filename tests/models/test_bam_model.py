@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from secateur.models.bam import BamConfig, BamForCausalLM, BamModel
 from secateur.models.bam.flops import cache_bytes_per_token, flops_per_token
 from support.tiny_bam import COMMON, every_kind, random_ids, tiny_bam
 
+ROOT = Path(__file__).parents[2]
 SIZES: dict[str, dict[str, Any]] = {
     "590M": {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
     "2B": {
@@ -221,6 +223,15 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_a_config_that_no_model_can_have_is_refused(message: str) -> None:
     with pytest.raises(SecateurError, match=message):
         BamConfig(**COMMON | WRONG[message])
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/bam.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/bam.md", "exec"), names)
+    assert type(AutoModelForCausalLM.from_pretrained("mixture")) is BamForCausalLM
+    assert names["output"].load_balance_loss > 1
 
 
 def test_ids_and_embeddings_at_once_are_refused() -> None:

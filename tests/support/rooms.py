@@ -155,7 +155,7 @@ ROOMS: dict[str, Room] = {
     ),
     "auto_classes": Room(
         question=(
-            "Tell transformers' auto classes our models, pruned ones and V-MoE, without importing transformers "
+            "Tell transformers' auto classes our models, pruned ones, V-MoE and BAM, without importing transformers "
             "ourselves."
         ),
         may_import=_rooms("models modeling_secateur"),

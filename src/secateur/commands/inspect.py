@@ -33,10 +33,11 @@ def _summary(found: dict[str, Any]) -> str:
     experts = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     groups = f", {found['groups']} router groups" if found["groups"] > 1 else ""
     shared = f", {found['shared_experts']} shared" if found["shared_experts"] else ""
+    attention = f"; {found['attention_experts']} attention experts each" if found["attention_experts"] else ""
     lines = [
         f"{found['path']}: {found['model_type']} ({found['class']})",
         f"{len(counts)} of {found['decoder_layers']} layers have experts, {experts} each, top-k {found['top_k']}"
-        f"{groups}{shared}",
+        f"{groups}{shared}{attention}",
         f"{in_words(total)} in {found['files']} files: "
         + ", ".join(f"{part} {in_words(size[part])} ({100 * size[part] / total:.1f} %)" for part in size),
         f"dtypes {', '.join(found['dtypes'])}; quantised: {found['quantisation'] or 'no'}; names {found['names']}",

@@ -14,6 +14,7 @@ from secateur.model_folder.read.model_folder import ModelFolder, read_model_fold
 from secateur.results import Result
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
+ATTENTION_KEY = "num_attention_experts"  # of BAM
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
 
 
@@ -99,6 +100,7 @@ def _content(source: ModelFolder, sizes: Mapping[int, int], limits: Sequence[str
         "groups": model.num_groups,
         "least_experts": model.min_experts,
         "shared_experts": _shared(source),
+        "attention_experts": _attention_experts(source),
         "names": source.layout.title,
         "files": len(folder.headers),
         "tensors": len(folder.tensors),
@@ -136,6 +138,12 @@ def _shared(folder: ModelFolder) -> int | None:
     return 1 if any(getattr(text, key, 0) for key in SHARED_WIDTHS) else None
 
 
+def _attention_experts(folder: ModelFolder) -> int | None:
+    """Attention experts a layer by the config; None where attention is not a mixture."""
+    found = getattr(folder.config.text, ATTENTION_KEY, None)
+    return found if type(found) is int and found > 1 else None
+
+
 def _limits(folder: ModelFolder) -> list[str]:
     """What a plan for this model must respect, in words."""
     model = folder.config
@@ -154,6 +162,10 @@ def _limits(folder: ModelFolder) -> list[str]:
         limits.append(
             f"the layers that predict further tokens ({layers}) must keep the number that config.json will say, or "
             "`apply` is told --mtp whole or --mtp drop"
+        )
+    if number := _attention_experts(folder):
+        limits.append(
+            f"the {number} attention experts of every layer stay as they are: a plan names experts of the FFN"
         )
     if folder.files.left_out:
         limits.append(f"weights in other forms are not carried along: {', '.join(map(str, folder.files.left_out))}")

@@ -34,5 +34,5 @@ class BamDecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-ca
         if self.post_attention_layernorm is not None:
             read = hidden_states if self.block == "parallel_two_norms" else outputs
             inputs = self.post_attention_layernorm(read)
-        outputs = outputs + self.mlp(inputs)
-        return outputs
+        mixed: Tensor = self.mlp(inputs)
+        return outputs + mixed
