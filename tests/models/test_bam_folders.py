@@ -32,7 +32,7 @@ from secateur.surgery.module import check_model, prune_model_
 from secateur.surgery.oracle import barred_experts
 from support.claims import fallen, not_checked
 from support.long_tests import long
-from support.model_folders import loaded, tensors_of
+from support.model_folders import loaded, run_card, tensors_of
 from support.models_with_text import TEXT
 from support.small_runs import SMALL, light_report
 from support.tiny_bam import tiny_bam
@@ -88,6 +88,7 @@ def test_it_is_observed_pruned_verified_and_evaluated(kind: str, root: Path, tmp
     prune(root / kind, tmp_path / "small", keep=0.5, allocation="global", **data)
     checks = verify(root / kind, tmp_path / "small").checks
     assert (fallen(checks), not_checked(checks)) == (set(), set()), checks
+    assert type(run_card(tmp_path / "small")).__name__ == "PrunedBamForCausalLM"
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     before, after = tensors_of(root / kind), tensors_of(tmp_path / "small")
     attention = [name for name in before if "self_attn" in name]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 from secateur.errors import SecateurError
@@ -29,6 +30,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 9216,
         "tie_word_embeddings": True,
     },
+    # not the paper's: of a byte model that two cores can train
+    "bytes": {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+    },
 }
 BTX = {"num_attention_experts": 1}
 # Printed in the paper; 2B with shared keys and values and the BTX rows of 5, 7 and 8 experts by its formula.
@@ -43,8 +52,12 @@ COUNTS = [
     ("2B", BTX, 5_431_309_056),
     ("2B", {}, 6_195_886_848),
     ("2B", {"kv_experts": False}, 6_004_783_872),
+    ("bytes", BTX, 1_903_232),
+    ("bytes", {}, 2_691_712),
+    ("bytes", {"kv_experts": False}, 2_298_496),
+    ("bytes", BTX | {"num_experts": 6}, 2_690_688),
 ]
-DENSE = {"590M": 587_209_728, "2B": 1_991_289_600}
+DENSE = {"590M": 587_209_728, "2B": 1_991_289_600, "bytes": 721_536}
 
 
 def number_of_parameters(size: str, **fields: Any) -> int:
@@ -83,6 +96,16 @@ def test_operations_and_cache_are_those_of_the_paper() -> None:
     assert (cache_bytes_per_token(mixture), cache_bytes_per_token(BamConfig(kv_experts=False))) == (98_304, 24_576)
     larger = [BamConfig(**SIZES["2B"], kv_experts=own) for own in (True, False)]
     assert [cache_bytes_per_token(config) for config in larger] == [221_184, 55_296]
+
+
+@pytest.mark.parametrize("fields", [{}, {"kv_experts": False}, {"num_attention_experts": 1}], ids=str)
+@pytest.mark.parametrize("kind", ["own keys", "sparse"])
+def test_operations_are_those_that_torch_counts(kind: str, fields: dict[str, Any]) -> None:
+    model, ids = tiny_bam(kind, **fields | {"attention_top_k": None}), random_ids(2, 6)
+    model.set_attn_implementation("eager")  # it computes all pairs of tokens: the average context is the whole row
+    with FlopCounterMode(display=False) as counter:
+        logits_of(model, ids)
+    assert counter.get_total_flops() == 12 * sum(flops_per_token(model.config, context=2 * 6).values())
 
 
 def test_the_cache_holds_as_many_bytes_as_is_said() -> None:
@@ -151,6 +174,19 @@ def test_all_kernels_compute_the_same(kind: str) -> None:
         model.set_attn_implementation(attention)
         model.set_experts_implementation(experts)
         torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+def test_in_bfloat16_it_is_the_same_model_up_to_rounding(kind: str) -> None:
+    ids = random_ids(2, 9)
+    fields = {"intermediate_size": 16}  # torch's grouped product takes rows of a multiple of 16 bytes
+    wide, narrow = (tiny_bam(kind, dtype=dtype, **fields).train() for dtype in (torch.float32, torch.bfloat16))
+    for model in (wide, narrow):
+        model(ids, labels=ids).loss.backward()
+    found, expected = (logits_of(model, ids).float() for model in (narrow, wide))
+    assert logits_of(narrow, ids).dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.9
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in narrow.parameters())
 
 
 @every_kind

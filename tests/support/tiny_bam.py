@@ -159,12 +159,21 @@ def _of_neox(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _RMS = {"block": "sequential", "norm_type": "rms", "norm_eps": 1e-6}
 PARENTS = {
     "llama": Parent(
         model_type="llama",
-        fields={"attention_bias": True, "mlp_bias": True},
-        block=_RMS | {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+        fields={"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA_3},
+        block=_RMS
+        | {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA_3},
     ),
     "mistral": Parent(model_type="mistral", fields={"sliding_window": 5}, block=_RMS | {"sliding_window": 5}),
     "qwen2": Parent(model_type="qwen2", fields={}, block=_RMS | {"attention_bias": True}),

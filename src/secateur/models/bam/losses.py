@@ -29,9 +29,10 @@ def load_balance_loss(logits: Tensor, top_k: int, keep: Tensor | None = None) ->
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probabilities = wide.softmax(dim=-1)
     weight = _weights(wide, keep)
+    # made of numbers of experts, so that no gradient goes through it
     chosen = torch.zeros_like(wide).scatter(-1, wide.topk(top_k, dim=-1).indices, 1.0 / top_k)
     share = weight @ chosen
-    return logits.shape[-1] * (share.detach() * (weight @ probabilities)).sum()
+    return logits.shape[-1] * (share * (weight @ probabilities)).sum()
 
 
 def z_loss(logits: Tensor, keep: Tensor | None = None) -> Tensor:
