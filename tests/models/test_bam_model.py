@@ -251,6 +251,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "4 attention heads, expected a multiple of the 3": {"num_key_value_heads": 3},
     "router_init_std is -1, expected a number of at least 0": {"router_init_std": -1},
     "router_z_loss_coef is inf, expected a number": {"router_z_loss_coef": float("inf")},
+    "kv_experts is 1, expected true or false": {"kv_experts": 1},
+    "logit_scale is 'x', expected a number": {"logit_scale": "x"},
     "an RMS norm has no bias": {"norm_type": "rms", "norm_bias": True},
 }
 

@@ -23,6 +23,10 @@ NOT_NEGATIVE = (
     "norm_eps", "attention_dropout", "initializer_range", "router_init_std", "router_aux_loss_coef",
     "router_z_loss_coef",
 )  # fmt: skip
+FLAGS = (
+    "kv_experts", "renormalise_top1", "output_router_logits", "norm_bias", "mlp_gated", "attention_bias",
+    "attention_output_bias", "mlp_bias", "qk_norm", "rope_interleaved", "use_cache", "tie_word_embeddings",
+)  # fmt: skip
 MAX_ATTENTION_EXPERTS = 4096  # a number that no model has, so that a damaged config.json is refused before it is built
 
 
@@ -145,7 +149,10 @@ def check(config: BamConfig) -> None:
     for name in (*AT_LEAST_ONE, *(name for name in OPTIONAL if getattr(config, name) is not None)):
         if type(getattr(config, name)) is not int or getattr(config, name) < 1:
             raise SecateurError(f"BamConfig: {name} is {getattr(config, name)!r:.40}, expected a whole number above 0")
-    for name in NOT_NEGATIVE:
+    for name in FLAGS:
+        if type(getattr(config, name)) is not bool:
+            raise SecateurError(f"BamConfig: {name} is {getattr(config, name)!r:.40}, expected true or false")
+    for name in (*NOT_NEGATIVE, *(["logit_scale"] if config.logit_scale is not None else [])):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise SecateurError(f"BamConfig: {name} is {value!r:.40}, expected a number of at least 0")
