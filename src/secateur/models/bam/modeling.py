@@ -208,9 +208,8 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):  # type: ignore[no-un
                 config says, for calls with labels. logits_to_keep: of the last so many tokens, or of these; 0 for all.
         """
         config = self.config
-        wanted = labels is not None and config.output_router_logits if output_router_logits is None else (
-            output_router_logits
-        )  # fmt: skip
+        if output_router_logits is None:
+            output_router_logits = labels is not None and config.output_router_logits
         found = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -218,8 +217,8 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):  # type: ignore[no-un
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=wanted,
-            output_attention_router_logits=wanted,
+            output_router_logits=output_router_logits,
+            output_attention_router_logits=output_router_logits,
             return_dict=True,
             **kwargs,
         )
@@ -237,7 +236,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):  # type: ignore[no-un
         if labels is None:
             return output
         output.loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        if wanted:
+        if output_router_logits:
             self._add_router_losses_(output, labels, attention_mask, kwargs)
         return output
 
