@@ -55,11 +55,11 @@ FOUR = Scenarios(__name__, 4)
 
 # split otherwise than most: biases, buffers, groups, an expert axis 1, no gate, layers without experts
 FAMILIES = (
-    "qwen3_moe", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe", "lfm2_moe", "nemotron_h", "qwen3_next",
+    "qwen3_moe", "deepseek_v3 grouped", "gpt_oss", "ernie4_5_moe", "lfm2_moe", "nemotron_h", "qwen3_next", "bam",
 )  # fmt: skip
 # what these have another one has, too: the first one all other tests here and in test_distributed_laep; the second one
 # a buffer and layers without experts; the last one the tensors of the first
-LONG_FAMILIES = {"qwen3_moe", "lfm2_moe", "qwen3_next"}
+LONG_FAMILIES = {"qwen3_moe", "lfm2_moe", "qwen3_next", "bam"}
 BIAS, PERMUTED = "a bias with an expert axis 1, fsdp 4, ep 2", "permuted, fsdp 4, ep 4"
 # a bias is cut on two ranks as on four; replicas and permutations are in the runs of test_distributed_laep
 LONG_SPLITS = {BIAS, PERMUTED, "replicas 2, fsdp 2"}

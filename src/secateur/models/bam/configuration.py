@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -26,6 +26,10 @@ NOT_NEGATIVE = (
 FLAGS = (
     "kv_experts", "renormalise_top1", "output_router_logits", "norm_bias", "mlp_gated", "attention_bias",
     "attention_output_bias", "mlp_bias", "qk_norm", "rope_interleaved", "use_cache", "tie_word_embeddings",
+)  # fmt: skip
+# of the FFN experts, one or the other by what the parents have
+EXPERT_TENSORS = (
+    "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
 )  # fmt: skip
 MAX_ATTENTION_EXPERTS = 4096  # a number that no model has, so that a damaged config.json is refused before it is built
 
@@ -79,6 +83,10 @@ class BamConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     model_type = "bam"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  transformers' own form
+    base_model_ep_plan: ClassVar[Any] = {
+        **{f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in EXPERT_TENSORS},
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     vocab_size: int = 256_000
     hidden_size: int = 1024

@@ -179,6 +179,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):  # type: ignore[no-un
     """A BAM with a language model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers' own form
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__(config)
