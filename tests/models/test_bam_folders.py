@@ -30,6 +30,7 @@ from secateur.pretraining.run import run_pretraining
 from secateur.stats import RouterStats
 from secateur.surgery.module import check_model, prune_model_
 from secateur.surgery.oracle import barred_experts
+from secateur.train.balance import attach_balance
 from support.claims import fallen, not_checked
 from support.long_tests import long
 from support.model_folders import loaded, run_card, tensors_of
@@ -122,6 +123,16 @@ def test_layers_of_different_counts_are_pruned_live_as_on_the_disk_and_train_on(
     output.loss.backward()
     assert all(layer.mlp.gate.weight.grad.any() for layer in again.model.layers)
     assert again.eval().generate(tokens[:, :4], max_new_tokens=3, min_new_tokens=3).shape == (2, 7)
+
+
+def test_a_second_balance_loss_is_refused_while_its_own_are_on() -> None:
+    for on in (True, False):
+        moe = describe_moe(bam("own keys", output_router_logits=on))
+        if on:
+            with pytest.raises(SecateurError, match=r"output_router_logits: found True .*its own loss is added"):
+                attach_balance(moe.model, "mixtral", blocks=moe.blocks)
+        else:
+            attach_balance(moe.model, "mixtral", blocks=moe.blocks).detach()
 
 
 def test_a_missing_router_of_a_pruned_folder_is_an_error_too(root: Path, tmp_path: Path) -> None:
