@@ -108,7 +108,10 @@ def test_packed_histories_are_the_recorded_ones_with_windows_joined(tmp_path: Pa
     assert again.name == one.name
 
 
-@pytest.mark.parametrize("told", STORED_RESULT["histories"], ids=lambda told: told["name"])
+FIRST_SEED = [told for told in STORED_RESULT["histories"] if told["name"].endswith("-seed0")]
+
+
+@pytest.mark.parametrize("told", FIRST_SEED, ids=lambda told: told["name"])
 def test_the_detector_finds_in_a_stored_history_what_is_told_of_it(told: dict[str, Any]) -> None:
     (one,) = [one for one in HISTORIES if one.name == told["name"]]
     found = reports(one, PhaseConstants())

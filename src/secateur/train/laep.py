@@ -8,9 +8,11 @@ In a plain loop:
         optimizer.step()
         event = pruner.step()   # a PruneEvent at the step that prunes, else None
         optimizer.zero_grad()
+    pruner.finish()   # says what would have been dropped, if the loads never were stable
 
-The same under torchrun, on every rank, with a model that transformers sharded (`distributed_config`: FSDP2, EP, TP),
-that `fully_shard` sharded, or that DistributedDataParallel wraps (give LAEP the model inside).
+`pruner.follow(scheduler, num_steps)` before the loop tells it the learning rates ahead. The same works under torchrun,
+on every rank, with a model that transformers sharded (`distributed_config`: FSDP2, EP, TP), that `fully_shard` sharded,
+or that DistributedDataParallel wraps (give LAEP the model inside).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ class Unpruned:
     """A pruning of the schedule that has not come.
 
     step: of the run. waits_for: the phase in words, or the fixed time. dropped: {layer: ids of the experts that would
-    go by the last loads}; None where no window is full yet or the goal cannot be met by them. rerouted_share: of all
+    go by the last loads}; None where no window is full yet. rerouted_share: of all
     routed tokens.
     """
 
