@@ -35,9 +35,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.mixtral import modeling_mixtral
 
 MODEL_TYPE = "secateur_moe"
 PREFIX = "Pruned"
+LOSS = "load_balancing_loss_func"  # transformers' balance loss, of this name in every family that has it
 COUNT_KEYS = (
     "num_local_experts",
     "num_experts",
@@ -349,9 +351,9 @@ def pruned_model_class(native: Any) -> type[PreTrainedModel]:
     # transformers answers these from the source file of the class, which would be this one; without, experts run slowly
     for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
         members[question] = getattr(native, question)
-    stock_loss = getattr(sys.modules[native.__module__], "load_balancing_loss_func", None)
-    if stock_loss is not None and stock_loss.__name__ in inspect.unwrap(native.forward).__code__.co_names:
-        members["forward"] = _forward_with_layerwise_loss(native, stock_loss)
+    balance_loss_by_layer(native)
+    if adds_balance_loss(native):
+        members["forward"] = _forward_with_layerwise_loss(native)
     pruned = type(name, (native,), members)
     find: Callable[[str], Any] = get_checkpoint_conversion_mapping
     conversions = find(native.__name__) or find(native.config_class.model_type)
@@ -482,8 +484,48 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"{__name__} has no class {name!r}: expected {PREFIX} + the name of a transformers class")
 
 
-def _forward_with_layerwise_loss(native: type[PreTrainedModel], stock_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Native `forward` whose auxiliary loss is the mean over layers, each with its own expert count.
+def adds_balance_loss(native: Any) -> bool:
+    """Whether a native class adds transformers' balance loss to its own when `output_router_logits` is on."""
+    takes = getattr(sys.modules[native.__module__], LOSS, None)
+    return _is_of_layers(takes) and LOSS in inspect.unwrap(native.forward).__code__.co_names
+
+
+def balance_loss_by_layer(native: Any) -> None:
+    """Let transformers' balance loss of a family take layers with different counts, for every caller in this process.
+
+    A trainer may call the function itself, Mixtral's for all families, or hold a wrapped `forward` of before a pruning;
+    so it is the function that learns it. For layers of one count it computes what it did.
+    """
+    for module in (sys.modules[native.__module__], modeling_mixtral):
+        stock = getattr(module, LOSS, None)
+        if _is_of_layers(stock) and not hasattr(stock, "by_layer"):
+            setattr(module, LOSS, _by_layer(stock))
+
+
+def _is_of_layers(loss: Any) -> bool:
+    """Whether a function takes the logits of all layers and one count, as most families have it."""
+    expected = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    return loss is not None and list(inspect.signature(loss).parameters) == expected
+
+
+def _by_layer(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def loss(gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Any:
+        counts = {logits.shape[-1] for logits in gate_logits} if isinstance(gate_logits, tuple) else set()
+        if counts <= {num_experts}:
+            return stock(gate_logits, num_experts, top_k, attention_mask)
+        if len(counts) == 1:  # of all layers, but not what the caller took from a config of before a pruning
+            count = counts.pop()
+            return stock(gate_logits, count, min(top_k, count), attention_mask)
+        parts = [loss((logits,), None, top_k, attention_mask) for logits in gate_logits]
+        return torch.stack([part.to(parts[0].device) for part in parts]).mean()
+
+    loss.by_layer = True  # type: ignore[attr-defined]
+    return loss
+
+
+def _forward_with_layerwise_loss(native: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Native `forward` whose auxiliary loss is the mean over layers where they hold different numbers of experts.
 
     transformers' function adds the layers up before it multiplies, which needs one count for all. Zero slots have no
     part in it: the loss is of the other slots' logits alone, as if the router chose among these.
@@ -509,12 +551,13 @@ def _forward_with_layerwise_loss(native: type[PreTrainedModel], stock_loss: Call
             )  # on a model inside another: its config
             for name in ("num_experts_per_tok", "router_aux_loss_coef")
         )
-        kept, losses = kept_in(self.config), []
-        for layer, logits in zip(counts_in(self.config), output.router_logits, strict=True):
-            logits = logits[..., list(kept[layer])] if layer in kept else logits
-            count = logits.shape[-1]
-            losses.append(stock_loss((logits,), count, min(top_k, count), kwargs.get("attention_mask")))
-        output.aux_loss = torch.stack(losses).mean()
+        kept = kept_in(self.config)
+        live = tuple(
+            logits[..., list(kept[layer])] if layer in kept else logits
+            for layer, logits in zip(counts_in(self.config), output.router_logits, strict=True)
+        )
+        loss = getattr(sys.modules[native.__module__], LOSS)
+        output.aux_loss = loss(live, None, top_k, kwargs.get("attention_mask"))
         if output.loss is not None:
             output.loss = output.loss + coefficient * output.aux_loss.to(output.loss.device)
         keep_dict = self.config.return_dict if return_dict is None else return_dict

@@ -6,7 +6,7 @@ It is here, and needs no torch, because the report reads it too, and must not kn
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +67,9 @@ class PruneEvent:
     expert} that the decision was made on, in the numbering before it. alpha, beta: thresholds, None where one is off
     (also when given as inf) or a goal was given (the plan's details hold what it comes to). oracle_max_abs_difference:
     largest difference of a logit from the barred-experts oracle on one training sequence (of every rank), None when
-    the self-check was off. placement: of each layer; None where experts were not placed on ranks.
+    the self-check was off. placement: of each layer; None where experts were not placed on ranks. replaced: {old
+    parameter: the new one in its place}, of sharded models alone, and only in the event that `LAEP.step` returns: all
+    others keep their parameters, which get new values.
     """
 
     step: int
@@ -85,6 +87,7 @@ class PruneEvent:
     surgery_seconds: float
     oracle_max_abs_difference: float | None
     placement: Mapping[int, LayerPlacement] | None = None
+    replaced: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.alpha == float("inf"):
@@ -124,7 +127,7 @@ class PruneEvent:
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "replaced"}
         placed = self.placement
         placement = (
             None if placed is None else {str(layer): asdict(placed_layer) for layer, placed_layer in placed.items()}

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, gather, is_sharded
 from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
 from secateur.modeling_secateur import (
+    adds_balance_loss,
     auto_map_of,
+    balance_loss_by_layer,
     layer_of,
     native_config,
     pruned_config_class,
     pruned_model_class,
-    replace_tensor_,
 )
 from secateur.plans import Plan
 from secateur.surgery.config_json import moe_config
 from secateur.surgery.fits import check_plan_fits, check_reroutes
-from secateur.surgery.optimizer import Replacement, replace_parameters_
+from secateur.surgery.optimizer import Optimizers, Replacement, replace_parameters_
 
 
 def check_model(moe: MoEModel) -> None:
@@ -38,11 +40,13 @@ def check_model(moe: MoEModel) -> None:
             raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError("the model is quantised; experts are pruned in training only in floating point")
-    if getattr(model.config, "output_router_logits", False) and not getattr(model, "balances_by_layer", False):
+    wants = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if wants and not getattr(model, "balances_by_layer", False) and not adds_balance_loss(native_class(model)):
         raise SecateurError(
-            "config.output_router_logits is on: transformers then adds a balance loss that takes one expert count for "
-            "all layers; turn it off (Secateur's balance option 'mixtral' is the same loss for layers that differ)"
+            f"config.output_router_logits is on, and {native_class(model).__name__} has a balance loss of its own, which "
+            "may take one expert count for all layers; turn it off"
         )
+    balance_loss_by_layer(native_class(model))
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if layer_of(name) is None or name not in moe.layout.tensors:
@@ -52,8 +56,9 @@ def check_model(moe: MoEModel) -> None:
         owners[id(parameter)] = name
         if type(parameter.data) is not torch.Tensor and not is_sharded(parameter):
             raise SecateurError(f"{name} is a {type(parameter.data).__name__}, expected a plain tensor or a DTensor")
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise SecateurError(f"{name} has gradient hooks, which would stay on the old parameter")
+        hooked = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if hooked and is_sharded(parameter):
+            raise SecateurError(f"{name} is sharded and has gradient hooks, which would stay on the old parameter")
 
 
 def check_plan(moe: MoEModel, plan: Plan) -> None:
@@ -69,24 +74,29 @@ def check_plan(moe: MoEModel, plan: Plan) -> None:
     check_plan_fits(plan, moe.counts, min_experts=moe.min_experts, num_groups=moe.num_groups)
 
 
-def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> MoEModel:
+def prune_model_(moe: MoEModel, plan: Plan, optimizer: Optimizers | None = None) -> MoEModel:
     """Gather every tensor with an expert axis by the plan, with the optimizer's state, in place.
 
-    Call it after `optimizer.step()`: gradients of the replaced parameters are dropped. The model object, its modules,
-    the learning-rate schedule, GradScaler and the parameters' order in the optimizer stay. A model whose layers end up
-    with different counts becomes its `Pruned...` class, so that `save_pretrained` writes a folder that loads again.
+    Call it after `optimizer.step()`: gradients of the pruned parameters are dropped. The model object, its modules, its
+    parameters (each the same object with another value, with its hooks), the learning-rate schedule, GradScaler and
+    the parameters' order in the optimizer stay; so lists of parameters that the script keeps stay right. The config
+    becomes an object of this model alone. A model whose layers end up with different counts becomes its `Pruned...`
+    class, so that `save_pretrained` writes a folder that loads again.
+
+    Args:
+        optimizer: the one that trains the model, or all of them.
 
     Returns:
         The description of the pruned model.
 
     Raises:
-        SecateurError: the plan does not fit the model, or no rule covers the optimizer's state; nothing was changed.
+        SecateurError: the plan does not fit the model, or no rule covers an optimizer's state; nothing was changed.
     """
     check_plan(moe, plan)
     plan = plan.filled(moe.counts)
     changed = {layer: layer_plan for layer, layer_plan in plan.layers.items() if not layer_plan.is_identity}
     replacements: list[Replacement] = []
-    new_tensors: list[tuple[nn.Module, str, torch.Tensor]] = []
+    new_values: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer, layer_plan in changed.items():
         for spec in moe.blocks[layer].tensors:
             owner, key = locate(moe.model, spec)
@@ -95,20 +105,34 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | N
                 raise SecateurError(f"{spec.name} is sharded over ranks; prune it with LAEP or prune_sharded_model_")
             value = gather(old.detach(), spec, layer_plan)
             if isinstance(old, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=old.requires_grad)
-                value.__dict__.update(vars(old))
-                replacements.append(Replacement(old=old, new=value, spec=spec, layer_plan=layer_plan))
-            new_tensors.append((owner, key, value))
+                new = nn.Parameter(value, requires_grad=old.requires_grad)
+                replacements.append(Replacement(old=old, new=new, spec=spec, layer_plan=layer_plan, stays=True))
+            new_values.append((old, value))
     if optimizer is not None:
         replace_parameters_(optimizer, replacements)
-    for owner, key, value in new_tensors:
-        replace_tensor_(owner, key, value)
+    for old, value in new_values:
+        take_value_(old, value)
+    torch.clear_autocast_cache()  # which knows weights by their objects
     set_counts_(moe, {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()})
     return describe_moe(moe.model, moe.layout)
 
 
+def take_value_(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter or buffer a value of another shape; its hooks stay, its gradient goes.
+
+    A graph that is still alive (the loss of the last step, say) holds the node that adds up the tensor's gradient, which
+    would go on expecting the old shape. torch makes a new node once the type has changed, so it changes for a moment.
+    """
+    tensor.grad = None
+    other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
+    if tensor.is_floating_point():
+        tensor.data = value.new_empty(0, dtype=other)
+    tensor.data = value
+
+
 def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
-    """Write expert counts into the config, the class and every module attribute that holds one, in place."""
+    """Write expert counts into a config of the model's own, the class and every module attribute that holds one."""
+    own_config_(moe.model)
     model, config = moe.model, moe.model.config
     native = native_config(config)
     largest = max(counts.values())
@@ -129,12 +153,23 @@ def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
 
 
 def become_pruned_(model: PreTrainedModel, moe_config: dict[str, Any]) -> None:
-    """Give a model and its config their `Pruned...` classes, and the config what these read, in place."""
+    """Give a model and a config of its own their `Pruned...` classes, and the config what these read, in place."""
+    own_config_(model)
     config, native = model.config, native_config(model.config)
     config.__class__ = pruned_config_class(type(native))  # type: ignore[arg-type]
     model.__class__ = _as_sharded_as(model, pruned_model_class(native_class(model)))
     config.base_model_type, config.moe_config = native.model_type, moe_config
     config.auto_map = auto_map_of(native_class(model))
+
+
+def own_config_(model: PreTrainedModel) -> None:
+    """Give the model and its modules copies of their configs, as other models may have been made from the same."""
+    memo: dict[int, Any] = {}
+    copy.deepcopy(model.config, memo)
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[key] = copy.deepcopy(value, memo)
 
 
 def _as_sharded_as(model: nn.Module, plain: type) -> Any:

@@ -17,7 +17,7 @@ Gradients are not moved: call after optimizer.step() (and scaler.update()), wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from secateur.expert_axis import ExpertTensor, check_axis, gather, row_index
 from secateur.plans import LayerPlan
 
 Shape = tuple[int, ...]
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]  # one, or all that train one model
 # (shape of the parameter, its expert axis) -> (shape of the state, its expert axis or None where it is averaged away)
 Layout = Callable[[Shape, int], tuple[Shape, int | None]]
 
@@ -134,7 +135,12 @@ REFUSED: tuple[tuple[str, str], ...] = (
 
 # Set when copies of the parameters are kept elsewhere: by apex FusedAdam, by older ones, by what apex.amp patched.
 _HIDDEN_COPIES = ("master_weights", "use_master", "_amp_stash")
-_WRAPPER = "accelerate.optimizer.AcceleratedOptimizer"
+# what a Trainer and Lightning hand out, each with the optimizer itself as `optimizer`
+_WRAPPERS = (
+    "accelerate.optimizer.AcceleratedOptimizer",
+    "*lightning*.core.optimizer.Lightning*",
+    "lightning*.fabric.wrappers.*Fabric*",
+)
 _DTENSOR = "torch.distributed.tensor.DTensor"  # a sharded parameter; its state is sharded alike
 
 
@@ -144,6 +150,7 @@ class Replacement:
 
     old: has layer_plan.experts_before experts laid out as `spec` says.
     new: a Parameter of its own with the experts that the plan keeps; same dtype, device and requires_grad.
+    stays: the old object stays in its slot, and the caller gives it the value of `new` afterwards.
     gather_state: how the state follows where plain indexing cannot: (state tensor, its ExpertTensor) -> its successor.
     """
 
@@ -152,13 +159,32 @@ class Replacement:
     spec: ExpertTensor
     layer_plan: LayerPlan
     gather_state: Callable[[Tensor, ExpertTensor], Tensor] | None = None
+    stays: bool = False
+
+    @property
+    def kept(self) -> nn.Parameter:
+        """The object that is trained from now on."""
+        return self.old if self.stays else self.new
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's AcceleratedOptimizer (what a Trainer hands to its callbacks); else itself."""
-    while _class_name(optimizer) == _WRAPPER:
+    """The optimizer inside the wrapper of accelerate (what a Trainer hands to its callbacks) or Lightning; else itself."""
+    while any(fnmatchcase(_class_name(optimizer), pattern) for pattern in _WRAPPERS):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
+
+
+def each_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """All optimizers of a model, without their wrappers.
+
+    Raises:
+        SecateurError: something among them is no optimizer.
+    """
+    given = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    for one in given:
+        if not isinstance(unwrap(one), torch.optim.Optimizer):
+            raise SecateurError(f"optimizer: found a {_class_name(one)}, expected optimizers of torch")
+    return tuple(unwrap(one) for one in given)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -184,44 +210,54 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def replace_parameters_(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> None:
+def replace_parameters_(optimizer: Optimizers, replacements: Sequence[Replacement]) -> None:
     """Put every replacement.new into the slot of replacement.old and move the optimizer state along, in place.
 
     The order of the parameters, the other entries of the param groups and all other parameters' state stay as they are.
     A parameter in no group (frozen) or without state yet (no step so far) is fine. Everything is checked first, then
-    all new state is computed, then it is put in place, so an error, out of memory included, leaves the optimizer as it
-    was; until it returns, old and new state of the replaced parameters are both in memory.
+    all new state is computed, then it is put in place, so an error, out of memory included, leaves all optimizers as
+    they were; until it returns, old and new state of the replaced parameters are both in memory.
 
-    Raises SecateurError when the optimizer is not covered (check_optimizer), a replacement does not fit its spec or
+    Raises SecateurError when an optimizer is not covered (check_optimizer), a replacement does not fit its spec or
     appears twice, a parameter fills several slots, or a state key or shape is not the one the rule expects.
     """
+    changes = [_prepared(one, replacements) for one in each_of(optimizer)]
+    for change in changes:
+        change()
+
+
+def _prepared(optimizer: torch.optim.Optimizer, replacements: Sequence[Replacement]) -> Callable[[], None]:
+    """What puts the replacements into one optimizer, and cannot fail; all is checked and computed now."""
     check_optimizer(optimizer)
-    inner = unwrap(optimizer)
-    name = _class_name(inner)
-    slots = _slots(inner)
-    _check_distinct(name, replacements, slots, known={*slots, *inner.state})
+    name = _class_name(optimizer)
+    slots = _slots(optimizer)
+    _check_distinct(name, replacements, slots, known={*slots, *optimizer.state})
     axes: dict[Tensor, dict[str, int | None]] = {}
     for r in replacements:
         _check_replacement(r)
-        axes[r.old] = dict(_state_axes(name, r, inner.state.get(r.old, {})))
-    new_parameters: dict[Tensor, nn.Parameter] = {r.old: r.new for r in replacements}
+        axes[r.old] = dict(_state_axes(name, r, optimizer.state.get(r.old, {})))
+    new_parameters: dict[Tensor, nn.Parameter] = {r.old: r.kept for r in replacements}
     new_states: dict[Tensor, dict[str, Any]] = {
-        r.old: {key: _follow(inner.state[r.old][key], axis, r, key) for key, axis in axes[r.old].items()}
+        r.old: {key: _follow(optimizer.state[r.old][key], axis, r, key) for key, axis in axes[r.old].items()}
         for r in replacements
     }
 
-    for old, new in new_parameters.items():
-        for params, position in slots.get(old, ()):
-            params[position] = new
-    # rebuilt, so that entries keep their order in state_dict()
-    items = [(new_parameters.get(p, p), new_states.get(p, state)) for p, state in inner.state.items()]
-    inner.state.clear()
-    inner.state.update(items)
+    def change() -> None:
+        for old, new in new_parameters.items():
+            for params, position in slots.get(old, ()):
+                params[position] = new
+        # rebuilt, so that entries keep their order in state_dict()
+        items = [(new_parameters.get(p, p), new_states.get(p, state)) for p, state in optimizer.state.items()]
+        optimizer.state.clear()
+        optimizer.state.update(items)
+
+    return change
 
 
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state, step counters included; parameters are not counted."""
-    return sum(t.numel() * t.element_size() for t in _tensors(list(unwrap(optimizer).state.values())))
+def optimizer_state_bytes(optimizer: Optimizers) -> int:
+    """Bytes of all tensors in the state of the optimizers, step counters included; parameters are not counted."""
+    states = [state for one in each_of(optimizer) for state in one.state.values()]
+    return sum(t.numel() * t.element_size() for t in _tensors(states))
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -47,6 +47,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self,
         *,
         on_event: Callable[[PruneEvent], None] | None = None,
+        copies: Iterable[nn.Module] = (),
         prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,
@@ -74,6 +75,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
             **rule,
         )
         self._laep: dict[str, Any] = {
+            "copies": copies,
             "prunings": schedule,
             "window_steps": window_steps,
             "phase": phase,

@@ -21,6 +21,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -36,9 +37,11 @@ from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.surgery.fits import check_copies
-from secateur.surgery.module import check_model, router_tensors
-from secateur.surgery.optimizer import check_optimizer, optimizer_state_bytes, unwrap
+from secateur.surgery.copies import copies_of
+from secateur.surgery.module import check_model, check_plan, router_tensors
+from secateur.surgery.optimizer import Optimizers, check_optimizer, each_of, optimizer_state_bytes
 from secateur.surgery.oracle import barred_experts
+from secateur.surgery.trained_by import TrainedBy
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
 from secateur.train.distributed.launch import is_main
@@ -56,7 +59,8 @@ class LAEP:
     """Prunes the experts of a model while it trains.
 
     Args:
-        model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it.
+        model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it, or all of them.
+        copies: models of the same kind that follow every pruning by its plan, such as an EMA or a reference model.
         prunings: a schedule (an empty one only watches the loads); or give one `Pruning` by its fields and those of its
             rule: `at_step` or `at_tokens` for a fixed time, `multiple_of`, `min_experts`, `max_experts`; `uniform` and
             the options of one `Rule`, such as alpha and beta. Default: DEFAULT_RULE of `secateur.decide.rules`, a share
@@ -83,8 +87,9 @@ class LAEP:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         *,
+        copies: Iterable[nn.Module] = (),
         prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,
@@ -121,23 +126,28 @@ class LAEP:
         self.moe: MoEModel = moe or describe_moe(model)
         check_model(self.moe)
         self._job = Job(self.moe)
-        self._optimizer = unwrap(optimizer)
+        self._trained_by = TrainedBy(self.moe, each_of(optimizer))
         try:
             self._rearrange = settled(rearrange, self._job.ranks.ep_size, self.moe.counts)
+            self._copies = copies_of(self.moe, copies)
             if self.prunings or self._rearrange:
-                check_optimizer(self._optimizer)
+                for one in self._trained_by.optimizers:
+                    check_optimizer(one)
+                self._trained_by.watch()
             for pruning in self.prunings:  # an impossible floor shows before training, not at the pruning step
                 self._limits(pruning)
         except SecateurError:
             self._job.detach()
+            self._trained_by.detach()
             raise
+        self._steps_before = 0  # of the run, when `load_state_dict` went on with it
         self._sample: Tensor | None = None
         self._sample_hook = model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
         self._constants = phase or PhaseConstants()
         self._watch = LoadWatch(
             self.moe,
             self._job,
-            self._optimizer,
+            self._trained_by,
             window_steps=window_steps,
             constants=self._constants,
             warmup_steps=warmup_steps,
@@ -297,6 +307,7 @@ class LAEP:
         """Remove all hooks from the model."""
         self._watch.detach()
         self._sample_hook.remove()
+        self._trained_by.detach()
         self._job.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -326,6 +337,7 @@ class LAEP:
         check_state(saved, self.moe.counts, self._settings(), self._job.checksums(self.moe))
         self._watch.load_state_dict(saved.watch)  # the last check
         self.num_steps, self.events, self.plan = saved.num_steps, events, plan
+        self._steps_before = saved.num_steps
 
     def _settings(self) -> dict[str, Any]:
         """What a state must agree with; the detector checks its own constants."""
@@ -361,6 +373,7 @@ class LAEP:
         """Prune, or without a pruning only rearrange; None when the experts lie best as they are."""
         started = time.perf_counter()
         stats = self._watch.statistics()
+        self._trained_by.check_stepped(self.moe, self.num_steps - self._steps_before)
         self._check_finite()
         plan = self._decide(stats, pruning) if pruning else nothing_dropped(self.moe.counts, stats)
         placement = None
@@ -372,6 +385,7 @@ class LAEP:
         if pruning is None and plan.is_identity:
             return None
         before, parameters_before = self._memory(), self.moe.num_parameters
+        old = self._parameters()
         difference = self._apply(plan)
         if pruning is None:
             self._watch.after_rearrangement(
@@ -398,7 +412,8 @@ class LAEP:
             placement=placement,
         )
         self.events.append(event)
-        return event
+        new = self._parameters()
+        return replace(event, replaced={old[name]: new[name] for name in old if new[name] is not old[name]})
 
     def _apply(self, plan: Plan) -> float | None:
         """Surgery with its self-check; the largest difference of a logit from the oracle on any rank."""
@@ -411,7 +426,10 @@ class LAEP:
                 raise SecateurError(
                     f"the logits are NaN or infinite at step {self.num_steps}: the run has diverged, nothing is pruned"
                 )
-        self.moe = self._job.prune_(self.moe, plan, self._optimizer)
+        for copy in self._copies:
+            check_plan(copy, plan)
+        self.moe = self._job.prune_(self.moe, plan, self._trained_by.optimizers)
+        self._copies = [self._job.prune_copy_(copy, plan) for copy in self._copies]
         if sample is None or expected is None:
             return None
         difference = float((logits_of(self.moe.model, sample) - expected).abs().max())
@@ -453,10 +471,14 @@ class LAEP:
                         f"{self.num_steps}; the run has diverged, so its loads mean nothing and nothing is pruned"
                     )
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        reshard_(self.moe.model)
+        return dict(self.moe.model.named_parameters())
+
     def _memory(self) -> Memory:
         return Memory(
             parameters_bytes=sum(p.numel() * p.element_size() for p in self.moe.model.parameters()),
-            optimizer_bytes=optimizer_state_bytes(self._optimizer),
+            optimizer_bytes=optimizer_state_bytes(self._trained_by.optimizers),
         )
 
     def _keep_sample(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

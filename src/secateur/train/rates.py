@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from secateur.errors import SecateurError
+from secateur.surgery.trained_by import TrainedBy
 
 MOST_READ = 10_000  # steps that are looked at, evenly spread over a longer run
 TINY = 1e-6  # relative; a smaller rise is rounding
@@ -51,7 +52,7 @@ def read_schedule(scheduler: Any, num_steps: int, *, done: int = 0) -> Schedule 
 class RateWatch:
     """The learning rates of an optimizer, looked at after every step."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | TrainedBy) -> None:
         self._optimizer = optimizer
         self._before: list[float | None] | None = None
         self.rose = False

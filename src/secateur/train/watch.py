@@ -13,6 +13,7 @@ from secateur.families import MoEModel
 from secateur.files.records import Count, Finite, as_record
 from secateur.observation.loads import LoadCounter
 from secateur.stats import RouterStats
+from secateur.surgery.trained_by import TrainedBy
 from secateur.train.distributed.job import Job
 from secateur.train.load_history import LoadHistory
 from secateur.train.phases import PhaseConstants, PhaseReport, phase_of, recent_loads, recent_tokens
@@ -33,7 +34,7 @@ class LoadWatch:
         self,
         moe: MoEModel,
         job: Job,
-        optimizer: torch.optim.Optimizer,
+        optimizer: TrainedBy,
         *,
         window_steps: int,
         constants: PhaseConstants,

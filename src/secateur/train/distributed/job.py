@@ -14,6 +14,7 @@ from secateur.families import MoEModel, bits_sum
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import prune_model_
+from secateur.surgery.optimizer import Optimizers
 from secateur.train.distributed.ddp import DDPFinder, rebuild_ddp_
 from secateur.train.distributed.fsdp import check_fsdp, reshard_
 from secateur.train.distributed.ranks import Ranks
@@ -83,7 +84,7 @@ class Job:
         """The largest of all ranks' values; NaN if any is."""
         return self.ranks.largest(value, self.device)
 
-    def prune_(self, moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer) -> MoEModel:
+    def prune_(self, moe: MoEModel, plan: Plan, optimizer: Optimizers | None) -> MoEModel:
         """Apply a plan on all ranks, in place; what wraps the model goes on working.
 
         Raises:
@@ -96,6 +97,10 @@ class Job:
         if wrapper is not None:
             rebuild_ddp_(wrapper)
         return pruned
+
+    def prune_copy_(self, moe: MoEModel, plan: Plan) -> MoEModel:
+        """Apply a plan to another model of the same kind, which no optimizer trains."""
+        return (prune_sharded_model_ if self.ranks.sharded else prune_model_)(moe, plan)
 
     def checksums(self, moe: MoEModel) -> dict[str, int]:
         """{tensor with an expert axis: the sum of its bits}, of the whole tensors on every kind of job."""

@@ -21,15 +21,15 @@ from secateur.families import MoEModel, describe_moe
 from secateur.modeling_secateur import replace_tensor_
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, locate, set_counts_
-from secateur.surgery.optimizer import Replacement, check_optimizer, replace_parameters_, unwrap
+from secateur.surgery.optimizer import Optimizers, Replacement, check_optimizer, each_of, replace_parameters_
 from secateur.train.distributed.fsdp import managed_entry, replace_managed_, reshard_
 from secateur.train.distributed.rows import layout_of, take_rows
 
 DISPATCH = "ep_dispatch_experts"  # transformers' name of the style that sends tokens to the experts' ranks
 
 
-def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> MoEModel:
-    """`prune_model_` for sharded parameters; the model object, its FSDP groups and the optimizer object stay.
+def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: Optimizers | None = None) -> MoEModel:
+    """`prune_model_` for sharded parameters, which are new objects; model, FSDP groups and optimizers stay.
 
     Call it on every rank after `optimizer.step()`: gradients of the replaced parameters are dropped.
 
@@ -52,15 +52,16 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: torch.optim.Optim
                 f"expert-parallel size {ep_size}"
             )
     reshard_(moe.model)
-    if optimizer is not None:
-        check_optimizer(optimizer)
+    optimizers = () if optimizer is None else each_of(optimizer)
+    for one in optimizers:
+        check_optimizer(one)
     for layer in changed:
         for spec in moe.blocks[layer].tensors:
-            _check_split(moe.model, spec, unwrap(optimizer).state if optimizer else {})
+            for state in [one.state for one in optimizers] or [{}]:
+                _check_split(moe.model, spec, state)
     for layer, layer_plan in changed.items():
         replacements = [_replace_(moe.model, spec, layer_plan) for spec in moe.blocks[layer].tensors]
-        if optimizer is not None:
-            replace_parameters_(optimizer, [replacement for replacement in replacements if replacement is not None])
+        replace_parameters_(optimizers, [replacement for replacement in replacements if replacement is not None])
     set_counts_(moe, {layer: layer_plan.experts_after for layer, layer_plan in plan.layers.items()})
     if ep_size > 1:
         for layer in changed:
