@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -210,14 +212,6 @@ def _share(model: nn.Module) -> None:
     second.gate_up_proj = first.gate_up_proj
 
 
-def _hook(model: nn.Module) -> None:
-    model.model.layers[1].mlp.gate.weight.register_hook(lambda grad: grad)
-
-
-def _late_hook(model: nn.Module) -> None:
-    model.model.layers[1].mlp.gate.weight.register_post_accumulate_grad_hook(lambda parameter: None)
-
-
 def _quantise(model: nn.Module) -> None:
     model.is_quantized = True
 
@@ -234,10 +228,7 @@ def _shard(model: nn.Module) -> None:
 UNFIT = {
     "the model is compiled": _compile_root,
     r"model\.layers\.1\.mlp\.experts is compiled": _compile_layer,
-    "output_router_logits is on": _ask_for_router_logits,
     r"layers\.1\.mlp\.experts\.gate_up_proj and .*layers\.0\.mlp\.experts\.gate_up_proj are one shared": _share,
-    r"layers\.1\.mlp\.gate\.weight has gradient hooks": _hook,
-    r"mlp\.gate\.weight has gradient hooks, which": _late_hook,
     "quantised": _quantise,
     r"layers\.1\.mlp\.experts\.down_proj is a .*(Sharded|Parameter).*expected a plain tensor": _shard,
 }
@@ -249,6 +240,16 @@ def test_a_model_that_surgery_cannot_follow_is_refused(message: str) -> None:
     check_model(describe_moe(model))
     UNFIT[message](model)
     with pytest.raises(SecateurError, match=message):
+        check_model(describe_moe(model))
+
+
+def test_a_balance_loss_that_knows_one_count_for_all_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    _ask_for_router_logits(model)
+    check_model(describe_moe(model))
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, "load_balancing_loss_func", lambda router_probs, expert_indices: 0)
+    with pytest.raises(SecateurError, match="output_router_logits is on, and MixtralForCausalLM has a balance loss of"):
         check_model(describe_moe(model))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, gather, is_sharded
 from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
 from secateur.modeling_secateur import (
+    LOSS,
     adds_balance_loss,
     auto_map_of,
     balance_loss_by_layer,
@@ -40,13 +42,14 @@ def check_model(moe: MoEModel) -> None:
             raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError("the model is quantised; experts are pruned in training only in floating point")
+    native = native_class(model)
     wants = getattr(model.config.get_text_config(), "output_router_logits", False)
-    if wants and not getattr(model, "balances_by_layer", False) and not adds_balance_loss(native_class(model)):
+    if wants and hasattr(sys.modules[native.__module__], LOSS) and not adds_balance_loss(native):
         raise SecateurError(
-            f"config.output_router_logits is on, and {native_class(model).__name__} has a balance loss of its own, which "
-            "may take one expert count for all layers; turn it off"
+            f"config.output_router_logits is on, and {native.__name__} has a balance loss of its own, which may "
+            "take one expert count for all layers; turn it off"
         )
-    balance_loss_by_layer(native_class(model))
+    balance_loss_by_layer(native)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if layer_of(name) is None or name not in moe.layout.tensors:
