@@ -31,7 +31,7 @@ from secateur.decide.rule import decide
 from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
-from secateur.families import MoEModel, describe_moe, logits_of
+from secateur.families import MoEModel, describe_moe
 from secateur.files.records import as_record
 from secateur.plans import Plan
 from secateur.stats import RouterStats
@@ -40,7 +40,7 @@ from secateur.surgery.fits import check_copies
 from secateur.surgery.copies import copies_of
 from secateur.surgery.module import check_model, check_plan, router_tensors
 from secateur.surgery.optimizer import Optimizers, check_optimizer, each_of, optimizer_state_bytes
-from secateur.surgery.oracle import barred_experts
+from secateur.surgery.self_check import CLOSE, expected_of, layer_excess, logit_difference
 from secateur.surgery.trained_by import TrainedBy
 from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
@@ -418,26 +418,25 @@ class LAEP:
     def _apply(self, plan: Plan) -> float | None:
         """Surgery with its self-check; the largest difference of a logit from the oracle on any rank."""
         sample = self._sample if self.self_check else None
-        expected = None
-        if sample is not None:
-            with barred_experts(self.moe, plan):
-                expected = logits_of(self.moe.model, sample)
-            if not math.isfinite(self._job.largest(float(expected.abs().max()))):
-                raise SecateurError(
-                    f"the logits are NaN or infinite at step {self.num_steps}: the run has diverged, nothing is pruned"
-                )
+        expected = None if sample is None else expected_of(self.moe, plan, sample)
+        if expected is not None and not math.isfinite(self._job.largest(float(expected.logits.abs().max()))):
+            raise SecateurError(
+                f"the logits are NaN or infinite at step {self.num_steps}: the run has diverged, nothing is pruned"
+            )
         for copy in self._copies:
             check_plan(copy, plan)
         self.moe = self._job.prune_(self.moe, plan, self._trained_by.optimizers)
         self._copies = [self._job.prune_copy_(copy, plan) for copy in self._copies]
-        if sample is None or expected is None:
+        if expected is None:
             return None
-        difference = float((logits_of(self.moe.model, sample) - expected).abs().max())
+        difference, share = logit_difference(self.moe, expected)
+        excess, line = 0.0, ""
+        if not self._job.largest(share) <= CLOSE:
+            excess, line = layer_excess(self.moe, expected, self._job.ranks.size)
         reshard_(self.moe.model)  # what a forward without backward leaves gathered would count as parameters
-        scale = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
-        if not self._job.largest(difference / scale) <= 1e-3:
+        if not self._job.largest(excess) <= 1:
             raise RuntimeError(
-                f"the pruned model differs from the barred-experts oracle by {difference}: this is a fault of "
+                f"the pruned model differs from the barred-experts oracle by {difference} ({line}): this is a fault of "
                 "Secateur's, the model in memory must not be used; go back to the last checkpoint"
             )
         return self._job.largest(difference)
