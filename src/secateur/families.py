@@ -116,7 +116,7 @@ class MoEModel:
 
 
 def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_slots: bool = False) -> MoEModel:
-    """Find the MoE blocks of a transformers causal LM and every tensor of theirs with an expert axis.
+    """Find the MoE blocks of a transformers model and every tensor of theirs with an expert axis.
 
     Args:
         model: the model itself, not a wrapper. layout: of the same model, from an earlier call, to save the two builds.
@@ -130,7 +130,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_s
     if not isinstance(model, PreTrainedModel):
         raise SecateurError(
             f"expected a transformers model (PreTrainedModel), found {type(model).__module__}."
-            f"{type(model).__qualname__}; give the model itself, not a wrapper (DDP, FSDP, torch.compile, PEFT)"
+            f"{type(model).__qualname__}; give the model itself, not a wrapper (DDP, FSDP, torch.compile)"
         )
     has_some = any(hasattr(module, "kept_slots") for module in model.modules())
     if has_some and not zero_slots:
@@ -155,6 +155,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_s
             f"model type {model_type!r}: this family is not supported: its config does not say how many experts a "
             f"token goes to (looked for {', '.join(TOP_K_KEYS)})"
         )
+    _check_adapters(model, layout)
     num_groups, min_experts = (1, 1) if has_some else router_needs(config, top_k)
     blocks = _blocks(model, layout)
     if not blocks:
@@ -176,6 +177,24 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_s
         num_groups=num_groups,
         min_experts=min_experts,
     )
+
+
+def without_adapters(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel, adapters in its modules; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _check_adapters(model: PreTrainedModel, layout: ExpertLayout) -> None:
+    """Raise where PEFT has put something of its own in the place of experts or a router."""
+    parts = {name.rpartition(".")[0] for name in layout.tensors}
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            for part in parts:
+                if f"{part}.".startswith(f"{name}."):
+                    raise SecateurError(
+                        f"{name} has adapters ({type(module).__name__} of PEFT): those of experts and routers cannot "
+                        "follow a pruning; expected adapters on other modules, such as attention"
+                    )
 
 
 def router_needs(config: PreTrainedConfig, top_k: int) -> tuple[int, int]:
@@ -318,7 +337,7 @@ def top_k_in(config: PreTrainedConfig) -> int | None:
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits in evaluation mode without gradient; the mode of every module is restored.
+    """Logits in evaluation mode without gradient, of a model without a head what it gives; modes are restored.
 
     inputs: what the model's forward takes first: (B, S) token ids, or the pixels of images.
     """
@@ -328,7 +347,8 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     model.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = model(**{name: inputs}, **options).logits
+            output = model(**{name: inputs}, **options)
+            logits: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     finally:
         for module, training in modes:
             module.training = training

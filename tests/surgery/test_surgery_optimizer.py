@@ -420,7 +420,6 @@ def refused() -> Iterator[tuple[torch.optim.Optimizer, str]]:
     def weights() -> list[nn.Parameter]:
         return [nn.Parameter(torch.zeros(2, 2))]
 
-    yield torch.optim.Muon(weights()), r"optimizer torch\.optim\.Muon: it takes 2-D parameters only"
     yield torch.optim.LBFGS(weights()), r"torch\.optim\.lbfgs\.LBFGS: its state is a history"
     for cls in (
         torch.optim.NAdam,

@@ -351,7 +351,6 @@ REFUSED_SETTINGS: dict[str, Any] = {
     "torch_compile": True,
     "auto_find_batch_size": True,
     "restore_callback_states_from_checkpoint": True,
-    "load_best_model_at_end": True,
     "use_liger_kernel": True,
     "deepspeed": {"zero_optimization": {"stage": 0}},
 }
@@ -393,11 +392,6 @@ def test_a_trainer_that_compiles_is_refused_before_the_first_step(tmp_path: Path
     refused(trainer_of(tmp_path, laep(), torch_compile=True), "torch_compile cannot be used")
 
 
-def test_a_trainer_that_would_load_the_best_checkpoint_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    refused(trainer_of(tmp_path, laep(), load_best_model_at_end=True, **every_step), "load_best_model_at_end")
-
-
 def test_an_optimizer_without_a_rule_is_refused_before_the_first_step(tmp_path: Path) -> None:
     refused(trainer_of(tmp_path, laep(), optim="adagrad"), r"torch\.optim\.adagrad\.Adagrad.*expected one of")
 
@@ -430,28 +424,19 @@ def test_a_schedule_that_cannot_be_is_refused_at_construction(settings: dict[str
         LAEPCallback(**settings)
 
 
-def test_a_second_training_counts_anew(tmp_path: Path) -> None:
-    callback = laep(target_params=0.9, at_step=2)
-    trainer = trainer_of(tmp_path, callback, max_steps=3)
-    trainer.train()
-    first = callback.events[0]
-    trainer.train()
-    (second,) = callback.events
-    assert (second.step, second.tokens) == (2, 2 * BATCH * LENGTH)
-    assert second.parameters_before == first.parameters_after
-    assert len(trainer.model._forward_pre_hooks) == 0
-
-
 def test_a_description_that_was_given_is_that_of_the_first_training_alone(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
-    callback = laep(target_params=0.9, at_step=2, moe=describe_moe(model))
+    schedule = [Pruning(rule=Rule(target_params=0.9), at_step=step) for step in (2, 5)]
+    callback = laep(prunings=schedule, moe=describe_moe(model))
     trainer = trainer_of(tmp_path, callback, model=model, max_steps=3)
     trainer.train()
     (first,) = callback.events
     trainer.train()
-    (second,) = callback.events
+    again, second = callback.events
+    assert again == first
     one, other = first.plan.layers[0], second.plan.layers[0]
     assert other.experts_before == one.experts_after < one.experts_before
+    assert len(trainer.model._forward_pre_hooks) == 0
 
 
 def test_the_model_saved_by_the_trainer_loads_again(tmp_path: Path) -> None:

@@ -28,12 +28,13 @@ class LoadCounter:
 
     def __init__(self, moe: MoEModel) -> None:
         self._model = moe.model
-        self._signature = inspect.signature(moe.model.forward)
+        root = moe.model.base_model  # below the head: PEFT and some trainers never call the model itself
+        self._signature = inspect.signature(root.forward)
         self._keep: Tensor | None = None  # (T,) 1 for real tokens, 0 for padding
         self._counting = False
         self._handles = [
-            moe.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            moe.model.register_forward_hook(self._end, always_call=True),
+            root.register_forward_pre_hook(self._begin, with_kwargs=True),
+            root.register_forward_hook(self._end, always_call=True),
         ]
         for block in moe.blocks.values():
             self._handles.append(block.experts.register_forward_pre_hook(self._hook(block), with_kwargs=True))

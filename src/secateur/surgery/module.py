@@ -19,6 +19,7 @@ from secateur.modeling_secateur import (
     adds_balance_loss,
     auto_map_of,
     balance_loss_by_layer,
+    class_named,
     layer_of,
     native_config,
     pruned_config_class,
@@ -43,6 +44,12 @@ def check_model(moe: MoEModel) -> None:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError("the model is quantised; experts are pruned in training only in floating point")
     native = native_class(model)
+    if class_named(native.__name__) is not native:
+        raise SecateurError(
+            f"the model is a {native.__module__}.{native.__qualname__}, which transformers' auto classes do not know: "
+            "once pruned it could not be loaded again. Use the class of transformers, or tell an auto class of yours "
+            "(AutoConfig.register and AutoModelForCausalLM.register, each with a config class of its own)"
+        )
     wants = getattr(model.config.get_text_config(), "output_router_logits", False)
     if wants and hasattr(sys.modules[native.__module__], LOSS) and not adds_balance_loss(native):
         raise SecateurError(

@@ -7,7 +7,8 @@ What the rules promise: for Adam, AdamW, SGD and RMSprop every state entry belon
 and then stepping equals stepping and then gathering, bit for bit. (One exception: fused CPU kernels may round the last
 entries of a tensor, those that do not fill a vector, otherwise than the same entries elsewhere.) Not for Adafactor:
 means over several experts scale its update. Where it has averaged the expert axis away (the column factor of a router
-(E, H), say) that state is kept as it is: it forgets the dropped experts at the optimizer's own decay rate.
+(E, H), say) that state is kept as it is: it forgets the dropped experts at the optimizer's own decay rate. Nor for
+Muon, whose update of a router makes all its rows orthogonal together; its state, the momentum, is gathered exactly.
 
 What needs nothing done:
   LR schedulers hold param groups, whose entries other than "params" are not touched, and no parameter.
@@ -81,6 +82,7 @@ OPTIMIZER_RULES: Mapping[str, Mapping[str, StateRule]] = MappingProxyType(
     {
         "torch.optim.adam.Adam": _ADAM,
         "torch.optim.adamw.AdamW": _ADAM,
+        "torch.optim.Muon": {"momentum_buffer": LIKE_PARAMETER},
         "torch.optim.sgd.SGD": {"momentum_buffer": LIKE_PARAMETER_OR_NONE},
         "torch.optim.rmsprop.RMSprop": {
             "step": SCALAR,
@@ -121,7 +123,6 @@ _IN_BACKWARD = "it updates the parameters during the backward pass and keeps its
 REFUSED: tuple[tuple[str, str], ...] = (
     ("bitsandbytes.*", _BLOCKS),
     ("torchao.*", _BLOCKS),
-    ("torch.optim*.Muon", "it takes 2-D parameters only and its update mixes all experts of a matrix"),
     ("torch.optim*.LBFGS", "its state is a history of one flat vector over all parameters"),
     ("*deepspeed.*", _PARTITIONS),
     ("*megatron*", _PARTITIONS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -12,8 +13,9 @@ from transformers.trainer_callback import ExportableState
 
 from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
-from secateur.families import MoEModel
+from secateur.families import MoEModel, without_adapters
 from secateur.surgery.events import PruneEvent
+from secateur.train.best import has_whole_weights, load_best_
 from secateur.train.laep import LAEP
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement
@@ -26,7 +28,9 @@ class LAEPCallback(TrainerCallback, ExportableState):
 
     The state travels in `trainer_state.json`, so `trainer.train(resume_from_checkpoint=folder)` goes on exactly where
     it was, with a model that was loaded from that folder. Any other is refused: a Trainer does not load experts that a
-    checkpoint stores one by one (it warns of missing keys), nor a pruned checkpoint into an unpruned model.
+    checkpoint stores one by one (it warns of missing keys), nor a pruned checkpoint into an unpruned model. A second
+    `train()` of the same model goes on from the first. With `load_best_model_at_end` the model gets the weights and the
+    shape of the best checkpoint, also of one from before a pruning.
 
     Args:
         on_event: called with the PruneEvent at the moment of a pruning, e.g. to send it to a logger of your own.
@@ -87,6 +91,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self._moe = moe
         self._on_event = on_event
         self._saved: dict[str, Any] | None = None
+        self._loads_best = False
         self.pruner: LAEP | None = None
 
     @property
@@ -108,8 +113,16 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         refuse_arguments(args)
+        if args.load_best_model_at_end and not has_whole_weights(kwargs["model"]):
+            raise SecateurError(
+                "TrainingArguments.load_best_model_at_end cannot be used with expert pruning of a model that is sharded "
+                "or has adapters: the experts of before a pruning cannot be put back"
+            )
+        before = None  # a training of the same model, with which this one goes on
         if self.pruner is not None:
             self.pruner.detach()
+            if self.pruner.moe.model is without_adapters(kwargs["model"]) and self.pruner.num_steps and not state.global_step:
+                before = self.pruner.state_dict()
         stored: Any = state.stateful_callbacks
         saved = stored.get(type(self).__name__)
         if state.global_step and not saved:
@@ -122,10 +135,13 @@ class LAEPCallback(TrainerCallback, ExportableState):
         try:
             if state.global_step:
                 self.pruner.load_state_dict(saved["attributes"]["pruner_state"])
+            elif before is not None:
+                self.pruner.load_state_dict(before)
             else:
                 self.pruner.check_goal()
             if kwargs.get("lr_scheduler") is not None:
-                self.pruner.follow(kwargs["lr_scheduler"], state.max_steps)
+                to_come = state.max_steps - state.global_step
+                self.pruner.follow(kwargs["lr_scheduler"], self.pruner.num_steps + to_come)
         except SecateurError:
             self.pruner.detach()
             raise
@@ -148,6 +164,18 @@ class LAEPCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._collect(control)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The last log of a training, before the Trainer would load the best model: `on_train_end` does, with experts."""
+        if args.load_best_model_at_end and "train_runtime" in (logs or {}):
+            args.load_best_model_at_end, self._loads_best = False, True
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -157,22 +185,27 @@ class LAEPCallback(TrainerCallback, ExportableState):
         if unpruned is not None:
             history: list[Any] = state.log_history
             history.append({"step": state.global_step, "laep/unpruned": unpruned.to_json()})
+        if self._loads_best:
+            args.load_best_model_at_end, self._loads_best = True, False
+            if state.best_model_checkpoint is not None:
+                self.pruner.say(load_best_(self.pruner, Path(state.best_model_checkpoint), type(self).__name__))
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json` (transformers' ExportableState), on the rank that writes it.
 
-        Raises:
-            SecateurError: in a job of several processes, a checkpoint that was not asked for by the Trainer's own
-                save strategy: the ranks' counts were not collected.
+        In a job of several processes, a callback further down the list may have asked for this checkpoint when the
+        ranks' counts were no longer collected: see `LAEP.state_dict(alone=True)`. A line says so.
         """
         if self.pruner is None:
             return {"args": {}, "attributes": {"pruner_state": None}}
         if self.pruner.num_processes == 1:
             self._saved = self.pruner.state_dict()
         if self._saved is None or self._saved["num_steps"] != self.pruner.num_steps:
-            raise SecateurError(
-                f"a checkpoint at step {self.pruner.num_steps} in a job of {self.pruner.num_processes} processes that "
-                "no other rank knows of: let the Trainer's save_strategy ask for it"
+            self._saved = self.pruner.state_dict(alone=True)
+            self.pruner.say(
+                f"the checkpoint at step {self.pruner.num_steps} was asked for by a callback after "
+                f"{type(self).__name__}: it is whole, but the open window of loads is not in it; put "
+                f"{type(self).__name__} last in the list"
             )
         return {"args": {}, "attributes": {"pruner_state": self._saved}}
 
@@ -188,7 +221,6 @@ REFUSED_ARGUMENTS = {
     "torch_compile": "compiled code holds the old parameters",
     "deepspeed": "its parameters are views of flat buffers",
     "auto_find_batch_size": "a restart with another batch size would begin with an already pruned model",
-    "load_best_model_at_end": "the best checkpoint may be from before a pruning, and Trainer loads no experts back",
     "restore_callback_states_from_checkpoint": "LAEPCallback restores itself, and would be made anew without arguments",
     "use_liger_kernel": "its fused experts are not the modules that are counted and cut",
 }

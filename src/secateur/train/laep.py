@@ -31,7 +31,7 @@ from secateur.decide.rule import decide
 from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
-from secateur.families import MoEModel, describe_moe
+from secateur.families import MoEModel, describe_moe, without_adapters
 from secateur.files.records import as_record
 from secateur.plans import Plan
 from secateur.stats import RouterStats
@@ -59,7 +59,7 @@ class LAEP:
     """Prunes the experts of a model while it trains.
 
     Args:
-        model: a transformers MoE causal LM, not wrapped. optimizer: the one that trains it, or all of them.
+        model: a transformers MoE model, not wrapped (a PeftModel is seen through). optimizer: the one that trains it, or all of them.
         copies: models of the same kind that follow every pruning by its plan, such as an EMA or a reference model.
         prunings: a schedule (an empty one only watches the loads); or give one `Pruning` by its fields and those of its
             rule: `at_step` or `at_tokens` for a fixed time, `multiple_of`, `min_experts`, `max_experts`; `uniform` and
@@ -121,6 +121,7 @@ class LAEP:
         )
         self.window_steps = window_steps
         self.self_check = self_check
+        model = without_adapters(model)
         if moe is not None and moe.model is not model:
             raise SecateurError("moe: found the description of another model, expected that of `model`")
         self.moe: MoEModel = moe or describe_moe(model)
@@ -142,7 +143,8 @@ class LAEP:
             raise
         self._steps_before = 0  # of the run, when `load_state_dict` went on with it
         self._sample: Tensor | None = None
-        self._sample_hook = model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
+        # below the head: some trainers and wrappers call the head's forward as a function, or not at all
+        self._sample_hook = self.moe.model.base_model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
         self._constants = phase or PhaseConstants()
         self._watch = LoadWatch(
             self.moe,
@@ -152,7 +154,7 @@ class LAEP:
             constants=self._constants,
             warmup_steps=warmup_steps,
         )
-        self._say = on_message or logging.getLogger("secateur").warning
+        self.say = on_message or logging.getLogger("secateur").warning
         self.num_steps = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
@@ -182,7 +184,7 @@ class LAEP:
         """Say where a warm-up could not be seen."""
         waits = any(pruning.waits_for_stable for pruning in self.prunings)
         if waits and is_main() and self.learning_rate is None and not self._watch.warmup_steps:
-            self._say(
+            self.say(
                 "the optimizer sets its own learning rate ('lr' is None): LAEP cannot see a warm-up; tell of one by "
                 "warmup_steps"
             )
@@ -260,17 +262,17 @@ class LAEP:
         if not is_main():
             return
         if schedule is None:
-            self._say(
+            self.say(
                 f"{type(scheduler).__name__} cannot be read ahead (a LambdaLR can): LAEP watches the learning rate "
                 "step by step; warmup_steps tells it of a warm-up with pauses"
             )
         elif schedule.rises_again is not None:
-            self._say(
+            self.say(
                 f"the learning rate rises again at step {schedule.rises_again}, after its highest at step "
                 f"{schedule.peak}: loads that are stable before may move again"
             )
         elif schedule.peak >= num_steps > 1:
-            self._say(
+            self.say(
                 f"the learning rate rises up to step {schedule.peak} of {num_steps}: loads cannot be stable before; "
                 "at_step prunes at a fixed step"
             )
@@ -299,7 +301,7 @@ class LAEP:
         """
         unpruned = self.unpruned() if self.num_steps else None
         if unpruned is not None and is_main():
-            self._say(unpruned.describe())
+            self.say(unpruned.describe())
         self.detach()
         return unpruned
 
@@ -310,17 +312,22 @@ class LAEP:
         self._trained_by.detach()
         self._job.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on after a restart, as JSON-able values; all ranks must call, and get the same."""
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
+        """Everything needed to go on after a restart, as JSON-able values; all ranks must call, and get the same.
+
+        Args:
+            alone: only this rank calls. What is counted in the open window is left out then, as others have most of
+                it: a run that goes on from there counts that window anew. Sums of sharded weights are left out too.
+        """
         return {
             "version": STATE_VERSION,
             "num_steps": self.num_steps,
             "settings": self._settings(),
-            "watch": self._watch.state_dict(),
+            "watch": self._watch.state_dict(alone=alone),
             "events": [event.to_json() for event in self.events],
             "plan": self.plan.to_json(),
             "counts": {str(layer): count for layer, count in self.moe.counts.items()},
-            "checksums": self._job.checksums(self.moe),
+            "checksums": {} if alone and self._job.ranks.sharded else self._job.checksums(self.moe),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -338,6 +345,21 @@ class LAEP:
         self._watch.load_state_dict(saved.watch)  # the last check
         self.num_steps, self.events, self.plan = saved.num_steps, events, plan
         self._steps_before = saved.num_steps
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """The model has been given the weights and the shape that it had when `state` was taken.
+
+        Raises:
+            SecateurError: as `load_state_dict`.
+        """
+        self.moe = describe_moe(self.moe.model, self.moe.layout)
+        self._watch.after_pruning(self.moe)
+        self.load_state_dict(state)
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """All that train the model, without wrappers."""
+        return self._trained_by.optimizers
 
     def _settings(self) -> dict[str, Any]:
         """What a state must agree with; the detector checks its own constants."""
@@ -413,7 +435,8 @@ class LAEP:
         )
         self.events.append(event)
         new = self._parameters()
-        return replace(event, replaced={old[name]: new[name] for name in old if new[name] is not old[name]})
+        replaced = {old[name]: new[name] for name in old if new[name] is not old[name]}
+        return replace(event, replaced=replaced) if replaced else event
 
     def _apply(self, plan: Plan) -> float | None:
         """Surgery with its self-check; the largest difference of a logit from the oracle on any rank."""

@@ -40,7 +40,7 @@ def read_schedule(scheduler: Any, num_steps: int, *, done: int = 0) -> Schedule 
     offset = scheduler.last_epoch - done
     spread = max(1, -(-num_steps // MOST_READ))
     steps = [*range(1, num_steps + 1, spread)]
-    factors = [max(float(factor(step - 1 + offset)) for factor in scheduler.lr_lambdas) for step in steps]
+    factors = [max(float(factor(max(0, step - 1 + offset))) for factor in scheduler.lr_lambdas) for step in steps]
     if not factors:
         return None
     peak = factors.index(max(factors))

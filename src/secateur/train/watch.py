@@ -133,12 +133,13 @@ class LoadWatch:
         """Remove all hooks from the model."""
         self._counter.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able; the same on every rank, and all ranks must call."""
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
+        """JSON-able; the same on every rank, and all ranks must call; without the open window where one rank is `alone`."""
+        is_open = not alone and not self._counter.is_empty
         return {
             "num_tokens": self.num_tokens,
-            "steps_in_window": self._steps_in_window,
-            "open_window": None if self._counter.is_empty else self._job.sum(self._counter.read()).to_json(),
+            "steps_in_window": 0 if alone else self._steps_in_window,
+            "open_window": self._job.sum(self._counter.read()).to_json() if is_open else None,
             "last_window": None if self._last_full is None else self._last_full.to_json(),
             "history": self._history.state(),
             "report": msgspec.to_builtins(self.report),
