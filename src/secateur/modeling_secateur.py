@@ -486,8 +486,8 @@ def __getattr__(name: str) -> type:
 
 def adds_balance_loss(native: Any) -> bool:
     """Whether a native class adds transformers' balance loss to its own when `output_router_logits` is on."""
-    takes = getattr(sys.modules[native.__module__], LOSS, None)
-    return _is_of_layers(takes) and LOSS in inspect.unwrap(native.forward).__code__.co_names
+    found = getattr(sys.modules[native.__module__], LOSS, None)
+    return found is not None and _is_of_layers(found) and LOSS in inspect.unwrap(native.forward).__code__.co_names
 
 
 def balance_loss_by_layer(native: Any) -> None:
@@ -498,14 +498,14 @@ def balance_loss_by_layer(native: Any) -> None:
     """
     for module in (sys.modules[native.__module__], modeling_mixtral):
         stock = getattr(module, LOSS, None)
-        if _is_of_layers(stock) and not hasattr(stock, "by_layer"):
+        if stock is not None and _is_of_layers(stock) and not hasattr(stock, "by_layer"):
             setattr(module, LOSS, _by_layer(stock))
 
 
-def _is_of_layers(loss: Any) -> bool:
+def _is_of_layers(loss: Callable[..., Any]) -> bool:
     """Whether a function takes the logits of all layers and one count, as most families have it."""
     expected = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-    return loss is not None and list(inspect.signature(loss).parameters) == expected
+    return list(inspect.signature(loss).parameters) == expected
 
 
 def _by_layer(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Which models LAEP takes: PEFT's wrapper is seen through, heads or none, and classes that would not load are refused."""
+"""Which models LAEP takes: through PEFT's wrapper, with a head or none; what would not load again is refused."""
 
 from __future__ import annotations
 

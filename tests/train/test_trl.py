@@ -29,7 +29,9 @@ def sft(folder: Path, model: Any, *callbacks: Any, **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("settings", [{"bf16": False}, {"loss_type": "nll", "bf16": False}, {"bf16": True}], ids=["chunked", "nll", "bf16"])
+@pytest.mark.parametrize(
+    "settings", [{"bf16": False}, {"loss_type": "nll", "bf16": False}, {"bf16": True}], ids=["chunked", "nll", "bf16"]
+)
 def test_sft_prunes_with_its_balance_loss_and_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
     callback = laep()
     trainer = sft(tmp_path, tiny_model("mixtral"), callback, **settings)

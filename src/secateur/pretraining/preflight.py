@@ -76,7 +76,9 @@ def check_before_data(options: PretrainOptions, sizes: ParallelSizes | None = No
     moe = describe_moe(empty_model(model_config(settings.model, tokenizer)))
     check_model(moe)
     if getattr(moe.model.config.get_text_config(), "output_router_logits", False):
-        raise SecateurError("output_router_logits is on: --balance mixtral is the same loss, and is recorded and resumed")
+        raise SecateurError(
+            "output_router_logits is on: --balance mixtral is the same loss, and is recorded and resumed"
+        )
     sizes = sizes or parallel_sizes(settings.devices.fsdp, settings.devices.ep, settings.devices.tp)
     check_split(moe, sizes)
     check_batch(training.batch_size, sizes)

@@ -130,8 +130,8 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: Optimizers | None = None)
 def take_value_(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Give a parameter or buffer a value of another shape; its hooks stay, its gradient goes.
 
-    A graph that is still alive (the loss of the last step, say) holds the node that adds up the tensor's gradient, which
-    would go on expecting the old shape. torch makes a new node once the type has changed, so it changes for a moment.
+    A graph that is still alive (the loss of the last step, say) holds the node that adds up the tensor's gradient,
+    which would go on expecting the old shape. torch makes a new node once the type has changed: it does for a moment.
     """
     tensor.grad = None
     other = torch.float16 if tensor.dtype != torch.float16 else torch.float32

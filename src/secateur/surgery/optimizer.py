@@ -169,7 +169,7 @@ class Replacement:
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside the wrapper of accelerate (what a Trainer hands to its callbacks) or Lightning; else itself."""
+    """The optimizer inside the wrapper of accelerate (which a Trainer hands to callbacks) or Lightning; else itself."""
     while any(fnmatchcase(_class_name(optimizer), pattern) for pattern in _WRAPPERS):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer

@@ -1,4 +1,4 @@
-"""Is a model that was just pruned right? Its logits, and where sums round otherwise, each layer on the oracle's inputs."""
+"""Is a model that was just pruned right? Its logits, and where these round otherwise, each layer by itself."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def logit_difference(moe: MoEModel, expected: Expected) -> tuple[float, float]:
 def layer_excess(moe: MoEModel, expected: Expected, num_parts: int) -> tuple[float, str]:
     """How far the worst layer of the pruned model is above its bound (1 is at it), and a line about it.
 
-    Every layer runs on what the oracle gave the layer before, so roundings neither grow from layer to layer nor
-    send a token to another expert. What is left is the order in which the outputs of a token's experts are added up. With
-    `n` summands of one sign two orders differ by at most `2 (n - 1) u` of the sum (u half of the type's eps); taking
+    Every layer runs on what the oracle gave the layer before, so roundings neither grow from layer to layer nor send a
+    token to another expert. What is left is the order in which the outputs of a token's experts are added up. With `n`
+    summands of one sign two orders differ by at most `2 (n - 1) u` of the sum (u half of the type's eps); taking
     the largest output for the sum, and twice that for cancellation, the bound is `2 n eps`, and at least CLOSE.
 
     Args:

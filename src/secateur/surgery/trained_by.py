@@ -11,7 +11,6 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.families import MoEModel
 
-
 SKIPPED = 10  # steps that a GradScaler may skip after a start
 
 
@@ -69,8 +68,8 @@ class TrainedBy:
             for one, held in idle:
                 if id(parameter) in held and (num_steps > SKIPPED or not one.state.get(parameter)):
                     raise SecateurError(
-                        f"{name}: {type(one).__name__}, which was given to LAEP for it, has not stepped since: nothing is "
-                        "pruned. Is another optimizer training the model? LAEP needs the one whose step() is called"
+                        f"{name}: {type(one).__name__}, which was given to LAEP for it, has not stepped since: nothing "
+                        "is pruned. Is another optimizer training the model? LAEP needs the one whose step() is called"
                     )
 
     def detach(self) -> None:

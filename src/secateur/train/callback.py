@@ -115,13 +115,17 @@ class LAEPCallback(TrainerCallback, ExportableState):
         refuse_arguments(args)
         if args.load_best_model_at_end and not has_whole_weights(kwargs["model"]):
             raise SecateurError(
-                "TrainingArguments.load_best_model_at_end cannot be used with expert pruning of a model that is sharded "
-                "or has adapters: the experts of before a pruning cannot be put back"
+                "TrainingArguments.load_best_model_at_end cannot be used with expert pruning of a model that is "
+                "sharded or has adapters: the experts of before a pruning cannot be put back"
             )
         before = None  # a training of the same model, with which this one goes on
         if self.pruner is not None:
             self.pruner.detach()
-            if self.pruner.moe.model is without_adapters(kwargs["model"]) and self.pruner.num_steps and not state.global_step:
+            if (
+                self.pruner.moe.model is without_adapters(kwargs["model"])
+                and self.pruner.num_steps
+                and not state.global_step
+            ):
                 before = self.pruner.state_dict()
         stored: Any = state.stateful_callbacks
         saved = stored.get(type(self).__name__)
@@ -172,7 +176,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The last log of a training, before the Trainer would load the best model: `on_train_end` does, with experts."""
+        """The last log, before the Trainer would load the best model: `on_train_end` does it, with the experts."""
         if args.load_best_model_at_end and "train_runtime" in (logs or {}):
             args.load_best_model_at_end, self._loads_best = False, True
 

@@ -35,9 +35,9 @@ from secateur.families import MoEModel, describe_moe, without_adapters
 from secateur.files.records import as_record
 from secateur.plans import Plan
 from secateur.stats import RouterStats
+from secateur.surgery.copies import copies_of
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.surgery.fits import check_copies
-from secateur.surgery.copies import copies_of
 from secateur.surgery.module import check_model, check_plan, router_tensors
 from secateur.surgery.optimizer import Optimizers, check_optimizer, each_of, optimizer_state_bytes
 from secateur.surgery.self_check import CLOSE, expected_of, layer_excess, logit_difference
@@ -59,7 +59,8 @@ class LAEP:
     """Prunes the experts of a model while it trains.
 
     Args:
-        model: a transformers MoE model, not wrapped (a PeftModel is seen through). optimizer: the one that trains it, or all of them.
+        model: a transformers MoE model, not wrapped (a PeftModel is seen through).
+        optimizer: the one that trains it, or all of them.
         copies: models of the same kind that follow every pruning by its plan, such as an EMA or a reference model.
         prunings: a schedule (an empty one only watches the loads); or give one `Pruning` by its fields and those of its
             rule: `at_step` or `at_tokens` for a fixed time, `multiple_of`, `min_experts`, `max_experts`; `uniform` and

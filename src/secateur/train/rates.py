@@ -84,7 +84,7 @@ class RateWatch:
         self._before, self.rose = None if rates is None else list(rates), rose
 
 
-def rates_of(optimizer: torch.optim.Optimizer) -> list[float | None]:
+def rates_of(optimizer: torch.optim.Optimizer | TrainedBy) -> list[float | None]:
     """The learning rate of each parameter group; None where the optimizer sets its own.
 
     Raises:

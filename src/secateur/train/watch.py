@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-import torch
 
 from secateur.errors import SecateurError
 from secateur.families import MoEModel
@@ -134,7 +133,7 @@ class LoadWatch:
         self._counter.detach()
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
-        """JSON-able; the same on every rank, and all ranks must call; without the open window where one rank is `alone`."""
+        """JSON-able, the same on every rank; all must call. One that calls `alone` leaves out the open window."""
         is_open = not alone and not self._counter.is_empty
         return {
             "num_tokens": self.num_tokens,

@@ -1,9 +1,8 @@
 """Keep DistributedDataParallel synchronising a model whose parameters were replaced.
 
-DDP hooks its gradient reduction to the parameter objects it was built with. One that is set later is not reduced: with
-`find_unused_parameters`, which transformers' Trainer turns on, the ranks drift apart without an error; else the next
-step stops with one about unused parameters. So after surgery the reducer is built anew inside the same DDP object,
-which the training loop holds; all its settings stay.
+DDP hooks its gradient reduction to the parameters it was built with, and cuts its buckets by their sizes. Gradients of
+a pruned one do not fit: the next step stops with torch's internal error. So after surgery the reducer is built anew
+inside the same DDP object, which the training loop holds; all its settings stay.
 
 In a training loop of all ranks:
 

@@ -7,7 +7,7 @@ ranks must call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,7 @@ def prune_sharded_model_(moe: MoEModel, plan: Plan, optimizer: Optimizers | None
         check_optimizer(one)
     for layer in changed:
         for spec in moe.blocks[layer].tensors:
-            for state in [one.state for one in optimizers] or [{}]:
-                _check_split(moe.model, spec, state)
+            _check_split(moe.model, spec, [one.state for one in optimizers])
     for layer, layer_plan in changed.items():
         replacements = [_replace_(moe.model, spec, layer_plan) for spec in moe.blocks[layer].tensors]
         replace_parameters_(optimizers, [replacement for replacement in replacements if replacement is not None])
@@ -101,7 +100,7 @@ def check_expert_parallel(moe: MoEModel) -> None:
                 )
 
 
-def _check_split(model: nn.Module, spec: ExpertTensor, states: Mapping[Any, Any]) -> None:
+def _check_split(model: nn.Module, spec: ExpertTensor, states: Sequence[Mapping[Any, Any]]) -> None:
     """Raise unless the parts of one tensor and of its optimizer state can follow the experts."""
     owner, key = locate(model, spec)
     tensor: Any = getattr(owner, key)
@@ -111,7 +110,7 @@ def _check_split(model: nn.Module, spec: ExpertTensor, states: Mapping[Any, Any]
     dim = spec.axis.dim
     if dim != 0 and any(placement.is_shard(dim) for placement in tensor.placements):
         raise SecateurError(f"{spec.name}: placements {tensor.placements} cut its expert axis {dim}, expected 0")
-    for name, value in states.get(tensor, {}).items():
+    for name, value in [item for state in states for item in state.get(tensor, {}).items()]:
         if isinstance(value, DTensor) and (value.device_mesh, value.placements) != (
             tensor.device_mesh,
             tensor.placements,
