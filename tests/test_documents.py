@@ -23,6 +23,7 @@ from secateur.pretraining.presets import PRESETS
 from support.docs_tables import DOCS, TABLES, with_table
 from support.models_with_text import model_with_text
 from support.small_runs import in_child
+from support.works_with import WORKS_WITH, Row
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,12 @@ COUNTED = {
 def test_tables_are_those_of_the_source(document: str, name: str) -> None:
     text = (DOCS / document).read_text(encoding="utf-8")
     assert with_table(text, name, TABLES[document, name]()) == text, "write it anew with `make docs-tables`"
+
+
+@pytest.mark.parametrize("row", WORKS_WITH, ids=lambda row: row.what)
+def test_every_row_of_what_laep_works_with_has_a_test(row: Row) -> None:
+    file, _, name = row.test.partition("::")
+    assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
 def blocks(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from secateur.criteria import CRITERIA, Criterion
 from secateur.decide.rules import OPTIONS
 from secateur.model_folder.read.config import REFUSED
 from secateur.stats import DEFAULT_SUMS, SUMS
+from support.works_with import WORKS_WITH
 
 DOCS = Path(__file__).parents[2] / "docs"
 FAULTS = DOCS.parent / "benchmarks" / "results" / "faults.json"
@@ -48,6 +49,10 @@ def refused() -> list[str]:
     return _table(("model type", "why"), [(f"`{name}`", reason) for name, reason in REFUSED.items()])
 
 
+def works_with() -> list[str]:
+    return _table(("kind", "what", "LAEP"), [(row.kind, row.what, row.answer) for row in WORKS_WITH])
+
+
 def faults() -> list[str]:
     """What the stored campaign counted."""
     head, *rows = json.loads(FAULTS.read_text(encoding="utf-8"))["table"]
@@ -79,6 +84,7 @@ TABLES: dict[tuple[str, str], Callable[[], list[str]]] = {
     ("prune.md", "refused families"): refused,
     ("observe.md", "sums"): sums,
     ("laep.md", "rules"): rules,
+    ("laep.md", "works with"): works_with,
     ("faults.md", "faults"): faults,
     ("faults.md", "left"): left,
 }
