@@ -78,6 +78,8 @@ def test_a_list_of_parameters_clips_the_gradients_that_there_are_after_a_pruning
     train(model, [optimizer], pruner, after=clip)
     assert len(pruner.events) == 1
     assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+    assert all(old is new for old, new in zip(parameters, optimizer.param_groups[0]["params"], strict=True))
+    assert set(optimizer.state) == set(parameters)
     assert all(torch.equal(found, expected) and expected > 0 for found, expected in norms)
 
 

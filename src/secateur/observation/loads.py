@@ -30,6 +30,8 @@ class LoadCounter:
         self._model = moe.model
         root = moe.model.base_model  # below the head: PEFT and some trainers never call the model itself
         self._signature = inspect.signature(root.forward)
+        kinds = {parameter.kind for parameter in self._signature.parameters.values()}
+        self._takes_more = inspect.Parameter.VAR_KEYWORD in kinds
         self._keep: Tensor | None = None  # (T,) 1 for real tokens, 0 for padding
         self._counting = False
         self._handles = [
@@ -86,6 +88,8 @@ class LoadCounter:
         self._counting = model.training
         if not self._counting:
             return
+        if not self._takes_more:
+            kwargs = {name: value for name, value in kwargs.items() if name in self._signature.parameters}
         tokens, mask = tokens_and_mask(self._signature, args, kwargs)
         if mask is None:
             self._keep = None

@@ -92,6 +92,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self._on_event = on_event
         self._saved: dict[str, Any] | None = None
         self._loads_best = False
+        self._runs = False
         self.pruner: LAEP | None = None
 
     @property
@@ -149,9 +150,13 @@ class LAEPCallback(TrainerCallback, ExportableState):
         except SecateurError:
             self.pruner.detach()
             raise
+        self._runs = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None
+        if self.pruner.num_processes > 1:  # a request of one rank alone, at a signal say, is one of all
+            control.should_save = self.pruner.on_any_rank(control.should_save)
+            control.should_training_stop = self.pruner.on_any_rank(control.should_training_stop)
         before = self.pruner.phase
         event = self.pruner.step()
         history: list[Any] = state.log_history
@@ -185,6 +190,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.pruner is None:
             return
+        self._runs = False
         unpruned = self.pruner.finish()
         if unpruned is not None:
             history: list[Any] = state.log_history
@@ -200,7 +206,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         In a job of several processes, a callback further down the list may have asked for this checkpoint when the
         ranks' counts were no longer collected: see `LAEP.state_dict(alone=True)`. A line says so.
         """
-        if self.pruner is None:
+        if self.pruner is None or not self._runs:  # a Trainer also asks when it begins anew
             return {"args": {}, "attributes": {"pruner_state": None}}
         if self.pruner.num_processes == 1:
             self._saved = self.pruner.state_dict()

@@ -347,6 +347,10 @@ class LAEP:
         self.num_steps, self.events, self.plan = saved.num_steps, events, plan
         self._steps_before = saved.num_steps
 
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether it is set on any rank of the job; all ranks must call."""
+        return self._job.on_any_rank(flag)
+
     def go_back(self, state: Mapping[str, Any]) -> None:
         """The model has been given the weights and the shape that it had when `state` was taken.
 

@@ -84,6 +84,13 @@ class Job:
         """The largest of all ranks' values; NaN if any is."""
         return self.ranks.largest(value, self.device)
 
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether it is set on any rank; in the host's memory where the process group can, so that none waits."""
+        if self.ranks.size == 1:
+            return flag
+        device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else self.device
+        return self.ranks.largest(float(flag), device) > 0
+
     def prune_(self, moe: MoEModel, plan: Plan, optimizer: Optimizers | None) -> MoEModel:
         """Apply a plan on all ranks, in place; what wraps the model goes on working.
 
