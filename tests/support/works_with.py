@@ -32,7 +32,11 @@ WORKS_WITH: tuple[Row, ...] = (
         ("plain loop", "works", f"{_LAEP}::test_losses_up_to_the_pruning_are_those_of_a_run_without_it"),
         ("Trainer", "works", f"{_CALLBACK}::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
         ("TRL SFTTrainer", "works", f"{_TRL}::test_sft_prunes_with_its_balance_loss_and_goes_on"),
-        ("TRL DPOTrainer", "works; the reference in `copies`", f"{_TRL}::test_dpo_prunes_model_and_reference"),
+        (
+            "TRL DPOTrainer, `sync_ref_model`",
+            "works; the reference in `copies`",
+            f"{_TRL}::test_dpo_prunes_model_and_reference_which_is_kept_in_step",
+        ),
         (
             "Accelerate, fp32 and bf16",
             "works",
@@ -134,9 +138,9 @@ WORKS_WITH: tuple[Row, ...] = (
             f"{_RUNS}::test_the_best_checkpoint_is_loaded_back_with_its_experts_and_shape",
         ),
         (
-            "a checkpoint that another callback asks for",
+            "a checkpoint that another callback, or one rank, asks for",
             "works",
-            f"{_RUNS}::test_a_checkpoint_that_another_callback_asks_for_is_written_in_a_job_of_several",
+            f"{_SCRIPTS}::test_a_checkpoint_that_one_rank_wants_is_written_by_all_and_a_second_training_goes_on",
         ),
         (
             "autocast, GradScaler",

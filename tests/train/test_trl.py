@@ -54,7 +54,7 @@ def test_sft_trains_a_pruned_folder_whose_layers_differ(tmp_path: Path) -> None:
     assert len([entry for entry in trainer.state.log_history if "aux_loss" in entry]) == 2
 
 
-def test_dpo_prunes_model_and_reference(tmp_path: Path) -> None:
+def test_dpo_prunes_model_and_reference_which_is_kept_in_step(tmp_path: Path) -> None:
     def words(*shape: int, seed: int) -> list[str]:
         return [" ".join(map(str, row.tolist())) for row in random_tokens(*shape, seed=seed)]
 
@@ -62,11 +62,12 @@ def test_dpo_prunes_model_and_reference(tmp_path: Path) -> None:
         {"prompt": words(16, 3, seed=1), "chosen": words(16, 4, seed=2), "rejected": words(16, 4, seed=3)}
     )
     model, reference = tiny_model("mixtral"), tiny_model("mixtral")
+    in_step = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
     callback = laep(copies=[reference], self_check=False)
     trainer = trl.DPOTrainer(
         model=model,
         ref_model=reference,
-        args=trl.DPOConfig(**arguments(tmp_path, **QUICK)),
+        args=trl.DPOConfig(**arguments(tmp_path, **QUICK, **in_step)),
         train_dataset=pairs,
         processing_class=tokenizer(),
         callbacks=[callback],

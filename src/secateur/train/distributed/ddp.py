@@ -132,7 +132,8 @@ class DDPFinder:
             self._found(model)
             model = model.module
         self.model = model
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        below: Any = getattr(model, "base_model", model)  # PEFT calls the forward of the model itself as a function
+        self._hook = below.register_forward_pre_hook(self._before_forward)
 
     @property
     def wrapper(self) -> DistributedDataParallel | None:
