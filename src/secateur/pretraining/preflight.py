@@ -16,7 +16,8 @@ from secateur.data.corpus import embedded_specs, read_documents
 from secateur.data.prepare import PreparedData
 from secateur.decide.limits import LayerLimits
 from secateur.errors import SecateurError
-from secateur.families import MoEModel, describe_moe
+from secateur.families import MoEModel, describe_moe, native_class
+from secateur.modeling_secateur import adds_balance_loss
 from secateur.pretraining.arguments import training_arguments
 from secateur.pretraining.models import empty_model, given_tokenizer, model_config, model_facts
 from secateur.pretraining.options import PretrainOptions
@@ -75,7 +76,8 @@ def check_before_data(options: PretrainOptions, sizes: ParallelSizes | None = No
     tokenizer = given_tokenizer(settings.model)
     moe = describe_moe(empty_model(model_config(settings.model, tokenizer)))
     check_model(moe)
-    if getattr(moe.model.config.get_text_config(), "output_router_logits", False):
+    wants = getattr(moe.model.config.get_text_config(), "output_router_logits", False)
+    if wants and adds_balance_loss(native_class(moe.model)):
         raise SecateurError(
             "output_router_logits is on: --balance mixtral is the same loss, and is recorded and resumed"
         )

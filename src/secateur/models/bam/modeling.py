@@ -69,8 +69,6 @@ class BamPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         "attentions": OutputRecorder(BamAttention, index=1),
     }
 
-    balances_by_layer = True  # its losses know each layer's own number of experts
-
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers would look for the call in this file, and it is in `attention`
