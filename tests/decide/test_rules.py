@@ -190,6 +190,7 @@ def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the
     pruning: dict[str, Any] = {"at_step": 3, "multiple_of": 2, "min_experts": 4, "max_experts": 6}
     phase, moe = PhaseConstants(max_regret=0.5), describe_moe(model)
     others: dict[str, Any] = {
+        "copies": [],
         "window_steps": 7,
         "phase": phase,
         "warmup_steps": 30,
