@@ -33,6 +33,8 @@ from secateur.modeling_secateur import (
 # bytes of an entry -> a type that holds its bits
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+CHECKPOINTED = "_checkpoint_wrapped_module"  # in torch's wrapper of activation checkpointing: what it wraps
+
 # model type -> why its experts cannot be pruned while it trains
 REFUSED = {
     "llama4": "its experts run on every token, so there is no load to prune by",
@@ -132,7 +134,7 @@ def describe_moe(model: nn.Module, layout: ExpertLayout | None = None, *, zero_s
             f"expected a transformers model (PreTrainedModel), found {type(model).__module__}."
             f"{type(model).__qualname__}; give the model itself, not a wrapper (DDP, FSDP, torch.compile)"
         )
-    has_some = any(hasattr(module, "kept_slots") for module in model.modules())
+    has_some = any("kept_slots" in vars(module) for module in model.modules())
     if has_some and not zero_slots:
         raise SecateurError(
             "the model has zero slots: its routers choose among experts of which some were removed, and what counts "
@@ -236,14 +238,14 @@ def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]
     outside = [name for name in axes if not name.startswith(f"{path}.")]
     if outside:
         raise SecateurError(f"layer {layer}: {outside[0]} has an expert axis but lies outside {path}")
-    block = model.get_submodule(path)
-    experts = block.get_submodule("experts")
+    block = module_at(model, path)
+    experts = module_at(block, "experts")
     zero_slots = hasattr(experts, "kept_slots")
     tensors, counts, size = [], {}, 0
     for name, axis in axes.items():
         if zero_slots and not is_of_experts(name):
             continue
-        owner = model.get_submodule(name.rpartition(".")[0])
+        owner = module_at(model, name.rpartition(".")[0])
         tensor = getattr(owner, name.rpartition(".")[2])
         counts[name] = _count_in(name, axis, tensor.shape[axis.dim])
         tensors.append(ExpertTensor(name=name, axis=_expert_axis(name, axis)))
@@ -261,7 +263,7 @@ def _block(model: PreTrainedModel, layer: int, axes: Mapping[str, LinearInCount]
         name=path,
         block=block,
         experts=experts,
-        router=block.get_submodule(routers.pop()),
+        router=module_at(block, routers.pop()),
         num_experts=next(iter(counts.values())),
         tensors=tuple(tensors),
         params_per_expert=size,
@@ -292,17 +294,31 @@ def _check_no_expert_ids(path: str, block: nn.Module) -> None:
 
 
 def _check_attributes(model: nn.Module, layout: ExpertLayout, blocks: Mapping[int, MoEBlock]) -> None:
-    modules = dict(model.named_modules())
     for (name, key), value in layout.attributes.items():
         layer = layer_of(name)
         if layer is None:
             continue
+        module = module_at(model, name)
         count = blocks[layer].num_experts if is_of_experts(name) else blocks[layer].num_slots
-        expected = value.size(local_experts(modules[name], count))
-        if getattr(modules[name], key) != expected:
-            raise SecateurError(
-                f"{name}.{key} is {getattr(modules[name], key)!r}, expected {expected} for {count} experts"
-            )
+        expected = value.size(local_experts(module, count))
+        if getattr(module, key) != expected:
+            raise SecateurError(f"{name}.{key} is {getattr(module, key)!r}, expected {expected} for {count} experts")
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path that the model's class gives it, also below wrappers of activation checkpointing."""
+    module = model
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)  # a wrapper has the children of what it wraps
+        while CHECKPOINTED in module._modules:
+            module = getattr(module, CHECKPOINTED)
+    return module
+
+
+def tensor_at(model: nn.Module, name: str) -> Any:
+    """The parameter or buffer of a full name, as `module_at` finds modules."""
+    path, _, key = name.rpartition(".")
+    return getattr(module_at(model, path), key)
 
 
 def local_experts(module: nn.Module, num_experts: int) -> int:

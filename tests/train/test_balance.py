@@ -542,6 +542,20 @@ def test_transformers_own_loss_beside_ours_is_refused() -> None:
         model(**batch(), output_router_logits=True)
 
 
+def test_padding_is_left_out_by_a_mask_of_the_scripts_own_making() -> None:
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[0, 4:] = False
+    mask = (torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, :])[:, None]
+    values = []
+    for given in (real.long(), mask):
+        model = tiny("mixtral")
+        handle = attach(model, "mixtral")
+        model(**(batch() | {"attention_mask": given}))
+        values.append(handle.last_value)
+    assert values[0] is not None
+    assert torch.equal(values[0], values[1])
+
+
 def test_a_16_bit_selection_bias_is_refused() -> None:
     model = tiny("deepseek_v3")
     router = blocks(model)[1].router
@@ -553,7 +567,6 @@ def test_a_16_bit_selection_bias_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"attention_mask: found float32 \(2, 1, 6, 6\); expected shape"),
         ({"num_items_in_batch": torch.tensor([5, 5])}, r"num_items_in_batch: found int64 \(2,\)"),
         ({"return_dict": False}, "model output: found tuple; expected a dict-like"),
     ],

@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import SecateurError
 from secateur.families import MoEBlock, MoEModel
-from secateur.observation.call import ExpertsCall, read_call, tokens_and_mask
+from secateur.observation.call import ExpertsCall, read_call
+from secateur.observation.real_tokens import tokens_and_mask
 from secateur.observation.running_sums import RunningSums
 from secateur.observation.shown import (
     ROWS,

@@ -6,7 +6,6 @@ width.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,32 +117,3 @@ def _given(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _found(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def tokens_and_mask(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """A (B, S) tensor of the tokens that a model is called with, and the mask of that shape, 0 for padding, if any.
-
-    Args:
-        signature: of the model's forward.
-
-    Raises:
-        SecateurError: a mask of another shape or kind, or a model that is called with images.
-    """
-    given = signature.bind_partial(*args, **kwargs).arguments
-    given = {**given.pop("kwargs", {}), **given}
-    mask, tokens = given.get("attention_mask"), given.get("input_ids")
-    if tokens is None and "inputs_embeds" not in given:
-        raise SecateurError(
-            f"expected a call with input_ids or inputs_embeds, found {sorted(given)}; the experts of a model of images "
-            "are observed in evaluation, with observation.activations.ActivationObserver"
-        )
-    tokens = given["inputs_embeds"][..., 0] if tokens is None else tokens
-    if mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape):
-        return tokens, mask
-    found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise SecateurError(
-        f"attention_mask: expected shape {tuple(tokens.shape)} like the tokens (padding cannot be told "
-        f"otherwise), found {found}"
-    )

@@ -13,7 +13,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, gather, is_sharded
-from secateur.families import MoEBlock, MoEModel, describe_moe, local_experts, native_class, plain_class
+from secateur.families import (
+    MoEBlock,
+    MoEModel,
+    describe_moe,
+    local_experts,
+    module_at,
+    native_class,
+    plain_class,
+    tensor_at,
+)
 from secateur.modeling_secateur import (
     LOSS,
     adds_balance_loss,
@@ -38,9 +47,7 @@ def check_model(moe: MoEModel) -> None:
         SecateurError: the model is compiled, sharded, quantised, shares expert tensors, or has hooks on them.
     """
     model = moe.model
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:
-            raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
+    check_not_compiled(model)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise SecateurError("the model is quantised; experts are pruned in training only in floating point")
     native = native_class(model)
@@ -58,8 +65,9 @@ def check_model(moe: MoEModel) -> None:
         )
     balance_loss_by_layer(native)
     owners: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if layer_of(name) is None or name not in moe.layout.tensors:
+    for name in moe.layout.tensors:
+        parameter = tensor_at(model, name)
+        if layer_of(name) is None or not isinstance(parameter, nn.Parameter):
             continue
         if id(parameter) in owners:
             raise SecateurError(f"{name} and {owners[id(parameter)]} are one shared parameter")
@@ -69,6 +77,21 @@ def check_model(moe: MoEModel) -> None:
         hooked = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
         if hooked and is_sharded(parameter):
             raise SecateurError(f"{name} is sharded and has gradient hooks, which would stay on the old parameter")
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Compiled code neither calls the hooks that count nor sees a pruned parameter.
+
+    Raises:
+        SecateurError: names the module that is compiled, as a whole or by its forward.
+    """
+    for name, module in model.named_modules():
+        if (
+            module._compiled_call_impl is not None
+            or "_orig_mod" in module._modules
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        ):
+            raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
 
 
 def check_plan(moe: MoEModel, plan: Plan) -> None:
@@ -109,7 +132,7 @@ def prune_model_(moe: MoEModel, plan: Plan, optimizer: Optimizers | None = None)
     new_values: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer, layer_plan in changed.items():
         for spec in moe.blocks[layer].tensors:
-            owner, key = locate(moe.model, spec)
+            owner, key = locate(moe.model, spec.name)
             old = getattr(owner, key)
             if is_sharded(old):
                 raise SecateurError(f"{spec.name} is sharded over ranks; prune it with LAEP or prune_sharded_model_")
@@ -146,12 +169,9 @@ def set_counts_(moe: MoEModel, counts: dict[int, int]) -> None:
     model, config = moe.model, moe.model.config
     native = native_config(config)
     largest = max(counts.values())
-    modules = dict(model.named_modules())
     for (name, key), value in moe.layout.attributes.items():
-        layer = layer_of(name)
-        setattr(
-            modules[name], key, value.size(local_experts(modules[name], largest if layer is None else counts[layer]))
-        )
+        layer, module = layer_of(name), module_at(model, name)
+        setattr(module, key, value.size(local_experts(module, largest if layer is None else counts[layer])))
     *parents, key = moe.count_key.split(".")
     setattr(functools.reduce(getattr, parents, config), key, largest)
     if len(set(counts.values())) > 1:
@@ -193,10 +213,10 @@ def _as_sharded_as(model: nn.Module, plain: type) -> Any:
     return type(plain.__name__, (type(model).__mro__[1], plain), members)
 
 
-def locate(model: nn.Module, spec: ExpertTensor) -> tuple[nn.Module, str]:
-    """The module that owns a tensor, and its name there."""
-    path, _, key = spec.name.rpartition(".")
-    return model.get_submodule(path), key
+def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns the tensor of a full name, and its name there."""
+    path, _, key = name.rpartition(".")
+    return module_at(model, path), key
 
 
 def router_tensors(block: MoEBlock) -> tuple[ExpertTensor, ...]:

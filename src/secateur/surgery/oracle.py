@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.expert_axis import ExpertTensor, row_index
-from secateur.families import MoEBlock, MoEModel, plain_class
+from secateur.families import MoEBlock, MoEModel, module_at, plain_class
 from secateur.modeling_secateur import layer_of
 from secateur.observation.call import read_call
 from secateur.plans import LayerPlan, Plan
@@ -33,16 +33,16 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
     """
     check_plan(moe, plan)
     undo: list[Callable[[], Any]] = []
-    modules = dict(moe.model.named_modules())
     try:
         for layer, layer_plan in plan.layers.items():
             block = moe.blocks[layer]
             for spec in router_tensors(block):
-                undo += _bar(modules, block, spec, layer_plan)
+                undo += _bar(moe.model, block, spec, layer_plan)
             for (name, key), value in moe.layout.attributes.items():
                 if layer_of(name) == layer and not f"{name}.".startswith(f"{block.name}.experts."):
-                    undo.append(functools.partial(setattr, modules[name], key, getattr(modules[name], key)))
-                    setattr(modules[name], key, value.size(layer_plan.experts_after))
+                    module = module_at(moe.model, name)
+                    undo.append(functools.partial(setattr, module, key, getattr(module, key)))
+                    setattr(module, key, value.size(layer_plan.experts_after))
             hook = block.experts.register_forward_pre_hook(
                 _old_ids(block, layer_plan.order), with_kwargs=True, prepend=True
             )
@@ -53,12 +53,10 @@ def barred_experts(moe: MoEModel, plan: Plan) -> Iterator[None]:
             step()
 
 
-def _bar(
-    modules: dict[str, nn.Module], block: MoEBlock, spec: ExpertTensor, layer_plan: LayerPlan
-) -> list[Callable[[], Any]]:
+def _bar(model: nn.Module, block: MoEBlock, spec: ExpertTensor, layer_plan: LayerPlan) -> list[Callable[[], Any]]:
     """Swap the rows of one router tensor while the block runs: FSDP2 has it whole on the module then, and only then."""
     path, _, key = spec.name.rpartition(".")
-    owner = modules[path]
+    owner = module_at(model, path)
     store: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
     whole: list[Tensor] = []
 
@@ -72,17 +70,17 @@ def _bar(
         if whole:
             store[key] = whole.pop()
 
-    runs = _gathered_in(modules, block, path)
+    runs = _gathered_in(model, block, path)
     before = runs.register_forward_pre_hook(bar)
     after = runs.register_forward_hook(restore, prepend=True, always_call=True)  # before FSDP2 takes the whole away
     return [before.remove, after.remove]
 
 
-def _gathered_in(modules: dict[str, nn.Module], block: MoEBlock, path: str) -> nn.Module:
+def _gathered_in(model: nn.Module, block: MoEBlock, path: str) -> nn.Module:
     """The module in whose forward a parameter of module `path` is whole: the innermost FSDP2 unit, else the block."""
     parts = path.split(".")
     for length in range(len(parts), block.name.count(".") + 1, -1):
-        module = modules[".".join(parts[:length])]
+        module = module_at(model, ".".join(parts[:length]))
         if plain_class(module) is not type(module):
             return module
     return block.block

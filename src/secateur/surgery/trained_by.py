@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.families import MoEModel
+from secateur.families import MoEModel, tensor_at
 
 SKIPPED = 10  # steps that a GradScaler may skip after a start
 
@@ -27,15 +27,19 @@ class TrainedBy:
     def __init__(self, moe: MoEModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.optimizers = tuple(optimizers)
         self._moe = moe
-        self._stepped = [False] * len(self.optimizers)
-        self._handles: list[Any] = []
+        self._stepped = [False] * len(self.optimizers)  # since `watch`
+        self._since = 0  # steps of any of them since `waits` was asked last
+        self._versions: list[tuple[int, int]] = []  # of parameters, as of then
+        self._handles: list[Any] = [
+            one.register_step_post_hook(self._noter(index)) for index, one in enumerate(self.optimizers)
+        ]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for one in self.optimizers for group in one.param_groups]
 
     def watch(self) -> None:
-        """Note from now on whether each optimizer steps.
+        """From now on each optimizer is expected to step, and no other to train experts or routers.
 
         Raises:
             SecateurError: a trainable tensor of experts or routers is in none of the optimizers.
@@ -49,8 +53,17 @@ class TrainedBy:
                     "everything that makes new ones (one that holds copies, such as fp32 master weights, cannot be "
                     "followed), or freeze it (requires_grad_(False))"
                 )
-        for index, one in enumerate(self.optimizers):
-            self._handles.append(one.register_step_post_hook(self._noter(index)))
+        self._stepped[:] = [False] * len(self.optimizers)
+
+    def waits(self) -> bool:
+        """Whether gradients are being gathered: there are some, and since the last call nothing has stepped.
+
+        Looks at the first layer that is trained, where also an optimizer shows that was not given.
+        """
+        stepped, self._since = self._since > 0, 0
+        first = [parameter for _, parameter in _trainable(self._moe, layers=1)]
+        before, self._versions = self._versions, [(id(one), one._version) for one in first]
+        return not stepped and before in ([], self._versions) and any(one.grad is not None for one in first)
 
     def check_stepped(self, moe: MoEModel, num_steps: int) -> None:
         """Call at a pruning, before it, `num_steps` steps after `watch`.
@@ -83,18 +96,19 @@ class TrainedBy:
         return " or ".join(type(one).__name__ for one in self.optimizers) or "any optimizer"
 
     def _noter(self, index: int) -> Any:
-        stepped = self._stepped
-
         def note(*_: Any) -> None:
-            stepped[index] = True
+            self._stepped[index] = True
+            self._since += 1
 
         return note
 
 
-def _trainable(moe: MoEModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every tensor with an expert axis that is trained."""
+def _trainable(moe: MoEModel, layers: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every tensor with an expert axis that is trained; in the first `layers` that have some."""
     for block in moe.blocks.values():
-        for spec in block.tensors:
-            tensor = moe.model.get_parameter_or_buffer(spec.name)
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                yield spec.name, tensor
+        if layers == 0:
+            return
+        found = [(spec.name, tensor_at(moe.model, spec.name)) for spec in block.tensors]
+        trained = [(name, one) for name, one in found if isinstance(one, nn.Parameter) and one.requires_grad]
+        layers = layers if layers is None or not trained else layers - 1
+        yield from trained

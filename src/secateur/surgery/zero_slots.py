@@ -43,7 +43,7 @@ def remove_into_zero_slots_(model: nn.Module, plan: Plan) -> None:
     for layer, layer_plan in plan.layers.items():
         routers = router_tensors(moe.blocks[layer])
         for spec in (spec for spec in moe.blocks[layer].tensors if spec not in routers):
-            owner, key = locate(moe.model, spec)
+            owner, key = locate(moe.model, spec.name)
             if is_sharded(getattr(owner, key)):
                 raise SecateurError(f"{spec.name} is sharded over ranks; expected a whole model")
             new_tensors.append((owner, key, gather(getattr(owner, key), spec, layer_plan)))

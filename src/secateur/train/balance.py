@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from secateur.errors import SecateurError
 from secateur.observation.call import read_call
+from secateur.observation.hooks import OfOneModel
 from secateur.train import balance_losses as losses
 from secateur.train.balance_losses import BALANCE, SELECTION_BIAS, Affinity, Loss, describe, is_matrix
 
@@ -79,12 +80,13 @@ class BalanceHandle:
             return
         _attached.add(model)
         for block in self._blocks.values():
-            self._hooks.append(block.router.register_forward_hook(self._router_hook(block)))
-            self._hooks.append(block.experts.register_forward_pre_hook(self._experts_hook(block), with_kwargs=True))
-        self._hooks.append(model.register_forward_pre_hook(self._before_forward))
-        self._hooks.append(model.register_forward_hook(self._after_forward, with_kwargs=True))
+            self._hooks.append(block.router.register_forward_hook(OfOneModel(self._router_hook(block))))
+            experts_hook = OfOneModel(self._experts_hook(block))
+            self._hooks.append(block.experts.register_forward_pre_hook(experts_hook, with_kwargs=True))
+        self._hooks.append(model.register_forward_pre_hook(OfOneModel(self._before_forward)))
+        self._hooks.append(model.register_forward_hook(OfOneModel(self._after_forward), with_kwargs=True))
         # always_call: a forward that failed must not keep its activations alive
-        self._hooks.append(model.register_forward_hook(self._clear, always_call=True))
+        self._hooks.append(model.register_forward_hook(OfOneModel(self._clear), always_call=True))
 
     def detach(self) -> None:
         """Remove every hook and counter. The model is as it was, except for what training changed."""

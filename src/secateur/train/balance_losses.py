@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.observation.real_tokens import real_by_mask
 
 Affinity = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,24 +103,20 @@ def bias_update(counts: Tensor, update_rate: float) -> Tensor:
     return update_rate * torch.sign(counts.sum() - counts * counts.shape[0]).float()
 
 
-def real_tokens(tokens: Tensor | None, attention_mask: Tensor | None, num_rows: int) -> Tensor:
+def real_tokens(tokens: Tensor | None, attention_mask: Any, num_rows: int) -> Tensor:
     """Which tokens of a batch are no padding: (B, S) bool.
 
     ``tokens``: input ids (B, S) or embeddings (B, S, H), B * S = ``num_rows`` routed tokens.
-    ``attention_mask``: (B, S), 0 = padding, or None for no padding.
+    ``attention_mask``: of a form that `real_by_mask` reads, or None for no padding.
 
     Raises:
-        SecateurError: other shapes; a mask of another form (4-D, a dict) does not say which tokens are padding.
+        SecateurError: other shapes; a mask that does not say which tokens are padding.
     """
     if not isinstance(tokens, Tensor) or tokens.ndim < 2 or tokens.shape[:2].numel() != num_rows:
         expected = f"input_ids (B, S) or inputs_embeds (B, S, H) with B * S = {num_rows} routed tokens"
         raise SecateurError(f"model input: found {describe(tokens)}; expected {expected}")
-    if attention_mask is None:
-        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != tokens.shape[:2]:
-        expected = f"shape {tuple(tokens.shape[:2])}, 1 = token, 0 = padding"
-        raise SecateurError(f"attention_mask: found {describe(attention_mask)}; expected {expected}")
-    return attention_mask != 0
+    real = real_by_mask(attention_mask, tokens if tokens.ndim == 2 else tokens[..., 0])
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
 
 
 def target_share(labels: Tensor, shift_labels: Tensor | None, num_items_in_batch: Tensor | int) -> Tensor:

@@ -21,24 +21,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Unpack
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.decide.rule import decide
 from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
-from secateur.families import MoEModel, describe_moe, without_adapters
+from secateur.families import MoEModel, describe_moe, tensor_at, without_adapters
 from secateur.files.records import as_record
+from secateur.observation.loads import CountMask
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.copies import copies_of
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.surgery.fits import check_copies
-from secateur.surgery.module import check_model, check_plan, router_tensors
+from secateur.surgery.module import check_model, check_not_compiled, check_plan, router_tensors
 from secateur.surgery.optimizer import Optimizers, check_optimizer, each_of, optimizer_state_bytes
 from secateur.surgery.self_check import CLOSE, expected_of, layer_excess, logit_difference
 from secateur.surgery.trained_by import TrainedBy
@@ -52,6 +55,11 @@ from secateur.train.rearrange import Rearrangement, nothing_dropped, rearranged,
 from secateur.train.schedule import Pruning, as_prunings, check_count, check_goal
 from secateur.train.unpruned import Unpruned
 from secateur.train.watch import LoadWatch
+
+MAX_WAITS = 1000  # micro-batches of one step; more are a mistake
+DOUBTFUL = 0.01  # of the tokens: less may be words that happen to be the pad id
+
+_watched: WeakSet[nn.Module] = WeakSet()  # models that have a LAEP
 
 
 @with_options_listed
@@ -74,6 +82,8 @@ class LAEP:
             loads never were stable. Default: a warning of the logger "secateur".
         self_check: at every pruning, compare the pruned model with the barred-experts oracle on one training
             sequence of every rank (two forward passes).
+        count_mask: tells which tokens of a forward count as load, where masks and labels do not: called with its
+            arguments by name (input_ids, attention_mask, labels ...), it returns (B, S), 0 for those that do not.
         rearrange: how the kept experts are placed on the expert-parallel ranks. Default: level them over the ranks of
             the job, if it has expert parallelism; False keeps their order.
         moe: `describe_moe(model)`, of a caller who has it already.
@@ -104,6 +114,7 @@ class LAEP:
         self_check: bool = True,
         rearrange: Rearrangement | bool | None = None,
         on_message: Callable[[str], None] | None = None,
+        count_mask: CountMask | None = None,
         moe: MoEModel | None = None,
         **rule: Unpack[RuleOptions],
     ) -> None:
@@ -122,11 +133,19 @@ class LAEP:
         )
         self.window_steps = window_steps
         self.self_check = self_check
-        model = without_adapters(model)
+        callers, model = [model], without_adapters(model)
         if moe is not None and moe.model is not model:
             raise SecateurError("moe: found the description of another model, expected that of `model`")
         self.moe: MoEModel = moe or describe_moe(model)
-        check_model(self.moe)
+        if model in _watched:
+            raise SecateurError(
+                "the model is watched by another LAEP already: expected one a model; end that one by its finish() or "
+                "detach() (of a callback: callback.pruner.detach())"
+            )
+        if self.prunings or rearrange:
+            check_model(self.moe)
+        else:
+            check_not_compiled(model)
         self._job = Job(self.moe)
         self._trained_by = TrainedBy(self.moe, each_of(optimizer))
         try:
@@ -143,9 +162,8 @@ class LAEP:
             self._trained_by.detach()
             raise
         self._steps_before = 0  # of the run, when `load_state_dict` went on with it
-        self._sample: Tensor | None = None
-        # below the head: some trainers and wrappers call the head's forward as a function, or not at all
-        self._sample_hook = self.moe.model.base_model.register_forward_pre_hook(self._keep_sample, with_kwargs=True)
+        self._num_waits = 0  # calls of `step` in a row before the optimizer's own
+        self._doubted = False
         self._constants = phase or PhaseConstants()
         self._watch = LoadWatch(
             self.moe,
@@ -154,32 +172,64 @@ class LAEP:
             window_steps=window_steps,
             constants=self._constants,
             warmup_steps=warmup_steps,
+            callers=callers,
+            count_mask=count_mask,
         )
         self.say = on_message or logging.getLogger("secateur").warning
         self.num_steps = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
         _align_(model)
+        _watched.add(model)
 
     def step(self) -> PruneEvent | None:
         """Call after every `optimizer.step()`. Prunes when it is time.
+
+        A call while gradients are still being gathered, after a micro-batch, is not a step: nothing happens.
 
         Returns:
             The event of a pruning, else None.
 
         Raises:
-            SecateurError: the loads or the router weights cannot be used (no token counted, NaN), or the goal cannot
-                be met. The model is unchanged.
+            SecateurError: the loads or the router weights cannot be used (no token counted, NaN), the goal cannot
+                be met, or no optimizer that was given steps. The model is unchanged.
         """
+        self._job.calls("LAEP.step()")
+        if self._trained_by.waits():
+            self._num_waits += 1
+            if self._num_waits == MAX_WAITS:
+                raise SecateurError(f"{MAX_WAITS} calls of LAEP.step() in a row, and gradients, but {self._no_step}")
+            return None
+        self._num_waits = 0
         if self.num_steps == 0:
+            check_not_compiled(self.moe.model)
             self.check_goal()
             self._check_rates()
         self.num_steps += 1
         self._watch.step(self.num_steps)
+        self._doubt()
         reason = self._due()
         if reason == REARRANGE:
             return self._change(None, reason)
         return None if reason is None else self._change(self.prunings[self._num_prunings], reason)
+
+    @property
+    def _no_step(self) -> str:
+        return "no optimizer that LAEP was given has stepped: give it the one whose step() is called"
+
+    def _doubt(self) -> None:
+        """Say once that what is counted may be padding."""
+        if self._watch.doubtful > DOUBTFUL and not self._doubted and is_main():
+            self._doubted = True
+            self.say(
+                f"{self._watch.doubtful:.1%} of the tokens that count as load may be padding: they have no target, or "
+                "are pad ids at the ends of rows, and nothing tells for sure. If they are padding, give the model an "
+                "attention mask, set config.pad_token_id and give it labels, or give LAEP count_mask"
+            )
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """`with pruner.uncounted():` around forwards in training mode, with gradients, that train nothing."""
+        return self._watch.paused()
 
     def _check_rates(self) -> None:
         """Say where a warm-up could not be seen."""
@@ -301,6 +351,8 @@ class LAEP:
             What it said, else None.
         """
         unpruned = self.unpruned() if self.num_steps else None
+        if self._num_waits and not self.num_steps and is_main():
+            self.say(f"{self._num_waits} calls of LAEP.step(), but {self._no_step}; nothing was pruned")
         if unpruned is not None and is_main():
             self.say(unpruned.describe())
         self.detach()
@@ -309,7 +361,7 @@ class LAEP:
     def detach(self) -> None:
         """Remove all hooks from the model."""
         self._watch.detach()
-        self._sample_hook.remove()
+        _watched.discard(self.moe.model)
         self._trained_by.detach()
         self._job.detach()
 
@@ -320,6 +372,7 @@ class LAEP:
             alone: only this rank calls. What is counted in the open window is left out then, as others have most of
                 it: a run that goes on from there counts that window anew. Sums of sharded weights are left out too.
         """
+        self._job.calls("LAEP.state_dict()")
         return {
             "version": STATE_VERSION,
             "num_steps": self.num_steps,
@@ -445,7 +498,7 @@ class LAEP:
 
     def _apply(self, plan: Plan) -> float | None:
         """Surgery with its self-check; the largest difference of a logit from the oracle on any rank."""
-        sample = self._sample if self.self_check else None
+        sample = self._watch.sample if self.self_check else None
         expected = None if sample is None else expected_of(self.moe, plan, sample)
         if expected is not None and not math.isfinite(self._job.largest(float(expected.logits.abs().max()))):
             raise SecateurError(
@@ -489,7 +542,7 @@ class LAEP:
     def _check_finite(self) -> None:
         for layer, block in self.moe.blocks.items():
             for spec in router_tensors(block):
-                tensor: Any = self.moe.model.get_parameter_or_buffer(spec.name)
+                tensor: Any = tensor_at(self.moe.model, spec.name)
                 local = tensor.to_local() if is_sharded(tensor) else tensor
                 largest = float(local.detach().abs().max()) if local.numel() else 0.0
                 if not math.isfinite(self._job.largest(largest)):
@@ -507,11 +560,6 @@ class LAEP:
             parameters_bytes=sum(p.numel() * p.element_size() for p in self.moe.model.parameters()),
             optimizer_bytes=optimizer_state_bytes(self._trained_by.optimizers),
         )
-
-    def _keep_sample(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if model.training and isinstance(tokens, Tensor):
-            self._sample = tokens[:1].detach()
 
 
 def _align_(model: nn.Module) -> None:

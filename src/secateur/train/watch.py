@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families import MoEModel
 from secateur.files.records import Count, Finite, as_record
-from secateur.observation.loads import LoadCounter
+from secateur.observation.loads import CountMask, LoadCounter
 from secateur.stats import RouterStats
 from secateur.surgery.trained_by import TrainedBy
 from secateur.train.distributed.job import Job
@@ -26,7 +28,8 @@ class LoadWatch:
         num_tokens: tokens seen in full windows, and in open ones that a pruning cut short. last_window: the window
             that the last `step` ended, None when it ended none. report: the phase as of the last full window.
         rises: whether the learning rate still rose in that window, or is known to rise later. schedule: of the learning
-            rate, where it is known; without one the rates are watched.
+            rate, where it is known; without one the rates are watched. doubtful: see `LoadCounter.doubtful_share`, as
+            of the last full window, on this rank.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class LoadWatch:
         window_steps: int,
         constants: PhaseConstants,
         warmup_steps: int,
+        callers: Iterable[nn.Module] = (),
+        count_mask: CountMask | None = None,
     ) -> None:
-        self._counter = LoadCounter(moe)
+        self._counter = LoadCounter(moe, callers=callers, count_mask=count_mask)
         self._job = job
         self._moe = moe
         self._window_steps = window_steps
@@ -56,6 +61,7 @@ class LoadWatch:
         self.last_window: RouterStats | None = None
         self.report = PhaseReport(phase="begin")
         self.rises = False
+        self.doubtful = 0.0
 
     def step(self, num_steps: int) -> None:
         """One more optimizer step is done, `num_steps` of the run in all."""
@@ -69,6 +75,7 @@ class LoadWatch:
             self.report = PhaseReport(phase="begin")
         if self._steps_in_window == self._window_steps:
             window = self._job.sum(self._counter.read())
+            self.doubtful = self._counter.doubtful_share()
             self._open_window(self._moe)
             tokens = _tokens(window)
             self._history.add(window.loads(), tokens)
@@ -78,6 +85,15 @@ class LoadWatch:
             self.report = phase_of(self._history, self._constants, rises=self.rises, learned=self._learned)
             self._learned |= (self.report.change or 0) >= self._constants.min_change
             self._rates.forget()
+
+    @property
+    def sample(self) -> Tensor | None:
+        """See `LoadCounter`."""
+        return self._counter.sample
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `LoadCounter`."""
+        return self._counter.paused()
 
     @property
     def learning_rate(self) -> float | None:

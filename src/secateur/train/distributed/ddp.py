@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secateur.errors import SecateurError
+from secateur.observation.hooks import OfOneModel
 
 # what the rebuild takes from DDP's insides, the same in torch 2.8 to 2.13
 _INTERNALS = (
@@ -133,7 +134,7 @@ class DDPFinder:
             model = model.module
         self.model = model
         below: Any = getattr(model, "base_model", model)  # PEFT calls the forward of the model itself as a function
-        self._hook = below.register_forward_pre_hook(self._before_forward)
+        self._hook = below.register_forward_pre_hook(OfOneModel(self._before_forward))
 
     @property
     def wrapper(self) -> DistributedDataParallel | None:
@@ -188,6 +189,12 @@ class DDPFinder:
 
     def _found(self, ddp: DistributedDataParallel) -> None:
         check_ddp(ddp)
+        world, group = dist.get_world_size(), ddp.process_group.size()
+        if group != world:
+            raise SecateurError(
+                f"DistributedDataParallel averages over {group} of the {world} processes of the job, and the others "
+                "would be waited for at a pruning for ever: expected a process group of all"
+            )
         self._wrapper = weakref.ref(ddp)
 
 

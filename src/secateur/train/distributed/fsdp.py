@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -72,8 +73,16 @@ def check_only_fsdp(model: nn.Module) -> None:
     """For a model that transformers did not split: its job is not known but by FSDP2.
 
     Raises:
-        SecateurError: names a parameter that is split by something else, e.g. tensor parallelism by hand.
+        SecateurError: names a parameter that is split by something else, e.g. tensor parallelism by hand; FSDP2 on a
+            part of the processes.
     """
+    for group in _groups(model):
+        size, world = group.mesh_info.mesh.size(), dist.get_world_size()
+        if size != world:
+            raise SecateurError(
+                f"FSDP2 has a mesh of {size} of the {world} processes of the job, and the others would be waited for "
+                "at a pruning for ever: expected one of all"
+            )
     by_fsdp = {id(_current(entry)) for _, entry in _entries(model) if model_parallel_spec(entry) is None}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and id(parameter) not in by_fsdp:

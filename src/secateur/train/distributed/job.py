@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
-from secateur.families import MoEModel, bits_sum
+from secateur.families import MoEModel, bits_sum, tensor_at
 from secateur.plans import Plan
 from secateur.stats import RouterStats
 from secateur.surgery.module import prune_model_
@@ -47,6 +47,10 @@ class Job:
         """Remove all hooks from the model."""
         if self._finder is not None:
             self._finder.detach()
+
+    def calls(self, name: str) -> None:
+        """What a rank that waits will say that all must call."""
+        self.ranks.call = name
 
     def check_running(self) -> None:
         """Call after an optimizer step: what a pruning will need of the training loop is there.
@@ -113,14 +117,15 @@ class Job:
         """{tensor with an expert axis: the sum of its bits}, of the whole tensors on every kind of job."""
         reshard_(moe.model)
         names = [spec.name for block in moe.blocks.values() for spec in block.tensors]
-        tensors: list[Any] = [moe.model.get_parameter_or_buffer(name) for name in names]
+        tensors: list[Any] = [tensor_at(moe.model, name) for name in names]
         sums = torch.tensor(list(map(_own_bits, tensors)), dtype=torch.int64, device=self.device)
         meshes = [tensor.device_mesh if is_sharded(tensor) else None for tensor in tensors]
         for mesh in dict.fromkeys(meshes):  # a mesh may be a part of the job, beside others with the same shards
             if mesh is not None:
                 on_mesh = torch.tensor([other == mesh for other in meshes], device=self.device)
                 parts = sums[on_mesh]
-                dist.all_reduce(parts, group=group_of(mesh))
+                with self.ranks.told():
+                    dist.all_reduce(parts, group=group_of(mesh))
                 sums[on_mesh] = parts
         return dict(zip(names, sums.tolist(), strict=True))
 

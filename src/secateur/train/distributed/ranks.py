@@ -5,6 +5,7 @@ Statistics are summed over the ranks that see different tokens; the ranks of a t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -17,6 +18,7 @@ from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.stats import LayerStats, RouterStats
 from secateur.train.distributed.fsdp import check_only_fsdp
+from secateur.train.distributed.patience import told_when_long
 from secateur.train.distributed.rows import group_of
 
 
@@ -26,7 +28,10 @@ class Ranks:
     Attributes:
         size, rank: of the whole job. ep_size: ranks that share the experts of a layer, 1 without expert parallelism.
         sharded: whether transformers or FSDP2 split the parameters; else several ranks hold copies (DDP).
+        call: the name of the public call that is at work, for the line of a rank that waits.
     """
+
+    call = "LAEP"
 
     def __init__(self, model: nn.Module) -> None:
         """
@@ -55,6 +60,10 @@ class Ranks:
         """Whether this rank is the first of those whose statistics are summed with its own."""
         return self.size == 1 or dist.get_rank(self._data_group) == 0
 
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        """Around what waits for other ranks."""
+        return told_when_long(self.call, self.rank, self.size)
+
     def sum(self, stats: RouterStats, device: torch.device) -> RouterStats:
         """The statistics of all ranks with other tokens added up; every rank gets the same.
 
@@ -68,8 +77,10 @@ class Ranks:
             for layer_stats in stats.layers.values()
         ]
         total = torch.cat(rows).to(device)
-        dist.all_reduce(total, group=self._data_group)
-        parts = torch.split(total.cpu(), [len(row) for row in rows])
+        with self.told():
+            dist.all_reduce(total, group=self._data_group)
+            total = total.cpu()
+        parts = torch.split(total, [len(row) for row in rows])
         return RouterStats(
             layers={
                 layer: LayerStats(num_tokens=int(part[0]), token_count=part[1:])
@@ -88,8 +99,9 @@ class Ranks:
         if self.size == 1:
             return value
         values = torch.empty(self.size, dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float64, device=device))
-        return float(values.max())  # which is NaN when one is
+        with self.told():
+            dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float64, device=device))
+            return float(values.max())  # which is NaN when one is
 
     def agree_json(self, what: str, value: Any, device: torch.device) -> Any:
         """Rank 0's `value` (JSON), after a comparison of its digest with every rank's own.
@@ -100,8 +112,9 @@ class Ranks:
         text = json.dumps(value, sort_keys=True)
         mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device)
         digests = torch.empty(self.size * len(mine), dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(digests, mine)
-        rows = digests.view(self.size, -1)
+        with self.told():
+            dist.all_gather_into_tensor(digests, mine)
+            rows = digests.cpu().view(self.size, -1)
         wrong = [rank for rank in range(self.size) if not torch.equal(rows[rank], rows[0])]
         if wrong:
             raise SecateurError(

@@ -17,7 +17,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from secateur.errors import SecateurError
 from secateur.expert_axis import ExpertTensor, gather, row_index
-from secateur.families import MoEModel, describe_moe
+from secateur.families import MoEModel, describe_moe, tensor_at
 from secateur.modeling_secateur import replace_tensor_
 from secateur.plans import LayerPlan, Plan
 from secateur.surgery.module import check_plan, locate, set_counts_
@@ -89,7 +89,7 @@ def check_expert_parallel(moe: MoEModel) -> None:
                 f"other ranks: expected an ep_plan with the style {DISPATCH!r} for it"
             )
         for spec in block.tensors:
-            tensor: Any = moe.model.get_parameter_or_buffer(spec.name)
+            tensor: Any = tensor_at(moe.model, spec.name)
             if not spec.name.startswith(f"{block.name}.experts."):
                 continue
             rows = tensor.to_local().shape[0] if isinstance(tensor, DTensor) else tensor.shape[0]
@@ -102,7 +102,7 @@ def check_expert_parallel(moe: MoEModel) -> None:
 
 def _check_split(model: nn.Module, spec: ExpertTensor, states: Sequence[Mapping[Any, Any]]) -> None:
     """Raise unless the parts of one tensor and of its optimizer state can follow the experts."""
-    owner, key = locate(model, spec)
+    owner, key = locate(model, spec.name)
     tensor: Any = getattr(owner, key)
     if not isinstance(tensor, DTensor):
         return
@@ -123,7 +123,7 @@ def _check_split(model: nn.Module, spec: ExpertTensor, states: Sequence[Mapping[
 
 def _replace_(model: nn.Module, spec: ExpertTensor, layer_plan: LayerPlan) -> Replacement | None:
     """Put the kept experts of one tensor in its place; what the optimizer has to follow, None for a buffer."""
-    owner, key = locate(model, spec)
+    owner, key = locate(model, spec.name)
     old: Any = getattr(owner, key)
     new: Any
     managed = managed_entry(model, owner, key)
