@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from secateur.surgery.zero_slots import remove_into_zero_slots_
     from secateur.train.callback import LAEPCallback
     from secateur.train.laep import LAEP
+    from secateur.train.load_callback import LoadCallback
     from secateur.train.phases import PhaseConstants
     from secateur.train.schedule import Pruning
 
 __all__ = [
     "LAEP",
     "LAEPCallback",
+    "LoadCallback",
     "PhaseConstants",
     "Plan",
     "PruneEvent",
@@ -67,6 +69,7 @@ __all__ = [
 _HOMES = {
     "LAEP": "secateur.train.laep",
     "LAEPCallback": "secateur.train.callback",
+    "LoadCallback": "secateur.train.load_callback",
     "PhaseConstants": "secateur.train.phases",
     "Plan": "secateur.plans",
     "PruneEvent": "secateur.surgery.events",

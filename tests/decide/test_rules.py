@@ -181,8 +181,8 @@ def test_a_function_that_takes_a_rule_spells_out_its_options(function: Any) -> N
 def test_the_callback_takes_what_laep_takes_in_the_same_order() -> None:
     laep, callback = (list(inspect.signature(one).parameters.values()) for one in (LAEP, LAEPCallback))
     assert [one.name for one in laep[:2]] == ["model", "optimizer"]
-    assert callback[0].name == "on_event"
-    assert laep[2:] == callback[1:]
+    assert [one.name for one in callback[:2]] == ["on_event", "by_layer"]
+    assert laep[2:] == callback[2:]
 
 
 def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the_rest_on(folder: Path) -> None:
@@ -196,23 +196,26 @@ def test_laep_and_its_callback_make_the_same_schedule_and_the_callback_hands_the
         "warmup_steps": 30,
         "self_check": False,
         "on_message": [].append,
+        "count_mask": lambda given: None,
         "rearrange": Rearrangement(ranks=2),
     }
     callback = LAEPCallback(alpha=0.3, beta=0.2, uniform=True, moe=moe, **pruning, **others)
     pruner = begun(callback, model, folder)
+    watch = pruner.state_dict()["watch"]
+    pruner.detach()
     expected = Pruning(rule=Rule(alpha=0.3, beta=0.2, uniform=True), **pruning)
     direct = LAEP(model, torch.optim.AdamW(model.parameters()), alpha=0.3, beta=0.2, uniform=True, **pruning)
+    direct.detach()
     assert pruner.prunings == direct.prunings == (expected,)
     assert (pruner.window_steps, pruner.self_check, pruner.moe) == (7, False, moe)
-    assert (
-        pruner.state_dict()["watch"]
-        == LAEP(model, torch.optim.AdamW(model.parameters()), prunings=[], **others).state_dict()["watch"]
-    )
+    watching = LAEP(model, torch.optim.AdamW(model.parameters()), prunings=[], **others)
+    watching.detach()
+    assert watch == watching.state_dict()["watch"]
     assert pruner._rearrange == Rearrangement(ranks=2)
     for refuse in (LAEPCallback, lambda **wrong: LAEP(model, torch.optim.AdamW(model.parameters()), **wrong)):
         with pytest.raises(SecateurError, match="at_tokens is 0"):
             refuse(at_tokens=0)
-    assert {*pruning, *others, "at_tokens", "uniform", "moe", "prunings", "on_event", *OPTIONS} == set(
+    assert {*pruning, *others, "at_tokens", "uniform", "moe", "prunings", "on_event", "by_layer", *OPTIONS} == set(
         inspect.signature(LAEPCallback).parameters
     ), "a keyword that is not tried here"
 

@@ -25,6 +25,12 @@ def _rows(kind: str, *rows: tuple[str, str, str]) -> tuple[Row, ...]:
 _LISTS, _RUNS, _TRL = "train/test_lists_and_copies.py", "train/test_trainer_runs.py", "train/test_trl.py"
 _ADAPTERS, _LOOP, _LAEP = "train/test_adapters_and_classes.py", "train/test_accelerate.py", "train/test_laep.py"
 _CALLBACK, _SCRIPTS = "train/test_callback.py", "train/test_distributed_scripts.py"
+_COUNTS, _AS_THEY_ARE, _LOGS = (
+    "observation/test_what_counts.py",
+    "train/test_scripts_as_they_are.py",
+    "train/test_logs.py",
+)
+_ONCE = f"{_COUNTS}::test_each_training_token_counts_once_and_no_other"
 
 WORKS_WITH: tuple[Row, ...] = (
     *_rows(
@@ -63,11 +69,30 @@ WORKS_WITH: tuple[Row, ...] = (
             "refused",
             f"{_ADAPTERS}::test_a_class_that_no_auto_class_knows_is_refused_at_the_start",
         ),
-        ("compiled", "refused", f"{_LAEP}::test_a_model_in_data_parallel_or_compiled_is_refused"),
+        (
+            "compiled, or a part of it",
+            "refused",
+            f"{_AS_THEY_ARE}::test_a_model_that_is_compiled_in_any_part_is_refused_at_the_start",
+        ),
+        (
+            "a second LAEP",
+            "refused",
+            f"{_AS_THEY_ARE}::test_a_second_laep_is_refused_until_the_first_has_ended",
+        ),
+        (
+            "`deepcopy`, pickle, `torch.save`",
+            "a plain model",
+            f"{_COUNTS}::test_a_copy_of_the_model_is_a_plain_one",
+        ),
         (
             "DistributedDataParallel",
             "works",
             "train/test_ddp.py::test_in_a_trainer",
+        ),
+        (
+            "DistributedDataParallel over some of the processes",
+            "refused",
+            f"{_SCRIPTS}::test_a_ddp_over_a_part_of_the_processes_is_refused_at_the_first_forward",
         ),
         (
             "FSDP2; EP, TP",
@@ -149,13 +174,35 @@ WORKS_WITH: tuple[Row, ...] = (
         ),
         (
             "gradient accumulation",
-            "works: `step` after the optimizer's",
-            f"{_LAEP}::test_an_accumulated_step_counts_once_with_the_tokens_of_all_micro_batches",
+            "works; `step` after a micro-batch waits",
+            f"{_AS_THEY_ARE}::test_a_call_after_each_micro_batch_waits_for_the_step_of_the_optimizer",
         ),
         (
-            "activation checkpointing",
+            "activation checkpointing, `checkpoint()` around the model",
+            "works; counted once",
+            _ONCE,
+        ),
+        (
+            "torch's wrapper of activation checkpointing",
             "works",
-            f"{_LAEP}::test_gradient_checkpointing_changes_neither_loads_nor_training",
+            f"{_AS_THEY_ARE}::test_wrappers_of_activation_checkpointing_change_neither_pruning_nor_training",
+        ),
+        ("own loss on `model.model(...)`, layers called by hand", "counted", _ONCE),
+        ("`generate`, passes without gradients", "not counted", _ONCE),
+        (
+            "masks: 2-D, numbers of segments, 4-D, a dict",
+            "read; others need `count_mask`",
+            f"{_COUNTS}::test_a_token_that_may_not_attend_to_itself_is_padding",
+        ),
+        (
+            "padding without a mask",
+            "left out by labels and pad id, else one warning",
+            f"{_AS_THEY_ARE}::test_padding_without_a_mask_is_left_out_or_named_once",
+        ),
+        (
+            "loggers of the Trainer",
+            "get `laep/...` numbers",
+            f"{_LOGS}::test_a_pruning_and_its_loads_are_seen_in_tensorboard",
         ),
         (
             "learning-rate schedules",

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from secateur.errors import SecateurError
+from secateur.train.distributed import patience
 from secateur.train.laep import LAEP
 from support import distributed_runs as runs
 from support.distributed_runs import Scenarios, sharded
 from support.small_jobs import job
 from support.small_trainers import laep, trainer_of
-from support.tiny_models import random_tokens
+from support.tiny_models import random_tokens, tiny_model
 
 TWO = Scenarios(__name__, 2)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sharded_loop.py"
@@ -88,6 +93,54 @@ TWO.add("one rank wants a checkpoint", lambda: saves(first=True, on_rank=1))
 TWO.add("a later callback wants a checkpoint", lambda: saves(first=False))
 
 
+def alone(call: str) -> Any:
+    """What rank 0 says when it calls before the other, which comes much later."""
+    patience.SECONDS = 0.2
+    said = Said()
+    logging.getLogger("secateur").addHandler(said)
+    model = tiny_model("mixtral").train()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = LAEP(model, optimizer, prunings=[], window_steps=1)
+    ddp(input_ids=random_tokens(2, 8), labels=random_tokens(2, 8)).loss.backward()
+    optimizer.step()
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+    pruner.step() if call == "step" else pruner.state_dict()
+    logging.getLogger("secateur").removeHandler(said)
+    patience.SECONDS = 600.0
+    return said.lines
+
+
+class Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+TWO.add("step on one rank", lambda: alone("step"))
+TWO.add("state_dict on one rank", lambda: alone("state_dict"))
+
+
+def of_a_part() -> str:
+    """The refusal of a DDP over one of two processes."""
+    model = tiny_model("mixtral").train()
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    ddp = DistributedDataParallel(model, process_group=groups[dist.get_rank()])
+    LAEP(model, torch.optim.SGD(model.parameters(), lr=0.1), at_step=1, target_params=0.8)
+    try:
+        ddp(input_ids=random_tokens(2, 8))
+    except SecateurError as error:
+        return str(error)
+    return "not refused"
+
+
+TWO.add("DDP of a part", of_a_part)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return TWO.play(tmp_path_factory.mktemp("two"))
@@ -117,6 +170,21 @@ def test_a_checkpoint_that_a_later_callback_wants_is_whole_without_the_open_wind
         assert found["files"] == ["rng_state_0.pth", "rng_state_1.pth"]
         assert found["window"] is None
         assert len(found["said"]) == (rank == 0)
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("call", ["step", "state_dict"])
+def test_a_rank_that_waits_for_others_says_in_one_line_what_all_must_call(two: Any, call: str) -> None:
+    first, second = two[f"{call} on one rank"]
+    assert len(first) == 1
+    assert f"rank 0 of 2 has waited 0 s in LAEP.{call}() for the other ranks: all of them must call it" in first[0]
+    assert second == []
+
+
+@pytest.mark.torchrun
+def test_a_ddp_over_a_part_of_the_processes_is_refused_at_the_first_forward(two: Any) -> None:
+    for found in two["DDP of a part"]:
+        assert "averages over 1 of the 2 processes of the job" in found
 
 
 def example(said: str) -> None:

@@ -50,12 +50,12 @@ def tokens_of(given: Mapping[str, Any]) -> Tensor:
         SecateurError: neither is given.
     """
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-    if ids is None and embeddings is None:
+    tokens: Tensor | None = ids if embeddings is None else embeddings[..., 0]
+    if tokens is None:
         raise SecateurError(
             f"expected a call with input_ids or inputs_embeds, found {sorted(given)}; the experts of a model of images "
             "are observed in evaluation, with observation.activations.ActivationObserver"
         )
-    tokens: Tensor = ids if embeddings is None else embeddings[..., 0]
     return tokens
 
 

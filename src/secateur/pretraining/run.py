@@ -333,7 +333,7 @@ def _train_steps(
     )
     trainer.remove_callback(PrinterCallback)
     _keep_tensorboard(trainer, folder)
-    log.trainer = stop.trainer = trainer
+    stop.trainer = trainer
     stop.clock = log.clock
     with stop.listening(wanted=shared.checkpoint_on_sigterm), checkpoints.naming_the_last_whole(folder.checkpoints):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

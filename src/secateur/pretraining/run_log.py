@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.files.progress import Steps
 from secateur.pretraining.run_folder import RunFolder, append_line, write_json
 from secateur.train.callback import LAEPCallback
 from secateur.train.laep import LAEP
-from secateur.train.phases import NUMBERS, PHASES
+from secateur.train.phases import NUMBERS
 from secateur.train.training_log import TrainingLog, checkpoint_of, finite_or_none
 
 
 class RunLog(TrainingLog):
-    """Must come after `laep` in the Trainer's list of callbacks. `trainer` is set once the Trainer exists.
+    """Must come after `laep` in the Trainer's list of callbacks.
 
     Seconds are training seconds: evaluation, saving and surgery are not counted.
     """
@@ -41,7 +41,6 @@ class RunLog(TrainingLog):
         self._seconds = seconds
         self._domain_losses: dict[str, float] = {}
         self._num_events = 0
-        self.trainer: Trainer | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,26 +55,18 @@ class RunLog(TrainingLog):
         assert pruner is not None
         step = state.global_step
         if pruner.last_window is not None:
-            self._record_window(pruner, step, control)
+            self._record_window(pruner, step)
         if len(pruner.events) > self._num_events:
             self._num_events = len(pruner.events)
             event = pruner.events[-1]
             self.clock.leave_out(event.surgery_seconds)
             self._folder.write_events(pruner.events)
             self._progress.say(event.describe())
-            self._log(
-                {
-                    "laep/experts": event.experts_after,
-                    "laep/parameters": event.parameters_after,
-                    "laep/rerouted_share": event.rerouted_share,
-                },
-                control,
-            )
 
         if step == state.max_steps and (unpruned := pruner.unpruned()) is not None:
             write_json(self._folder.unpruned, unpruned.to_json())
 
-    def _record_window(self, pruner: LAEP, step: int, control: TrainerControl) -> None:
+    def _record_window(self, pruner: LAEP, step: int) -> None:
         """The loads of the window that `step` ended, and the phase as of it."""
         assert pruner.last_window is not None
         numbers = {name: getattr(pruner.report, name) for name in NUMBERS}
@@ -83,15 +74,6 @@ class RunLog(TrainingLog):
         line |= {"learning_rate": pruner.learning_rate, "rises": pruner.rises, "phase": pruner.report.phase, **numbers}
         line["layers"] = {str(layer): loads for layer, loads in pruner.last_window.loads().items()}
         append_line(self._folder.loads, line)
-        known = {f"laep/{name}": value for name, value in numbers.items() if value is not None}
-        self._log({"laep/phase": PHASES.index(pruner.report.phase), **known}, control)
-
-    def _log(self, numbers: dict[str, float], control: TrainerControl) -> None:
-        """Give numbers to the Trainer's loggers, and leave its own turn to log as it is."""
-        assert self.trainer is not None
-        log_is_due = control.should_log  # which any log takes back
-        self.trainer.log(numbers)
-        control.should_log = log_is_due
 
     def record(self, logs: Mapping[str, float], step: int) -> str:
         if not self.clock.is_running:

@@ -14,12 +14,18 @@ from transformers.trainer_callback import ExportableState
 from secateur.decide.rules import RuleOptions, spelled_out, with_options_listed
 from secateur.errors import SecateurError
 from secateur.families import MoEModel, without_adapters
+from secateur.observation.loads import CountMask
+from secateur.plans import Plan
 from secateur.surgery.events import PruneEvent
 from secateur.train.best import has_whole_weights, load_best_
+from secateur.train.distributed.launch import is_main
 from secateur.train.laep import LAEP
+from secateur.train.loggers import Loggers
 from secateur.train.phases import PhaseConstants
 from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import Pruning, as_prunings
+
+PLAN_FILE = "laep_plan.json"
 
 
 @with_options_listed
@@ -33,7 +39,9 @@ class LAEPCallback(TrainerCallback, ExportableState):
     shape of the best checkpoint, also of one from before a pruning.
 
     Args:
-        on_event: called with the PruneEvent at the moment of a pruning, e.g. to send it to a logger of your own.
+        on_event: called with the PruneEvent at the moment of a pruning, e.g. to send it to a logger of your own. The
+            Trainer's loggers get `LAEP.numbers` whenever the Trainer logs, and at a pruning.
+        by_layer: whether these numbers have each layer too.
         moe: as for `LAEP`, for the first training alone: a later one may begin with a pruned model.
         all others: see `LAEP`.
 
@@ -43,7 +51,8 @@ class LAEPCallback(TrainerCallback, ExportableState):
         TypeError: an option that no rule has.
 
     Attributes:
-        pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far.
+        pruner: the `LAEP` of the running training, None before it starts. events: the PruneEvents so far. plan: all of
+            them as one, which is also written to `laep_plan.json` in the output folder; None before the first.
     """
 
     @spelled_out
@@ -51,6 +60,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self,
         *,
         on_event: Callable[[PruneEvent], None] | None = None,
+        by_layer: bool = False,
         copies: Iterable[nn.Module] = (),
         prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
@@ -65,6 +75,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         self_check: bool = True,
         rearrange: Rearrangement | bool | None = None,
         on_message: Callable[[str], None] | None = None,
+        count_mask: CountMask | None = None,
         moe: MoEModel | None = None,
         **rule: Unpack[RuleOptions],
     ) -> None:
@@ -87,7 +98,9 @@ class LAEPCallback(TrainerCallback, ExportableState):
             "self_check": self_check,
             "rearrange": rearrange,
             "on_message": on_message,
+            "count_mask": count_mask,
         }
+        self._by_layer = by_layer
         self._moe = moe
         self._on_event = on_event
         self._saved: dict[str, Any] | None = None
@@ -98,6 +111,10 @@ class LAEPCallback(TrainerCallback, ExportableState):
     @property
     def events(self) -> list[PruneEvent]:
         return [] if self.pruner is None else self.pruner.events
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.pruner.plan if self.pruner is not None and self.events else None
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, args: TrainingArguments) -> None:
         """What the start of training checks, for a caller who wants to know sooner.
@@ -151,6 +168,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
             self.pruner.detach()
             raise
         self._runs = True
+        self._loggers = Loggers(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None
@@ -162,10 +180,14 @@ class LAEPCallback(TrainerCallback, ExportableState):
         history: list[Any] = state.log_history
         if event is not None:
             history.append({"step": state.global_step, "prune_event": event.to_json()})
+            if is_main():
+                self.pruner.plan.save(Path(str(args.output_dir)) / PLAN_FILE)
             if self._on_event is not None:
                 self._on_event(event)
         if self.pruner.phase != before:
             history.append({"step": state.global_step, "laep/phase": self.pruner.phase_in_words})
+        if event is not None or control.should_log:
+            self._loggers.log(self.pruner.numbers(by_layer=self._by_layer), args, state, control)
         self._collect(control)
 
     def on_epoch_end(

@@ -49,7 +49,9 @@ from secateur.train.distributed.fsdp import reshard_
 from secateur.train.distributed.job import Job
 from secateur.train.distributed.launch import is_main
 from secateur.train.laep_state import STATE_VERSION, LAEPState, check_state
-from secateur.train.phases import PhaseConstants, PhaseReport, in_words
+from secateur.train.numbers import PREFIX, load_numbers
+from secateur.train.phases import NUMBERS as REPORTED
+from secateur.train.phases import PHASES, PhaseConstants, PhaseReport, in_words
 from secateur.train.rates import read_schedule
 from secateur.train.rearrange import Rearrangement, nothing_dropped, rearranged, settled
 from secateur.train.schedule import Pruning, as_prunings, check_count, check_goal
@@ -299,6 +301,27 @@ class LAEP:
     def phase_in_words(self) -> str:
         """The phase and the number that decides it, such as "moving, regret 1.2%"."""
         return "pruned" if self._is_done else in_words(self.report)
+
+    def numbers(self, *, by_layer: bool = False) -> dict[str, float]:
+        """For loggers: the phase, the model's size, and the loads of the last full window, as flat "laep/..." numbers.
+
+        `laep/waits_for` is the place of the phase in `secateur.train.phases.PHASES`, one more once all is pruned.
+        """
+        report = self._watch.report
+        numbers: dict[str, float] = {
+            f"{PREFIX}experts": sum(self.moe.counts.values()),
+            f"{PREFIX}parameters": self.moe.num_parameters,
+            f"{PREFIX}tokens": self.num_tokens,
+            f"{PREFIX}waits_for": len(PHASES) if self._is_done else PHASES.index(report.phase),
+        }
+        known = {name: getattr(report, name) for name in REPORTED}
+        numbers |= {f"{PREFIX}{name}": value for name, value in known.items() if value is not None}
+        if self.events:
+            numbers[f"{PREFIX}rerouted_share"] = self.events[-1].rerouted_share
+        if by_layer:
+            numbers |= {f"{PREFIX}experts/layer_{layer}": count for layer, count in self.moe.counts.items()}
+        loads = self._watch.last_full_loads()
+        return numbers if loads is None else numbers | load_numbers(loads, by_layer=by_layer)
 
     def follow(self, scheduler: Any, num_steps: int) -> None:
         """Know the learning rates of a whole run ahead, so that nothing is found stable before their highest.

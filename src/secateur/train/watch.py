@@ -144,6 +144,10 @@ class LoadWatch:
         loads = self._last_full.loads().values()
         return sum(max(layer_loads) * len(layer_loads) / sum(layer_loads) for layer_loads in loads) / len(loads)
 
+    def last_full_loads(self) -> dict[int, list[int]] | None:
+        """{layer: tokens of each expert} of the last full window; None before one, and right after a pruning."""
+        return None if self._last_full is None else self._last_full.loads()
+
     def detach(self) -> None:
         """Remove all hooks from the model."""
         self._counter.detach()
