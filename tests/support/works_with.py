@@ -163,6 +163,11 @@ WORKS_WITH: tuple[Row, ...] = (
             f"{_RUNS}::test_the_best_checkpoint_is_loaded_back_with_its_experts_and_shape",
         ),
         (
+            "`resume_from_checkpoint` across a pruning",
+            "works; sharded models and adapters: load the model from it",
+            f"{_CALLBACK}::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit",
+        ),
+        (
             "a checkpoint that another callback, or one rank, asks for",
             "works",
             f"{_SCRIPTS}::test_a_checkpoint_that_one_rank_wants_is_written_by_all_and_a_second_training_goes_on",

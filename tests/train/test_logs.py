@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 import secateur
 from secateur.plans import Plan
 from secateur.train.load_callback import LoadCallback
-from secateur.train.loggers import Loggers
+from secateur.train.loggers import log, trainer_with
 from secateur.train.numbers import load_numbers
 from support.event_files import scalars
 from support.small_trainers import laep, losses, same_weights, trainer_of
@@ -101,5 +101,6 @@ def test_an_optimizer_without_a_rule_will_do_where_nothing_is_pruned(tmp_path: P
 
 def test_a_callback_that_no_trainer_calls_still_has_its_history() -> None:
     state: Any = type("State", (), {"epoch": None, "log_history": [], "global_step": 3})
-    Loggers(TrainerCallback()).log({"laep/experts": 5}, None, state, None)  # type: ignore[arg-type]
+    assert trainer_with(TrainerCallback()) is None
+    log({"laep/experts": 5}, None, None, state, None)  # type: ignore[arg-type]
     assert state.log_history == [{"laep/experts": 5, "step": 3}]

@@ -17,11 +17,11 @@ from secateur.families import MoEModel, without_adapters
 from secateur.observation.loads import CountMask
 from secateur.plans import Plan
 from secateur.surgery.events import PruneEvent
-from secateur.train.best import has_whole_weights, load_best_
 from secateur.train.distributed.launch import is_main
 from secateur.train.laep import LAEP
-from secateur.train.loggers import Loggers
+from secateur.train.loggers import log, trainer_with
 from secateur.train.phases import PhaseConstants
+from secateur.train.put_back import has_whole_weights, load_best_, resume_into_shape
 from secateur.train.rearrange import Rearrangement
 from secateur.train.schedule import Pruning, as_prunings
 
@@ -33,8 +33,9 @@ class LAEPCallback(TrainerCallback, ExportableState):
     """Prunes the experts of the Trainer's model while it trains; takes the keyword arguments of `LAEP`.
 
     The state travels in `trainer_state.json`, so `trainer.train(resume_from_checkpoint=folder)` goes on exactly where
-    it was, with a model that was loaded from that folder. Any other is refused: a Trainer does not load experts that a
-    checkpoint stores one by one (it warns of missing keys), nor a pruned checkpoint into an unpruned model. A second
+    it was, across a pruning too: a Trainer that is made with this callback gives its model the weights and the shape of
+    the checkpoint. (Its own way does not load experts that a checkpoint stores one by one, nor other counts; sharded
+    models and those with adapters must be loaded from the folder, and others are refused.) A second
     `train()` of the same model goes on from the first. With `load_best_model_at_end` the model gets the weights and the
     shape of the best checkpoint, also of one from before a pruning.
 
@@ -127,6 +128,10 @@ class LAEPCallback(TrainerCallback, ExportableState):
         pruner.detach()
         pruner.check_goal()
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if (trainer := trainer_with(self)) is not None:
+            resume_into_shape(trainer)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -168,7 +173,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
             self.pruner.detach()
             raise
         self._runs = True
-        self._loggers = Loggers(self)
+        self._trainer = trainer_with(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None
@@ -187,7 +192,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         if self.pruner.phase != before:
             history.append({"step": state.global_step, "laep/phase": self.pruner.phase_in_words})
         if event is not None or control.should_log:
-            self._loggers.log(self.pruner.numbers(by_layer=self._by_layer), args, state, control)
+            log(self.pruner.numbers(by_layer=self._by_layer), self._trainer, args, state, control)
         self._collect(control)
 
     def on_epoch_end(

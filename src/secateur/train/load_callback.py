@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from secateur.observation.loads import CountMask
 from secateur.train.laep import LAEP
-from secateur.train.loggers import Loggers
+from secateur.train.loggers import log, trainer_with
 
 
 class LoadCallback(TrainerCallback):
@@ -50,13 +50,13 @@ class LoadCallback(TrainerCallback):
         if self.pruner is not None:
             self.pruner.detach()
         self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], prunings=[], rearrange=False, **self._laep)
-        self._loggers = Loggers(self)
+        self._trainer = trainer_with(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None
         self.pruner.step()
         if control.should_log:
-            self._loggers.log(self.pruner.numbers(by_layer=self._by_layer), args, state, control)
+            log(self.pruner.numbers(by_layer=self._by_layer), self._trainer, args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""How a callback of the Trainer reaches its loggers, such as TensorBoard: transformers gives it no way of its own."""
+"""How a callback reaches its Trainer, and the loggers in the Trainer's list: transformers hands it neither."""
 
 from __future__ import annotations
 
@@ -6,36 +6,37 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Loggers:
-    """The list of callbacks in which `callback` is, loggers among them; found once, by looking through what is alive.
+def trainer_with(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer in whose list of callbacks this one is, found by looking through what is alive; None without one."""
+    for one in gc.get_objects():
+        if issubclass(type(one), Trainer):
+            handler = getattr(one, "callback_handler", None)
+            if handler is not None and any(other is callback for other in handler.callbacks):
+                found: Trainer = one
+                return found
+    return None
 
-    Where the callback is called by something else than a Trainer there are none, and the numbers go to the history.
+
+def log(
+    numbers: Mapping[str, float],
+    trainer: Trainer | None,
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+) -> None:
+    """As `Trainer.log`, at any step; the Trainer's own turn to log stays, and what a subclass gathers for it.
+
+    Without a Trainer there are no loggers, and the numbers go to the history alone.
     """
-
-    def __init__(self, callback: TrainerCallback) -> None:
-        self._handler: Any = next(
-            (
-                one
-                for one in gc.get_objects()
-                if issubclass(type(one), CallbackHandler) and any(other is callback for other in one.callbacks)
-            ),
-            None,
-        )
-
-    def log(
-        self, numbers: Mapping[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """As `Trainer.log`, which any callback may be called by at any step; the Trainer's own turn to log stays."""
-        logs: dict[str, Any] = dict(numbers)
-        if state.epoch is not None:
-            logs["epoch"] = state.epoch
-        history: list[Any] = state.log_history
-        history.append({**logs, "step": state.global_step})
-        if self._handler is not None:
-            is_due = control.should_log  # which any log takes back
-            self._handler.on_log(args, state, control, logs)
-            control.should_log = is_due
+    logs: dict[str, Any] = dict(numbers)
+    if state.epoch is not None:
+        logs["epoch"] = state.epoch
+    history: list[Any] = state.log_history
+    history.append({**logs, "step": state.global_step})
+    if trainer is not None:
+        is_due = control.should_log  # which any log takes back
+        trainer.callback_handler.on_log(args, state, control, logs)
+        control.should_log = is_due
