@@ -112,6 +112,45 @@ def test_copies_follow_a_pruning_and_go_on_as_averages() -> None:
     assert torch.equal(logits_of(reference, random_tokens(2, 8)), expected)
 
 
+@pytest.mark.parametrize("kept_as", ["dict", "list", "list of the trained"])
+def test_tensors_that_a_script_keeps_follow_a_pruning_as_a_model_does(kept_as: str) -> None:
+    model = tiny_model("mixtral").train()
+    model.lm_head.requires_grad_(False)
+    average = copy.deepcopy(model)
+    wanted = [name for name, one in model.named_parameters() if one.requires_grad or kept_as != "list of the trained"]
+    kept = {name: dict(model.named_parameters())[name].detach().clone() for name in wanted}
+    tensors = list(kept.values())
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    pruner = laep(model, optimizer, copies=[kept if kept_as == "dict" else tensors, average])
+
+    @torch.no_grad()
+    def update() -> None:
+        now, averages = dict(model.named_parameters()), dict(average.named_parameters())
+        for name, tensor in kept.items():
+            for mine in (tensor, averages[name]):
+                mine.lerp_(now[name], 0.1)
+
+    train(model, [optimizer], pruner, after=update)
+    assert len(pruner.events) == 1
+    assert all(torch.equal(tensor, dict(average.named_parameters())[name]) for name, tensor in kept.items())
+    assert all(one is other for one, other in zip(tensors, kept.values(), strict=True))
+
+
+def test_tensors_that_are_not_those_of_the_model_are_refused_before_training() -> None:
+    model = tiny_model("mixtral")
+    held = list(model.parameters())
+    for wrong, message in (
+        (held[:-1], rf"a list of {len(held) - 1} tensors, expected one for each of the {len(held)} parameters"),
+        ({"module.weight": held[0]}, r"found tensors named module\.weight, \.\.\., expected names of parameters"),
+        (
+            {name: one[:4] for name, one in model.named_parameters()},
+            r"mlp\..*: axis 0 of shape .* has 4 entries, expected 8",
+        ),
+    ):
+        with pytest.raises(SecateurError, match=message):
+            laep(model, adamw(model), copies=[wrong])
+
+
 def test_a_copy_of_another_shape_is_refused_before_training() -> None:
     model = tiny_model("mixtral")
     with pytest.raises(SecateurError, match="copies: found the model that is trained"):

@@ -16,6 +16,7 @@ from secateur.errors import SecateurError
 from secateur.families import MoEModel, without_adapters
 from secateur.observation.loads import CountMask
 from secateur.plans import Plan
+from secateur.surgery.copies import Copy
 from secateur.surgery.events import PruneEvent
 from secateur.train.distributed.launch import is_main
 from secateur.train.laep import LAEP
@@ -62,7 +63,7 @@ class LAEPCallback(TrainerCallback, ExportableState):
         *,
         on_event: Callable[[PruneEvent], None] | None = None,
         by_layer: bool = False,
-        copies: Iterable[nn.Module] = (),
+        copies: Iterable[Copy] = (),
         prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,

@@ -38,7 +38,7 @@ from secateur.files.records import as_record
 from secateur.observation.loads import CountMask
 from secateur.plans import Plan
 from secateur.stats import RouterStats
-from secateur.surgery.copies import copies_of
+from secateur.surgery.copies import Copy, copies_of
 from secateur.surgery.events import REARRANGE, Memory, PruneEvent, layer_events
 from secateur.surgery.fits import check_copies
 from secateur.surgery.module import check_model, check_not_compiled, check_plan, router_tensors
@@ -71,7 +71,8 @@ class LAEP:
     Args:
         model: a transformers MoE model, not wrapped (a PeftModel is seen through).
         optimizer: the one that trains it, or all of them.
-        copies: models of the same kind that follow every pruning by its plan, such as an EMA or a reference model.
+        copies: what follows every pruning by its plan: models of the same kind, such as an EMA or a reference model,
+            and tensors that a script keeps of the parameters, in a dict by their names or in a list in their order.
         prunings: a schedule (an empty one only watches the loads); or give one `Pruning` by its fields and those of its
             rule: `at_step` or `at_tokens` for a fixed time, `multiple_of`, `min_experts`, `max_experts`; `uniform` and
             the options of one `Rule`, such as alpha and beta. Default: DEFAULT_RULE of `secateur.decide.rules`, a share
@@ -102,7 +103,7 @@ class LAEP:
         model: nn.Module,
         optimizer: Optimizers,
         *,
-        copies: Iterable[nn.Module] = (),
+        copies: Iterable[Copy] = (),
         prunings: Iterable[Pruning] | None = None,
         at_step: int | None = None,
         at_tokens: int | None = None,
@@ -152,7 +153,12 @@ class LAEP:
         self._trained_by = TrainedBy(self.moe, each_of(optimizer))
         try:
             self._rearrange = settled(rearrange, self._job.ranks.ep_size, self.moe.counts)
-            self._copies = copies_of(self.moe, copies)
+            self._copies, self._kept = copies_of(self.moe, copies)
+            if self._kept and self._job.ranks.sharded:
+                raise SecateurError(
+                    "copies: found tensors beside a sharded model; give a model that is sharded alike, or use "
+                    "event.replaced"
+                )
             if self.prunings or self._rearrange:
                 for one in self._trained_by.optimizers:
                     check_optimizer(one)
@@ -531,6 +537,8 @@ class LAEP:
             check_plan(copy, plan)
         self.moe = self._job.prune_(self.moe, plan, self._trained_by.optimizers)
         self._copies = [self._job.prune_copy_(copy, plan) for copy in self._copies]
+        for kept in self._kept:
+            kept.prune_(plan)
         if expected is None:
             return None
         difference, share = logit_difference(self.moe, expected)

@@ -80,7 +80,7 @@ def resume_into_shape(trainer: Trainer) -> None:
         return
 
     def load(resume_from_checkpoint: str, model: Any = None) -> None:
-        model = without_adapters(trainer.model if model is None else model)
+        model = without_adapters(model or trainer.model)  # type: ignore[arg-type]
         if has_whole_weights(model) and (Path(resume_from_checkpoint) / "config.json").is_file():
             put_into_(describe_moe(model), Path(resume_from_checkpoint))
         else:
