@@ -20,6 +20,8 @@ from secateur.families import describe_moe
 from secateur.observation.loads import LoadCounter
 from secateur.observation.real_tokens import at_the_ends, real_by_mask
 from secateur.stats import RouterStats
+from secateur.train.balance import attach_balance
+from secateur.train.distributed.ddp import DDPFinder
 from support.tiny_models import TOP_K, random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 8)
@@ -146,13 +148,21 @@ def _saved(model: nn.Module) -> Any:
 @pytest.mark.parametrize("make", [copy.deepcopy, _pickled, _saved])
 def test_a_copy_of_the_model_is_a_plain_one(make: Callable[[Any], Any]) -> None:
     model = tiny_model("mixtral").train()
-    counter = LoadCounter(describe_moe(model))
+    moe = describe_moe(model)
+    counter = LoadCounter(moe)
+    finder, balance = DDPFinder(model), attach_balance(model, "mixtral", blocks=moe.blocks)
     other = make(model)
+    finder.detach()
+    balance.detach()
     plain(other)
     assert counter.is_empty
     plain(model)
     assert counter.read() == EXPECTED
-    hooks = [hook for module in other.modules() for hook in (*module._forward_pre_hooks.values(),)]
+    hooks = [
+        hook
+        for module in other.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
     assert hooks
     assert not any(type(hook).__module__.startswith("secateur") for hook in hooks)
 
@@ -226,12 +236,18 @@ def test_a_model_counts_by_a_mask_of_its_own_making() -> None:
 def test_a_mask_over_a_cache_is_read_at_its_end() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]])
 
-    def use(model: Any) -> None:
-        with torch.no_grad():
-            past = model(input_ids=random_tokens(2, 3), use_cache=True).past_key_values
-        model(input_ids=random_tokens(2, 3, seed=1), past_key_values=past, attention_mask=mask)
+    four = (torch.ones(3, 6, dtype=torch.bool).tril(3) & mask[:, None, :].bool())[:, None]
 
-    assert counted(use).layers[0].num_tokens == 5
+    def use(mask: Tensor) -> Callable[[Any], None]:
+        def call(model: Any) -> None:
+            with torch.no_grad():
+                past = model(input_ids=random_tokens(2, 3), use_cache=True).past_key_values
+            model(input_ids=random_tokens(2, 3, seed=1), past_key_values=past, attention_mask=mask)
+
+        return call
+
+    assert counted(use(mask)).layers[0].num_tokens == 5
+    assert counted(use(four)).layers[0].num_tokens == 5
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 3, 8, 4), object(), torch.ones(16)])
@@ -307,12 +323,42 @@ class Caller(nn.Module):
         return self.model.model(input_ids=tokens).last_hidden_state  # type: ignore[no-any-return]
 
 
+def test_the_pad_id_with_a_target_at_the_end_of_a_row_is_a_word() -> None:
+    tokens, labels = padded_batch(2)
+    tokens[1, 6:], labels[1, 6:] = 2, 2  # a text that ends twice
+    model, counter = counter_with_pad(2)
+    model(input_ids=tokens, labels=labels)
+    assert counter.read().layers[0].num_tokens == 3 + 8
+
+
+def test_labels_say_more_than_a_mask_of_four_dimensions() -> None:
+    tokens, labels = padded_batch(2)
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[0, 0] = False  # the mask bars one token, and lets the padding attend to itself
+    mask = (torch.ones(8, 8, dtype=torch.bool).tril() & real[:, None, :])[:, None]
+    model, counter = counter_with_pad(2)
+    model(input_ids=tokens, labels=labels, attention_mask=mask)
+    assert counter.read().layers[0].num_tokens == 2 + 6
+
+
+def test_labels_of_rows_say_nothing_of_tokens() -> None:
+    tokens, _ = padded_batch(2)
+    model, counter = counter_with_pad(2)
+    outer = Caller(model)
+    counter.detach()
+    counter = LoadCounter(describe_moe(model), callers=[outer])
+    outer(tokens, labels=torch.tensor([0, -100]))
+    assert counter.read().layers[0].num_tokens == 16
+    assert counter.doubtful_share() == 7 / 16
+
+
 def test_without_a_pad_id_the_share_of_tokens_without_a_target_is_told() -> None:
     tokens, labels = padded_batch(2)
     model, counter = counter_with_pad(None)
     model(input_ids=tokens, labels=labels)
     assert counter.read().layers[0].num_tokens == 16
-    assert counter.doubtful_share() == (labels == -100).sum() / 16 == 10 / 16
+    model(input_ids=tokens, labels=tokens)
+    assert counter.doubtful_share() == (labels == -100).sum() / 32 == 10 / 32
     assert counter.doubtful_share() == 0, "told once"
 
 

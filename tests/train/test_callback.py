@@ -70,6 +70,7 @@ def trainer_of(
     model: PreTrainedModel | None = None,
     name: str = "mixtral",
     collator: Callable[..., Any] = default_data_collator,
+    of: type[Trainer] = Trainer,
     **arguments: Any,
 ) -> Trainer:
     settings = {
@@ -82,7 +83,7 @@ def trainer_of(
         "save_strategy": "no",
     }
     fixed = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True}
-    return Trainer(
+    return of(
         model=tiny_model(name, attention_dropout=0.1) if model is None else model,
         args=TrainingArguments(**fixed, **settings | arguments),
         train_dataset=dataset(),
@@ -306,6 +307,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert other is not None
     assert mine.num_tokens == other.num_tokens
     assert mine.plan == other.plan
+
+
+def test_a_trainer_with_a_way_of_its_own_to_load_a_checkpoint_keeps_it(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Own(Trainer):
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            seen.append(resume_from_checkpoint)
+
+    trainer = trainer_of(tmp_path, two_prunings(), of=Own)
+    trainer._load_from_checkpoint("checkpoint-3")
+    assert seen == ["checkpoint-3"]
 
 
 def test_a_checkpoint_after_a_pruning_is_an_ordinary_one(whole: tuple[Path, Trainer, LAEPCallback]) -> None:

@@ -46,7 +46,8 @@ def accumulated(often: bool) -> tuple[nn.Module, LAEP]:
     return model, pruner
 
 
-def test_a_call_after_each_micro_batch_waits_for_the_step_of_the_optimizer() -> None:
+def test_a_call_after_each_micro_batch_waits_for_the_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(laep_module, "MAX_WAITS", MICRO_BATCHES)  # in a row, which a step ends
     (model, pruner), (expected, other) = accumulated(often=True), accumulated(often=False)
     assert [event.step for event in pruner.events] == [2]
     assert pruner.num_steps == other.num_steps == 4

@@ -233,9 +233,9 @@ class LoadCounter:
         self._counted[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def _remembers(self, storage: torch.UntypedStorage) -> bool:
-        """Whether a forward on tokens in this memory, which has been alive since, has counted."""
-        one = self._counted.get(storage._cdata)
-        return one is not None and not one.expired()  # type: ignore[no-untyped-call]
+        """Whether a forward on tokens in this memory has counted; it is not given to others while a weak reference is
+        kept of it."""
+        return storage._cdata in self._counted
 
     def _end(self, *_: Any) -> None:
         self._running = self._counts_now = False

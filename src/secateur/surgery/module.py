@@ -86,11 +86,8 @@ def check_not_compiled(model: nn.Module) -> None:
         SecateurError: names the module that is compiled, as a whole or by its forward.
     """
     for name, module in model.named_modules():
-        if (
-            module._compiled_call_impl is not None
-            or "_orig_mod" in module._modules
-            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        ):
+        by_forward = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # also of what it wraps
+        if module._compiled_call_impl is not None or by_forward:
             raise SecateurError(f"{name or 'the model'} is compiled (torch.compile); prune an uncompiled model")
 
 
