@@ -16,7 +16,7 @@ import numpy as np
 
 from detector_histories import Floats, History, regret
 from secateur.train.load_history import LoadHistory
-from secateur.train.phases import FEWEST_WINDOWS, LEAST, RECENT, PhaseConstants, PhaseReport, phase_of
+from secateur.train.phases import LEAST, RECENT, UNKNOWN_AHEAD, PhaseConstants, PhaseReport, doublings_ahead, phase_of
 
 Fires = Callable[[History, float], int | None]
 
@@ -31,13 +31,15 @@ class Candidate:
     thresholds: tuple[float, ...]
 
 
-def reports(history: History, constants: PhaseConstants) -> list[PhaseReport]:
+def reports(history: History, constants: PhaseConstants, *, end_is_known: bool = True) -> list[PhaseReport]:
     """What LAEP's own detector says after each window."""
     loads, learned, found = LoadHistory(), False, []
     for window in range(1, history.num_windows + 1):
         counts = {layer: row.tolist() for layer, row in enumerate(history.loads[window - 1])}
         loads.add(counts, history.tokens(window) - (history.tokens(window - 1) if window > 1 else 0))
-        report = phase_of(loads, constants, rises=rises(history, window), learned=learned)
+        to_come = history.tokens(history.num_windows) - history.tokens(window) if end_is_known else None
+        ahead = doublings_ahead(loads, to_come)
+        report = phase_of(loads, constants, rises=rises(history, window), learned=learned, ahead=ahead)
         learned |= (report.change or 0) >= constants.min_change
         found.append(report)
     return found
@@ -49,10 +51,15 @@ def rises(history: History, window: int) -> bool:
     return bool(history.learning_rate[window - 1] > before) or history.step(window) < history.setting.warmup
 
 
-def detector(history: History, threshold: float) -> int | None:
-    """LAEP's own: mean regret of the choices made since a fifth of the tokens."""
-    found = reports(history, PhaseConstants(max_regret=threshold))
+def detector(history: History, threshold: float, *, end_is_known: bool = True) -> int | None:
+    """LAEP's own: mean regret of the choices made since a fifth of the tokens, times the doublings to come."""
+    found = reports(history, PhaseConstants(max_regret=threshold), end_is_known=end_is_known)
     return next((window for window, report in enumerate(found, start=1) if report.stable), None)
+
+
+def detector_without_end(history: History, threshold: float) -> int | None:
+    """The same where nobody tells how long the run is: the doublings to come are always as many."""
+    return detector(history, UNKNOWN_AHEAD * threshold, end_is_known=False)
 
 
 def moment(history: History, window: int, at: float, recent: float = RECENT) -> Floats:
@@ -166,7 +173,7 @@ def _first(number: Callable[[History, int], float]) -> Fires:
     """The first window after the warm-up at which `number` is at most the threshold."""
 
     def fires(history: History, threshold: float) -> int | None:
-        windows = range(FEWEST_WINDOWS, history.num_windows + 1)
+        windows = range(PhaseConstants().min_windows, history.num_windows + 1)
         return next((w for w in windows if not rises(history, w) and number(history, w) <= threshold), None)
 
     return fires
@@ -176,7 +183,15 @@ REGRETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03)
 SHARES: Sequence[float] = tuple(share / 100 for share in range(5, 100, 5))
 
 CANDIDATES = (
-    Candidate(name="choices since 1/5", about="LAEP's detector", fires=detector, thresholds=REGRETS),
+    Candidate(
+        name="choices since 1/5, and to the end",
+        about="LAEP's detector",
+        fires=detector,
+        thresholds=(0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.06),
+    ),
+    Candidate(
+        name="choices since 1/5", about="the same, end not known", fires=detector_without_end, thresholds=REGRETS
+    ),
     Candidate(name="choices since 1/5, regret alone", about="", fires=choices_since(0.2), thresholds=REGRETS),
     Candidate(name="choices since 1/3", about="", fires=choices_since(0.35), thresholds=REGRETS),
     Candidate(name="choices since half", about="", fires=choices_since(0.5), thresholds=REGRETS),

@@ -17,6 +17,7 @@ from secateur.replay.phases import why
 from support.small_runs import LOOSE, corpus_in, light_report, options, strict
 
 THEN, NOW = [5, 40, 10, 300, 20, 80, 35, 510], [100, 10, 50, 300, 20, 80, 35, 405]
+KNOWN: dict[str, Any] = {"max_regret": 0.051, "min_windows": 5}
 LATE: dict[str, Any] = {"step": 40, "tokens": 2000, "layers": {"0": NOW}}
 Window = Mapping[str, Any]
 
@@ -69,11 +70,11 @@ def test_other_constants_find_another_step(run: Path) -> None:
 
 def test_lines_of_another_framework_are_replayed_and_hindsight_is_told(tmp_path: Path) -> None:
     path = written(tmp_path, windows([*[THEN] * 4, *[NOW] * 16]))
-    found = secateur.phases(path, max_regret=0.051)
+    found = secateur.phases(path, **KNOWN)
     assert [(one.report.phase, one.first_step, one.last_step) for one in found.stretches] == [
         ("begin", 0, 80),
-        ("unknown", 80, 120),
-        ("moving", 120, 180),
+        ("unknown", 80, 100),
+        ("moving", 100, 180),
         ("stable", 180, 400),
     ]
     assert (found.stable_at, found.share) == (200, 0.5)
@@ -82,18 +83,27 @@ def test_lines_of_another_framework_are_replayed_and_hindsight_is_told(tmp_path:
         "no learning rate is recorded: a warm-up is not seen; tell of it by the steps that it takes",
     )
     assert why(found).startswith("stable at step 200, after 50% of the run. The choice of then has 0.00% regret")
-    assert why(secateur.phases(path, max_regret=0.051, min_change=1.0)) == (
+    assert why(secateur.phases(path, **KNOWN, min_change=1.0)) == (
         "not stable in 400 steps: unlearned, change 14% (min_change 100%). "
-        "Before: begin for 80 steps, unknown for 40 steps, moving for 60 steps, unlearned for 220 steps."
+        "Before: begin for 80 steps, unknown for 20 steps, moving for 80 steps, unlearned for 220 steps."
     )
+
+
+def test_a_longer_run_than_was_recorded_asks_more_of_a_choice(tmp_path: Path) -> None:
+    path = written(tmp_path, windows([*[THEN] * 4, *[NOW] * 16]))
+    assert secateur.phases(path, **KNOWN, steps=800).stable_at == 280
+    with pytest.raises(SecateurError, match="steps is 399, expected at least the 400 that were recorded"):
+        secateur.phases(path, steps=399)
+    told = [line | {"ahead": 1.0} for line in windows([*[THEN] * 4, *[NOW] * 16])]
+    assert secateur.phases(written(tmp_path, told), **KNOWN, steps=800).stable_at == 200, "what the run knew holds"
 
 
 def test_a_warm_up_is_seen_in_the_rates_or_told(tmp_path: Path) -> None:
     lines = windows([*[THEN] * 4, *[NOW] * 16])
     rising = [line | {"learning_rate": min(line["step"], 300)} for line in lines]
-    assert secateur.phases(written(tmp_path, rising), max_regret=0.051).stable_at == 320
+    assert secateur.phases(written(tmp_path, rising), **KNOWN).stable_at == 320
     assert secateur.phases(written(tmp_path, rising)).notes == ()
-    assert secateur.phases(written(tmp_path, lines), max_regret=0.051, warmup_steps=250).stable_at == 260
+    assert secateur.phases(written(tmp_path, lines), **KNOWN, warmup_steps=250).stable_at == 260
 
 
 def test_gaps_and_other_expert_counts_are_said(tmp_path: Path) -> None:

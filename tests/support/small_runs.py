@@ -69,8 +69,8 @@ SMALL: Json = {
     "threads": 1,
 }
 # constants of the detector that all loads meet, so that it fires after five windows
-LOOSE: Json = {"max_regret": 1.0, "max_noise": 1.0, "min_change": 0.0}
-STRICT: Json = {"min_change": 1.0}  # constants that no loads meet
+LOOSE: Json = {"max_regret": 1.0, "max_noise": 1.0, "min_change": 0.0, "min_windows": 5}
+STRICT: Json = {"min_change": 1.0, "min_windows": 5}  # constants that no loads meet
 # what a clock or the machine decides
 TIMINGS = {"seconds", "tokens_per_second", "surgery_seconds", "peak_memory_bytes"}
 STARTED = {"command"}  # by whom

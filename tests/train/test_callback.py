@@ -38,7 +38,7 @@ def _cheap_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-PHASE = PhaseConstants(max_regret=1.0, max_noise=1.0, min_change=0.0)
+PHASE = PhaseConstants(max_regret=1.0, max_noise=1.0, min_change=0.0, min_windows=5)
 
 
 def dataset() -> list[dict[str, Tensor]]:

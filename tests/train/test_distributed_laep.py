@@ -47,7 +47,7 @@ FOUR = Scenarios(__name__, 4)
 SMALL = {"num_hidden_layers": 2}
 ROWS, LENGTH, STEPS, PRUNE_AT = 8, 12, 9, 5
 BEGUN = 7  # steps of the runs that are compared with the first ones of a longer run
-QUICK_PHASE = PhaseConstants(max_regret=0.002, max_noise=1.0, min_change=0.0)
+QUICK_PHASE = PhaseConstants(max_regret=0.005, max_noise=1.0, min_change=0.0, min_windows=5)
 PRUNING: dict[str, Any] = {"at_step": PRUNE_AT, "target_params": 0.8, "window_steps": 2}
 
 Kind = dict[str, Any]

@@ -35,9 +35,9 @@ from secateur.train.schedule import Pruning
 from support.tiny_models import everything, random_tokens, tiny_model
 
 TOKENS_PER_STEP = 4 * 8
-QUICK_PHASE = PhaseConstants(max_regret=0.06, max_noise=1.0, min_change=0.0)
+QUICK_PHASE = PhaseConstants(max_regret=0.15, max_noise=1.0, min_change=0.0, min_windows=5)
 
-WARMUP, SLOW = 17, PhaseConstants(max_regret=0.09, max_noise=1.0, min_change=0.0)
+WARMUP, SLOW = 17, PhaseConstants(max_regret=0.225, max_noise=1.0, min_change=0.0, min_windows=5)
 
 
 def batch(step: int) -> Tensor:
@@ -701,7 +701,7 @@ def scheduled(steps: int, **laep: Any) -> tuple[Run, list[str], list[str]]:
     return run, said, phases
 
 
-EASY = PhaseConstants(max_regret=1.0, max_noise=1.0, min_change=0.0)
+EASY = PhaseConstants(max_regret=1.0, max_noise=1.0, min_change=0.0, min_windows=5)
 
 
 def test_it_never_prunes_while_the_learning_rate_rises_though_nobody_told_it() -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from secateur.decide.laep_rule import removal_order
 from secateur.errors import SecateurError
 from secateur.train.load_history import MOST, LoadHistory
 from secateur.train.phases import (
-    FEWEST_WINDOWS,
+    LEAST_AHEAD,
+    UNKNOWN_AHEAD,
     PhaseConstants,
     PhaseReport,
     dispersion,
+    doublings_ahead,
     in_words,
     mean_regret,
     moment,
@@ -30,6 +33,7 @@ from secateur.train.phases import (
 )
 
 TOKENS = 1000
+EARLY = PhaseConstants(max_regret=0.01, min_windows=5)
 THEN = [5, 40, 10, 300, 20, 80, 35, 510]
 NOW = [100, 10, 50, 300, 20, 80, 35, 405]
 SKEWED = [0.30, 0.25, 0.15, 0.10, 0.08, 0.06, 0.04, 0.02]
@@ -40,6 +44,11 @@ def history_of(windows: Iterable[list[int]], tokens: int = TOKENS) -> LoadHistor
     for loads in windows:
         history.add({0: loads}, tokens)
     return history
+
+
+def found_in(history: LoadHistory, constants: PhaseConstants = EARLY, **more: Any) -> PhaseReport:
+    """The phase where the tokens will double once."""
+    return phase_of(history, constants, **{"ahead": 1.0, **more})
 
 
 def drawn(rng: random.Random, shares: list[float], tokens: int) -> list[int]:
@@ -125,15 +134,33 @@ def test_the_regret_is_of_all_choices_since_a_fifth_of_the_tokens() -> None:
     more than the idlest carry, and that at 12 the idlest.
     """
     windows = [*[THEN] * 10, *[NOW] * 140]
-    report = phase_of(history_of(windows[:20]), PhaseConstants())
+    report = found_in(history_of(windows[:20]), EARLY)
     assert report.regret == pytest.approx((7 * 0.12 + 0.04) / 16)
-    assert phase_of(history_of(windows), PhaseConstants()).regret == 0.0
-    found = [phase_of(history_of(windows[:number]), PhaseConstants()).regret for number in range(16, 51)]
+    assert found_in(history_of(windows), EARLY).regret == 0.0
+    found = [found_in(history_of(windows[:number]), EARLY).regret for number in range(16, 51)]
     assert found == sorted(found, reverse=True)  # type: ignore[type-var]
 
 
+def test_what_a_choice_will_cost_grows_with_the_doublings_to_come() -> None:
+    history = history_of([*[THEN] * 10, *[NOW] * 10])
+    once = phase_of(history, EARLY, ahead=1.0).regret
+    assert once is not None
+    assert phase_of(history, EARLY, ahead=3.0).regret == pytest.approx(3 * once)
+    assert phase_of(history, EARLY).regret == pytest.approx(UNKNOWN_AHEAD * once)
+    limit = replace(EARLY, max_regret=1.5 * once)
+    assert [phase_of(history, limit, ahead=ahead).phase for ahead in (1.4, 1.6)] == ["stable", "moving"]
+
+
+def test_doublings_to_come_are_those_of_the_tokens_so_far() -> None:
+    history = history_of([NOW] * 10)
+    assert doublings_ahead(history, 30 * TOKENS) == 2.0
+    assert doublings_ahead(history, 10 * TOKENS) == 1.0
+    assert doublings_ahead(history, 5 * TOKENS) == doublings_ahead(history, 0) == LEAST_AHEAD
+    assert doublings_ahead(history, None) == UNKNOWN_AHEAD
+
+
 def test_there_is_nothing_to_look_back_at_in_the_first_windows() -> None:
-    phases = [phase_of(history_of([THEN] * number), PhaseConstants()) for number in range(1, FEWEST_WINDOWS + 1)]
+    phases = [found_in(history_of([THEN] * number), EARLY) for number in range(1, EARLY.min_windows + 1)]
     assert {report.phase for report in phases[:-1]} == {"begin"}
     assert {report.regret for report in phases[:-1]} == {None}
     assert phases[-1].phase == "unlearned"
@@ -143,36 +170,36 @@ def test_neither_a_long_window_nor_many_tokens_change_what_is_found() -> None:
     rng = random.Random(0)
     short = [[1 + int(100 * rng.random() * (1 + window / 48)) for _ in range(8)] for window in range(48)]
     large = [[1000 * load for load in window] for window in short]
-    first = phase_of(history_of(short), PhaseConstants())
-    found = phase_of(history_of(large, 1000 * TOKENS), PhaseConstants())
+    first = found_in(history_of(short), EARLY)
+    found = found_in(history_of(large, 1000 * TOKENS), EARLY)
     assert (found.regret, found.change) == (pytest.approx(first.regret), pytest.approx(first.change))
     halved = [half for window in short for half in ([load // 2 for load in window], [-(-load // 2) for load in window])]
-    found = phase_of(history_of(halved, TOKENS // 2), PhaseConstants())
+    found = found_in(history_of(halved, TOKENS // 2), EARLY)
     assert found.regret == pytest.approx(first.regret, rel=0.1)
 
 
 def test_loads_that_stay_where_they_began_are_unlearned_unless_the_model_had_been_trained() -> None:
     still = history_of([NOW] * 30)
-    assert phase_of(still, PhaseConstants()).phase == "unlearned"
-    assert phase_of(still, PhaseConstants(), learned=True).phase == "stable"
-    assert phase_of(still, PhaseConstants(min_change=0)).phase == "stable"
+    assert found_in(still, EARLY).phase == "unlearned"
+    assert found_in(still, EARLY, learned=True).phase == "stable"
+    assert found_in(still, replace(EARLY, min_change=0)).phase == "stable"
     left = history_of([THEN, *[NOW] * 30])
-    assert phase_of(left, PhaseConstants()).change == pytest.approx(total_variation(THEN, NOW))
-    assert phase_of(left, PhaseConstants()).phase == "stable"
-    assert phase_of(left, PhaseConstants(min_change=0.5)).phase == "unlearned"
+    assert found_in(left, EARLY).change == pytest.approx(total_variation(THEN, NOW))
+    assert found_in(left, EARLY).phase == "stable"
+    assert found_in(left, replace(EARLY, min_change=0.5)).phase == "unlearned"
 
 
 def test_nothing_is_stable_while_the_learning_rate_rises() -> None:
     left = history_of([THEN, *[NOW] * 30])
-    assert phase_of(left, PhaseConstants(), rises=True).phase == "warm-up"
-    assert phase_of(history_of([NOW] * 2), PhaseConstants(), rises=True).phase == "begin"
+    assert found_in(left, EARLY, rises=True).phase == "warm-up"
+    assert found_in(history_of([NOW] * 2), EARLY, rises=True).phase == "begin"
 
 
 def test_loads_that_keep_moving_are_moving() -> None:
     turned = [
         [round(1000 * (1.1 + math.sin(expert + math.log2(window)))) for expert in range(8)] for window in range(1, 61)
     ]
-    phases = {phase_of(history_of(turned[:number]), PhaseConstants()).phase for number in range(FEWEST_WINDOWS, 61)}
+    phases = {found_in(history_of(turned[:number]), EARLY).phase for number in range(EARLY.min_windows, 61)}
     assert phases == {"moving"}
 
 
@@ -182,7 +209,7 @@ def test_sampling_noise_is_told_from_movement_and_says_how_many_tokens_are_missi
     rng = random.Random(seed)
     close = [0.25, 0.2, 0.15, 0.1, 0.085, 0.08, 0.07, 0.065]
     few = history_of([drawn(rng, close[::-1], 40), *(drawn(rng, close, 40) for _ in range(15))], 40)
-    report = phase_of(few, PhaseConstants())
+    report = found_in(few, EARLY)
     assert report.phase in ("unknown", "moving")
     assert report.noise is not None
     assert report.noise > 0.005
@@ -190,7 +217,7 @@ def test_sampling_noise_is_told_from_movement_and_says_how_many_tokens_are_missi
     assert report.tokens_needed > recent_tokens(few)
     enough = 10_000
     many = history_of([drawn(rng, close[::-1], enough), *(drawn(rng, close, enough) for _ in range(15))], enough)
-    report = phase_of(many, PhaseConstants())
+    report = found_in(many, EARLY)
     assert (report.phase, report.tokens_needed) == ("stable", None)
     assert report.noise is not None
     assert report.noise <= 0.005
@@ -199,7 +226,7 @@ def test_sampling_noise_is_told_from_movement_and_says_how_many_tokens_are_missi
 def test_a_regret_far_above_its_noise_is_no_noise() -> None:
     rng = random.Random(0)
     few = [drawn(rng, SKEWED[::-1], 40) for _ in range(8)] + [drawn(rng, SKEWED, 40) for _ in range(7)]
-    report = phase_of(history_of(few, 40), PhaseConstants(max_noise=0.001))
+    report = found_in(history_of(few, 40), replace(EARLY, max_noise=0.001))
     assert report.noise is not None
     assert report.noise > 0.001
     assert report.phase == "moving"
@@ -208,9 +235,9 @@ def test_a_regret_far_above_its_noise_is_no_noise() -> None:
 def test_a_long_run_is_found_stable_as_a_short_one_is() -> None:
     for number in (30, MOST + 7, 5 * MOST):
         moved = history_of([*[THEN] * (number // 10), *[NOW] * number])
-        assert phase_of(moved, PhaseConstants()).phase == "stable"
+        assert found_in(moved, EARLY).phase == "stable"
         just = history_of([*[THEN] * number, *[NOW] * (number // 2)])
-        assert phase_of(just, PhaseConstants()).phase == "moving"
+        assert found_in(just, EARLY).phase == "moving"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +270,7 @@ def test_a_long_run_is_found_stable_as_a_short_one_is() -> None:
 )
 def test_phases_in_words(report: PhaseReport, words: str, limit: str) -> None:
     assert in_words(report) == words
-    assert in_words(report, PhaseConstants()) == words + limit
+    assert in_words(report, EARLY) == words + limit
     assert report.stable == (report.phase == "stable")
 
 
@@ -255,6 +282,8 @@ def test_phases_in_words(report: PhaseReport, words: str, limit: str) -> None:
         ({"max_noise": math.nan}, "max_noise is nan"),
         ({"min_change": "much"}, "min_change is 'much'"),
         ({"min_change": True}, "min_change is True"),
+        ({"min_windows": 1}, "min_windows is 1, expected a whole number of at least 2"),
+        ({"min_windows": 16.0}, r"min_windows is 16\.0"),
     ],
 )
 def test_constants_out_of_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

@@ -26,10 +26,10 @@ def phases(
         float,
         typer.Option(
             "--max-regret",
-            help="Loads are stable when the idlest experts of earlier, since a fifth of the tokens, carry on average "
-            "at most this share of the tokens more than today's.",
+            help="Loads are stable when the idlest experts of now are expected to carry at most this share of the "
+            "tokens more than the idlest ones at the end of the run.",
         ),
-    ] = 0.01,
+    ] = 0.025,
     max_noise: Annotated[
         float, typer.Option("--max-noise", help="And when sampling alone makes at most this share.")
     ] = 0.005,
@@ -41,6 +41,11 @@ def phases(
             "model that was trained before.",
         ),
     ] = 0.1,
+    min_windows: Annotated[int, typer.Option("--min-windows", help="And not before so many windows.")] = 16,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Of the whole run, where the record does not say it. Default: the last."),
+    ] = None,
     warmup_steps: Annotated[
         int, typer.Option("--warmup-steps", min=0, help="Nothing is stable before; for records without learning rates.")
     ] = 0,
@@ -61,6 +66,8 @@ def phases(
             max_regret=max_regret,
             max_noise=max_noise,
             min_change=min_change,
+            min_windows=min_windows,
+            steps=steps,
             warmup_steps=warmup_steps,
             on_progress=on_progress,
         )

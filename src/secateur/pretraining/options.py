@@ -95,9 +95,10 @@ class PretrainOptions(RuleFields):
     rearrange_nodes: int = 1
     rearrange_tolerance: float | None = None
     window_steps: int = 20
-    max_regret: float = 0.01
+    max_regret: float = 0.025
     max_noise: float = 0.005
     min_change: float | None = None
+    min_windows: int = 16
     # record
     log_steps: int = 10
     eval_steps: int = 100
@@ -231,7 +232,9 @@ class PretrainOptions(RuleFields):
             if self.model
             else {}
         )
-        return PhaseConstants(max_regret=self.max_regret, max_noise=self.max_noise, **given)
+        return PhaseConstants(
+            max_regret=self.max_regret, max_noise=self.max_noise, min_windows=self.min_windows, **given
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; an option of a rule that is infinite, such as alpha, is the string "inf"."""

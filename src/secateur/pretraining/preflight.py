@@ -34,7 +34,6 @@ from secateur.train.balance import attach_balance
 from secateur.train.callback import refuse_arguments
 from secateur.train.distributed.launch import world_size
 from secateur.train.distributed.load import ParallelSizes, check_split, fewest_processes, parallel_sizes
-from secateur.train.phases import FEWEST_WINDOWS
 from secateur.train.progress import only_our_messages
 from secateur.train.schedule import Pruning, check_count, check_goal
 
@@ -198,13 +197,13 @@ def _check_times(pruning: PruningSettings, training: TrainingSettings) -> None:
             tokens = one.at_tokens - step * training.tokens_per_step
             step += window * max(1, -(-tokens // (window * training.tokens_per_step)))
         else:
-            step = max(step + window * FEWEST_WINDOWS, window * (training.warmup_steps // window + 1))
+            step = max(step + window * pruning.phase.min_windows, window * (training.warmup_steps // window + 1))
         if step >= training.steps:
             raise SecateurError(
                 f"the pruning at {one.when} can be at step {step} at the earliest, expected before the end of "
                 f"the run (--steps {training.steps}). Loads are compared every --window-steps ({window}), and can be "
-                f"stable after {FEWEST_WINDOWS} windows and --warmup-steps ({training.warmup_steps}); --prune-at-step "
-                "takes any step"
+                f"stable after {pruning.phase.min_windows} windows (--min-windows) and --warmup-steps "
+                f"({training.warmup_steps}); --prune-at-step takes any step"
             )
 
 

@@ -117,9 +117,10 @@ def pretrain(
     rearrange_nodes: int = 1,
     rearrange_tolerance: float | None = None,
     window_steps: int = 20,
-    max_regret: float = 0.01,
+    max_regret: float = 0.025,
     max_noise: float = 0.005,
     min_change: float | None = None,
+    min_windows: int = 16,
     log_steps: int = 10,
     eval_steps: int = 100,
     save_steps: int = 200,
@@ -173,10 +174,11 @@ def pretrain(
         rearrange_nodes: nodes whose ranks are filled together.
         rearrange_tolerance: between prunings, move as few experts as keep the balance within this share of the best
             found.
-        window_steps: steps a statistics window. max_regret: loads are stable when the idlest experts of earlier, since
-            a fifth of the tokens, carry on average at most this share of the tokens more than today's.
+        window_steps: steps a statistics window. max_regret: loads are stable when the idlest experts of now are
+            expected to carry at most this share of the tokens more than the idlest ones at the end of the run.
         max_noise: and when sampling alone makes at most this share. min_change: and when at least this share goes to
-            other experts than in the first window; by default 0.1, with `model` 0. log_steps: steps between log lines.
+            other experts than in the first window; by default 0.1, with `model` 0. min_windows: and not before so many
+            windows. log_steps: steps between log lines.
         eval_steps: steps between validations. save_steps: steps between checkpoints.
         report_to: loggers of transformers: tensorboard, wandb, trackio, ... or none.
         control: also train without pruning, for the report to compare with.

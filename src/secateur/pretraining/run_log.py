@@ -71,7 +71,8 @@ class RunLog(TrainingLog):
         assert pruner.last_window is not None
         numbers = {name: getattr(pruner.report, name) for name in NUMBERS}
         line: dict[str, Any] = {"step": step, "tokens": step * self._tokens_per_step}
-        line |= {"learning_rate": pruner.learning_rate, "rises": pruner.rises, "phase": pruner.report.phase, **numbers}
+        line |= {"learning_rate": pruner.learning_rate, "rises": pruner.rises, "ahead": pruner.ahead}
+        line |= {"phase": pruner.report.phase, **numbers}
         line["layers"] = {str(layer): loads for layer, loads in pruner.last_window.loads().items()}
         append_line(self._folder.loads, line)
 

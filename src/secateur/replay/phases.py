@@ -7,13 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import SecateurError
 from secateur.files.given import StrPath, check_given
 from secateur.files.progress import OnStage, stage
 from secateur.replay.histories import histories, read_history
 from secateur.reporting.run_files import LoadWindow
 from secateur.results import Result
 from secateur.train.load_history import LoadHistory
-from secateur.train.phases import PhaseConstants, PhaseReport, in_words, mean_regret, phase_of, recent_loads
+from secateur.train.phases import (
+    PhaseConstants,
+    PhaseReport,
+    doublings_ahead,
+    in_words,
+    mean_regret,
+    phase_of,
+    recent_loads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +64,11 @@ class Phases(Result):
 def phases(
     run: StrPath,
     *,
-    max_regret: float = 0.01,
+    max_regret: float = 0.025,
     max_noise: float = 0.005,
     min_change: float = 0.1,
+    min_windows: int = 16,
+    steps: int | None = None,
     warmup_steps: int = 0,
     on_progress: OnStage | None = None,
 ) -> Phases:
@@ -66,9 +77,10 @@ def phases(
     Args:
         run: the folder of a run of `pretrain`, pruned or not, or a file of JSON lines from any training: see
             `secateur.replay.histories.read_history`.
-        max_regret: of earlier choices, on average, as a share of the tokens; see `PhaseConstants`.
+        max_regret: expected at the end of the run, as a share of the tokens; see `PhaseConstants`.
         max_noise: of it that sampling alone may make. min_change: share of the tokens that must have left the experts
-            of the first window; 0 for a model that was trained before.
+            of the first window; 0 for a model that was trained before. min_windows: nothing is stable before so many.
+        steps: of the whole run, where the record does not say how long it was to be; without it, the last one.
         warmup_steps: nothing is stable before so many steps; for records without a learning rate.
         on_progress: called with ("replaying", windows done, windows).
 
@@ -83,9 +95,14 @@ def phases(
         440
     """
     check_given(phases, locals())
-    constants = PhaseConstants(max_regret=max_regret, max_noise=max_noise, min_change=min_change)
+    constants = PhaseConstants(
+        max_regret=max_regret, max_noise=max_noise, min_change=min_change, min_windows=min_windows
+    )
     recorded, on_window = read_history(Path(run)), stage("replaying", on_progress)
-    replayed = _Replay(constants, warmup_steps)
+    recorded_steps = recorded.windows[-1][1].step
+    if steps is not None and steps < recorded_steps:
+        raise SecateurError(f"steps is {steps}, expected at least the {recorded_steps} that were recorded")
+    replayed = _Replay(constants, warmup_steps, steps or recorded_steps)
     notes = list(recorded.notes)
     for done, (window, history, note) in enumerate(histories(recorded), start=1):
         notes += [note] if note else []
@@ -133,8 +150,8 @@ def why(result: Phases) -> str:
 
 
 class _Replay:
-    def __init__(self, constants: PhaseConstants, warmup_steps: int) -> None:
-        self.constants, self._warmup_steps = constants, warmup_steps
+    def __init__(self, constants: PhaseConstants, warmup_steps: int, end: int) -> None:
+        self.constants, self._warmup_steps, self._end = constants, warmup_steps, end
         self.windows: list[dict[str, Any]] = []
         self.stretches: list[Stretch] = []
         self.stable_at: int | None = None
@@ -144,13 +161,17 @@ class _Replay:
         self._last: dict[int, list[int]] | None = None
 
     def add(self, window: LoadWindow, history: LoadHistory) -> None:
-        report = phase_of(history, self.constants, rises=self._rises(window), learned=self._learned)
+        ahead = window.ahead
+        if ahead is None:
+            ahead = doublings_ahead(history, (self._end - window.step) * window.tokens / window.step)
+        report = phase_of(history, self.constants, rises=self._rises(window), learned=self._learned, ahead=ahead)
         self._learned |= (report.change or 0) >= self.constants.min_change
         if report.stable and self.stable_at is None:
             self.stable_at, self._chosen = window.step, recent_loads(history)
         self._last = recent_loads(history)
         self.windows.append(
-            {"step": window.step, "tokens": window.tokens, "learning_rate": window.learning_rate} | asdict(report)
+            {"step": window.step, "tokens": window.tokens, "learning_rate": window.learning_rate, "ahead": ahead}
+            | asdict(report)
         )
         first = self._before.step if self._before else 0
         if self.stretches and self.stretches[-1].report.phase == report.phase:

@@ -92,6 +92,7 @@ class LoadWindow(msgspec.Struct, frozen=True, kw_only=True):
     layers: dict[Layer, tuple[Count, ...]]
     learning_rate: Finite | None = None
     rises: bool | None = None
+    ahead: Finite | None = None
     phase: Phase | None = None
     regret: Finite | None = None
     noise: Finite | None = None

@@ -294,6 +294,11 @@ class LAEP:
         return self._watch.rises
 
     @property
+    def ahead(self) -> float | None:
+        """Doublings of the tokens that are to come, as of the last full window; None before one."""
+        return self._watch.ahead
+
+    @property
     def report(self) -> PhaseReport:
         """The phase as of the last full window, with its numbers."""
         return self._watch.report
@@ -330,15 +335,17 @@ class LAEP:
         return numbers if loads is None else numbers | load_numbers(loads, by_layer=by_layer)
 
     def follow(self, scheduler: Any, num_steps: int) -> None:
-        """Know the learning rates of a whole run ahead, so that nothing is found stable before their highest.
+        """Know a whole run ahead: nothing is stable before the highest learning rate, and how long a choice must last.
+
+        Without it, rates are watched, and the run is taken to go on for about five times as long as it has.
 
         Args:
             scheduler: the one that is stepped with the optimizer. num_steps: of the run, from its begin.
         """
+        self._watch.end = num_steps
         if not any(pruning.waits_for_stable for pruning in self.prunings):
             return
-        schedule = read_schedule(scheduler, num_steps, done=self.num_steps)
-        self._watch.schedule = schedule
+        self._watch.schedule = schedule = read_schedule(scheduler, num_steps, done=self.num_steps)
         if not is_main():
             return
         if schedule is None:

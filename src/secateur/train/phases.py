@@ -1,9 +1,11 @@
 """Have the loads of the experts settled? The stable phase of LAEP (arXiv 2601.14327 describes it, without a test).
 
 Our reading judges by what a choice would cost. Say that the idlest quarter of a layer's experts was chosen at some
-moment. Its **regret** now is the share of the tokens that it carries now, minus the share of the quarter that is idlest
-now. Loads are stable when the choices made since a fifth of the tokens have hardly any regret, on average. So the
-horizon grows with the run, and the length of a window, the size of a batch and the learning rate do not decide.
+moment. Its **regret** later is the share of the tokens that it carries then, minus the share of the quarter that is
+idlest then. Choices age with every doubling of the tokens, so what a choice of now will cost at the end is told from
+those made since a fifth of the tokens: their mean regret, times the doublings that are to come. Loads are stable when
+that is little. The horizon grows with the run, so the length of a window, the size of a batch and the learning rate do
+not decide.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from secateur.errors import SecateurError
@@ -23,7 +25,8 @@ Phase = Literal["begin", "warm-up", "unknown", "unlearned", "moving", "stable"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 NUMBERS = ("regret", "noise", "change", "tokens_needed")  # of a report
 
-FEWEST_WINDOWS = 5  # before them there is nothing to look back at
+LEAST_AHEAD = 1.0  # doublings of the tokens: beyond the middle of a run nothing is easier than there
+UNKNOWN_AHEAD = 2.5  # where nobody knows the end
 LOOKS = tuple(part / 20 for part in range(4, 20))  # of the tokens so far: the moments that are looked back at
 RECENT = 0.125  # of the tokens so far: what counts as a moment ...
 LEAST = 3  # ... and so many windows, where there are as many
@@ -38,22 +41,27 @@ class PhaseConstants:
     """What counts as stable.
 
     Args:
-        max_regret: of the choices made since a fifth of the tokens, as a share of a layer's tokens; the mean over
-            choices and layers.
+        max_regret: that a choice of now is expected to have at the end of the run, as a share of a layer's tokens, mean
+            over the layers.
         max_noise: regret that sampling alone would make; above it the phase is unknown.
         min_change: share of the tokens that must go to other experts than in the first window, so that loads which
             an untrained router came with do not count as settled. 0 for a model that was trained before.
+        min_windows: before so many there is too little to look back at.
 
     Raises:
         SecateurError: a value out of range.
     """
 
-    max_regret: float = 0.01
+    max_regret: float = 0.025
     max_noise: float = 0.005
     min_change: float = 0.1
+    min_windows: int = 16
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        if type(self.min_windows) is not int or self.min_windows < 2:
+            raise SecateurError(f"min_windows is {self.min_windows!r}, expected a whole number of at least 2")
+        for name in ("max_regret", "max_noise", "min_change"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise SecateurError(f"{name} is {value!r}, expected a share from 0 to 1")
 
@@ -62,9 +70,9 @@ class PhaseConstants:
 class PhaseReport:
     """The phase of a run at the end of a window, and the numbers that say so, means over the layers.
 
-    regret: of the choices made since a fifth of the tokens. noise: the regret that sampling alone makes. change: share
-    of the tokens that go to other experts than in the first window. tokens_needed: about how many tokens a moment must
-    have for max_noise; None where it has them. All but the phase are None at the begin.
+    regret: expected at the end of the run, of a choice of now. noise: the regret that sampling alone makes. change:
+    share of the tokens that go to other experts than in the first window. tokens_needed: about how many tokens a moment
+    must have for max_noise; None where it has them. All but the phase are None at the begin.
     """
 
     phase: Phase
@@ -79,17 +87,23 @@ class PhaseReport:
 
 
 def phase_of(
-    history: LoadHistory, constants: PhaseConstants, *, rises: bool = False, learned: bool = False
+    history: LoadHistory,
+    constants: PhaseConstants,
+    *,
+    rises: bool = False,
+    learned: bool = False,
+    ahead: float = UNKNOWN_AHEAD,
 ) -> PhaseReport:
     """The phase of a run after the windows so far.
 
     Args:
-        rises: the learning rate still rises. learned: loads had left their start before this history began.
+        rises: the learning rate still rises. learned: loads had left their start before this history began. ahead:
+            doublings of the tokens that are to come, see `doublings_ahead`.
     """
-    if history.num_windows < FEWEST_WINDOWS:
+    if history.num_windows < constants.min_windows:
         return PhaseReport(phase="begin")
     recent = recent_loads(history)
-    regret = _mean([mean_regret(moment(history, look * history.num_tokens), recent) for look in LOOKS])
+    regret = ahead * _mean([mean_regret(moment(history, look * history.num_tokens), recent) for look in LOOKS])
     noise = noise_of(history)
     change = _mean([total_variation(history.marks[1].sums[layer], recent[layer]) for layer in recent])
     needed = None
@@ -98,7 +112,7 @@ def phase_of(
     phase: Phase
     if rises:
         phase = "warm-up"
-    elif regret > constants.max_regret + SURELY * noise:
+    elif regret > constants.max_regret + SURELY * noise * ahead:
         phase = "moving"
     elif noise > constants.max_noise:
         phase = "unknown"
@@ -107,6 +121,17 @@ def phase_of(
     else:
         phase = "moving" if regret > constants.max_regret else "stable"
     return PhaseReport(phase=phase, regret=regret, noise=noise, change=change, tokens_needed=needed)
+
+
+def doublings_ahead(history: LoadHistory, to_come: float | None) -> float:
+    """How often the tokens of a history will double, at least LEAST_AHEAD.
+
+    Args:
+        to_come: tokens until the end of the run, None where it is not known.
+    """
+    if to_come is None:
+        return UNKNOWN_AHEAD
+    return max(LEAST_AHEAD, math.log2(1 + to_come / history.num_tokens))
 
 
 def recent_loads(history: LoadHistory) -> Loads:

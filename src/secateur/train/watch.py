@@ -17,7 +17,7 @@ from secateur.stats import RouterStats
 from secateur.surgery.trained_by import TrainedBy
 from secateur.train.distributed.job import Job
 from secateur.train.load_history import LoadHistory
-from secateur.train.phases import PhaseConstants, PhaseReport, phase_of, recent_loads, recent_tokens
+from secateur.train.phases import PhaseConstants, PhaseReport, doublings_ahead, phase_of, recent_loads, recent_tokens
 from secateur.train.rates import RateWatch, Schedule
 
 
@@ -28,8 +28,9 @@ class LoadWatch:
         num_tokens: tokens seen in full windows, and in open ones that a pruning cut short. last_window: the window
             that the last `step` ended, None when it ended none. report: the phase as of the last full window.
         rises: whether the learning rate still rose in that window, or is known to rise later. schedule: of the learning
-            rate, where it is known; without one the rates are watched. doubtful: see `LoadCounter.doubtful_share`, as
-            of the last full window, on this rank.
+            rate, where it is known; without one the rates are watched. end: the last step of the run, where it is
+            known. ahead: see `doublings_ahead`; doubtful: see `LoadCounter.doubtful_share`, of this rank; both as of
+            the last full window.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class LoadWatch:
         self._is_first_step = True
         self._learned = False
         self.schedule: Schedule | None = None
+        self.end: int | None = None
+        self.ahead: float | None = None
         self.num_tokens = 0
         self.last_window: RouterStats | None = None
         self.report = PhaseReport(phase="begin")
@@ -82,7 +85,10 @@ class LoadWatch:
             self.num_tokens += tokens
             self.last_window = self._last_full = window
             self.rises = num_steps < self._peak or self._rates.rose
-            self.report = phase_of(self._history, self._constants, rises=self.rises, learned=self._learned)
+            self.ahead = doublings_ahead(self._history, self._tokens_to_come(num_steps))
+            self.report = phase_of(
+                self._history, self._constants, rises=self.rises, learned=self._learned, ahead=self.ahead
+            )
             self._learned |= (self.report.change or 0) >= self._constants.min_change
             self._rates.forget()
 
@@ -191,6 +197,12 @@ class LoadWatch:
     def _peak(self) -> int:
         """No step before this one has the highest learning rate, as far as that is known ahead."""
         return max(self.warmup_steps, self.schedule.peak if self.schedule else 0)
+
+    def _tokens_to_come(self, num_steps: int) -> float | None:
+        if self.end is None:
+            return None
+        per_step = self._history.num_tokens / (self._history.num_windows * self._window_steps)
+        return max(0, self.end - num_steps) * per_step
 
     def _open_window(self, moe: MoEModel) -> None:
         self._moe = moe
