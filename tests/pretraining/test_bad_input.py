@@ -23,7 +23,7 @@ from support.small_runs import QWEN3_MOE, TINY, corpus_in, data_in, light_report
 TINY_WORDS = [word for key, value in QWEN3_MOE.items() for word in ("--set", f"{key}={value}")]
 SMALL_WORDS = [
     *("--vocab-size", "300", "--sequence-length", "32", "--batch-size", "4", "--steps", "40", "--threads", "1"),
-    *("--log-steps", "5", "--eval-steps", "20", "--save-steps", "20", "--window-steps", "4"),
+    *("--log-steps", "5", "--eval-steps", "20", "--save-steps", "20", "--window-steps", "4", "--min-windows", "5"),
 ]
 
 
