@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
+from secateur.train.load_callback import LoadCallback
 from support.small_trainers import laep, same_weights, trainer_of
 from support.tiny_models import random_tokens, tiny_model
 
@@ -86,6 +87,27 @@ def test_a_second_training_of_the_same_model_goes_on_from_the_first(tmp_path: Pa
     assert callback.pruner is not None
     assert callback.pruner.num_steps == 8
     assert callback.pruner.phase == "pruned"
+
+
+class Interrupts(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_after_an_interrupted_training_a_new_trainer_begins_on_the_same_model(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    callbacks = [laep(), LoadCallback(), laep()]
+    for callback in callbacks[:2]:
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of(tmp_path, callback, Interrupts(), model=model).train()
+    trainer_of(tmp_path, callbacks[2], model=model).train()
+    assert [event.step for event in callbacks[2].events] == [2]
+    assert not model.base_model._forward_pre_hooks
+
+
+def test_two_callbacks_of_one_trainer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match="watched by another LAEP already"):
+        trainer_of(tmp_path, laep(), LoadCallback()).train()
 
 
 def test_a_pruning_that_did_not_come_in_the_first_training_comes_in_the_second(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Unpack
@@ -20,7 +21,7 @@ from secateur.surgery.copies import Copy
 from secateur.surgery.events import PruneEvent
 from secateur.train.distributed.launch import is_main
 from secateur.train.laep import LAEP
-from secateur.train.loggers import log, trainer_with
+from secateur.train.loggers import end_left_over, log, trainer_with
 from secateur.train.phases import PhaseConstants
 from secateur.train.put_back import has_whole_weights, load_best_, resume_into_shape
 from secateur.train.rearrange import Rearrangement
@@ -159,7 +160,10 @@ class LAEPCallback(TrainerCallback, ExportableState):
                 " the loads before it are unknown; start a new run from its weights instead"
             )
         moe, self._moe = self._moe, None  # of this training alone: a later one may begin with a pruned model
+        self._trainer = trainer_with(self)
+        end_left_over(kwargs["model"], self._trainer)
         self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], moe=moe, **self._laep)
+        self.pruner.trainer = None if self._trainer is None else weakref.ref(self._trainer)
         try:
             if state.global_step:
                 self.pruner.load_state_dict(saved["attributes"]["pruner_state"])
@@ -174,7 +178,6 @@ class LAEPCallback(TrainerCallback, ExportableState):
             self.pruner.detach()
             raise
         self._runs = True
-        self._trainer = trainer_with(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None

@@ -20,11 +20,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Unpack
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -61,7 +61,13 @@ from secateur.train.watch import LoadWatch
 MAX_WAITS = 1000  # micro-batches of one step; more are a mistake
 DOUBTFUL = 0.01  # of the tokens: less may be words that happen to be the pad id
 
-_watched: WeakSet[nn.Module] = WeakSet()  # models that have a LAEP
+_watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LAEP]] = weakref.WeakKeyDictionary()
+
+
+def watcher_of(model: nn.Module) -> LAEP | None:
+    """The `LAEP` that has hooks on a model."""
+    found = _watched.get(model)
+    return None if found is None else found()
 
 
 @with_options_listed
@@ -140,7 +146,7 @@ class LAEP:
         if moe is not None and moe.model is not model:
             raise SecateurError("moe: found the description of another model, expected that of `model`")
         self.moe: MoEModel = moe or describe_moe(model)
-        if model in _watched:
+        if watcher_of(model) is not None:
             raise SecateurError(
                 "the model is watched by another LAEP already: expected one a model; end that one by its finish() or "
                 "detach() (of a callback: callback.pruner.detach())"
@@ -184,11 +190,12 @@ class LAEP:
             count_mask=count_mask,
         )
         self.say = on_message or logging.getLogger("secateur").warning
+        self.trainer: weakref.ref[Any] | None = None  # a callback of which it is of
         self.num_steps = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)
         _align_(model)
-        _watched.add(model)
+        _watched[model] = weakref.ref(self)
 
     def step(self) -> PruneEvent | None:
         """Call after every `optimizer.step()`. Prunes when it is time.
@@ -397,7 +404,8 @@ class LAEP:
     def detach(self) -> None:
         """Remove all hooks from the model."""
         self._watch.detach()
-        _watched.discard(self.moe.model)
+        if watcher_of(self.moe.model) is self:
+            del _watched[self.moe.model]
         self._trained_by.detach()
         self._job.detach()
 

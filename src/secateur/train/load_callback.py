@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from secateur.observation.loads import CountMask
 from secateur.train.laep import LAEP
-from secateur.train.loggers import log, trainer_with
+from secateur.train.loggers import end_left_over, log, trainer_with
 
 
 class LoadCallback(TrainerCallback):
@@ -49,8 +50,10 @@ class LoadCallback(TrainerCallback):
     ) -> None:
         if self.pruner is not None:
             self.pruner.detach()
-        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], prunings=[], rearrange=False, **self._laep)
         self._trainer = trainer_with(self)
+        end_left_over(kwargs["model"], self._trainer)
+        self.pruner = LAEP(kwargs["model"], kwargs["optimizer"], prunings=[], rearrange=False, **self._laep)
+        self.pruner.trainer = None if self._trainer is None else weakref.ref(self._trainer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None

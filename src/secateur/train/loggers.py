@@ -6,7 +6,11 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateur.families import without_adapters
+from secateur.train.laep import watcher_of
 
 
 def trainer_with(callback: TrainerCallback) -> Trainer | None:
@@ -18,6 +22,16 @@ def trainer_with(callback: TrainerCallback) -> Trainer | None:
                 found: Trainer = one
                 return found
     return None
+
+
+def end_left_over(model: nn.Module, trainer: Trainer | None) -> None:
+    """End the LAEP that the callback of another Trainer has on a model: its training was interrupted.
+
+    Two callbacks of one Trainer are a mistake, and so is one beside a LAEP of the script's own: LAEP itself refuses.
+    """
+    left = watcher_of(without_adapters(model))
+    if left is not None and left.trainer is not None and left.trainer() is not trainer:
+        left.detach()
 
 
 def log(
