@@ -164,7 +164,7 @@ def test_a_copy_of_the_model_is_a_plain_one(make: Callable[[Any], Any]) -> None:
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ]
     assert hooks
-    assert not any(type(hook).__module__.startswith("secateur") for hook in hooks)
+    assert {getattr(hook, "__module__", "") for hook in hooks} == {"contextlib"}
 
 
 # Tokens: masks

@@ -309,7 +309,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert mine.plan == other.plan
 
 
-def test_a_trainer_with_a_way_of_its_own_to_load_a_checkpoint_keeps_it(tmp_path: Path) -> None:
+def test_a_trainer_with_a_way_of_its_own_to_load_a_checkpoint_keeps_it(
+    whole: tuple[Path, Trainer, LAEPCallback], tmp_path: Path
+) -> None:
     seen: list[str] = []
 
     class Own(Trainer):
@@ -317,8 +319,8 @@ def test_a_trainer_with_a_way_of_its_own_to_load_a_checkpoint_keeps_it(tmp_path:
             seen.append(resume_from_checkpoint)
 
     trainer = trainer_of(tmp_path, two_prunings(), of=Own)
-    trainer._load_from_checkpoint("checkpoint-3")
-    assert seen == ["checkpoint-3"]
+    trainer._load_from_checkpoint(str(whole[0] / "checkpoint-3"))
+    assert seen == [str(whole[0] / "checkpoint-3")]
 
 
 def test_a_checkpoint_after_a_pruning_is_an_ordinary_one(whole: tuple[Path, Trainer, LAEPCallback]) -> None:
