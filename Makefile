@@ -5,12 +5,11 @@ DEMO := demo
 
 .PHONY: demo test quick check format lint types docs-tables faults venv clean
 
-# Runs the main job on the embedded default: data from this Python's own standard library, pruning by the detector, with a
-# larger regret than its default, as a run as short as this has hardly settled at its end.
+# Runs the main job on the embedded default: data from this Python's own standard library, pruning by the detector.
 demo: .venv/.installed
 	rm -rf $(DEMO)
 	$(BIN)/secateur pretrain --out $(DEMO) --steps 700 --max-data-bytes 8000000 --vocab-size 2048 \
-	  --multiple-of 2 --max-regret 0.03 --eval-steps 100 --save-steps 350
+	  --multiple-of 2 --eval-steps 100 --save-steps 350
 	@echo "open $(DEMO)/report.html"
 
 # Whole files to three workers, as some wait for jobs of theirs, in the order that tests/conftest.py gives them.
