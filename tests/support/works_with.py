@@ -39,6 +39,12 @@ WORKS_WITH: tuple[Row, ...] = (
         ("Trainer", "works", f"{_CALLBACK}::test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit"),
         ("TRL SFTTrainer", "works", f"{_TRL}::test_sft_prunes_with_its_balance_loss_and_goes_on"),
         (
+            "TRL SFTTrainer, packed or padding-free",
+            "counts to the token",
+            f"{_TRL}::test_sft_counts_are_those_of_its_texts_to_the_token",
+        ),
+        ("TRL GRPOTrainer", "works; rollouts not counted", f"{_TRL}::test_rollouts_of_grpo_are_not_counted"),
+        (
             "TRL DPOTrainer, `sync_ref_model`",
             "works; the reference in `copies`",
             f"{_TRL}::test_dpo_prunes_model_and_reference_which_is_kept_in_step",
@@ -177,6 +183,7 @@ WORKS_WITH: tuple[Row, ...] = (
             "works",
             f"{_LAEP}::test_mixed_precision_and_a_gradient_scaler_go_on_after_a_pruning",
         ),
+        ("frozen routers", "works", f"{_LAEP}::test_routers_that_are_frozen_are_pruned_and_stay_frozen"),
         (
             "gradient accumulation",
             "works; `step` after a micro-batch waits",

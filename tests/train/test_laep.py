@@ -397,6 +397,42 @@ def test_mixed_precision_and_a_gradient_scaler_go_on_after_a_pruning() -> None:
     assert run.losses[-1] < run.losses[2] < run.losses[0]
 
 
+def test_a_step_that_a_gradient_scaler_skips_is_no_step() -> None:
+    run = Run(at_step=3, target_params=0.8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    events = []
+    for index in range(5):
+        loss = run.model.train()(input_ids=batch(6), labels=batch(6)).loss
+        scaler.scale(loss * (math.inf if index == 1 else 1)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        events.append(run.pruner.step())
+        run.optimizer.zero_grad()
+    assert [event is not None for event in events] == [False, False, False, True, False]
+    assert run.pruner.num_steps == 4
+    assert events[3] is not None
+    assert events[3].oracle_max_abs_difference == 0.0
+
+
+def test_routers_that_are_frozen_are_pruned_and_stay_frozen() -> None:
+    model = tiny_model("mixtral")
+    frozen = {name: one for name, one in model.named_parameters() if ".gate." in name}
+    for one in frozen.values():
+        one.requires_grad_(False)
+    run = Run(
+        model=model,
+        optimizer=lambda m: torch.optim.AdamW([one for one in m.parameters() if one.requires_grad], lr=1e-3),
+        at_step=3,
+        target_params=0.8,
+    )
+    before = {name: one.detach().clone() for name, one in frozen.items()}
+    (event,) = run.go(0, 5).values()
+    assert event.oracle_max_abs_difference == 0.0
+    for name, one in frozen.items():
+        order = event.plan.layers[int(name.split(".")[2])].order
+        assert torch.equal(one, before[name][list(order)])
+
+
 # Resume
 
 TWICE = [Pruning(rule=Rule(target_params=0.85), at_step=5), Pruning(rule=Rule(alpha=1.0), at_step=9)]

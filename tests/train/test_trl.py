@@ -13,17 +13,20 @@ from transformers import AutoModelForCausalLM
 
 from secateur.families import describe_moe
 from secateur.surgery.module import prune_model_
+from secateur.train.load_callback import LoadCallback
 from support.small_trainers import arguments, laep, losses, tokenizer, trainer_of
 from support.tiny_models import random_plan, random_tokens, tiny_model
 
 trl = pytest.importorskip("trl")
 
 QUICK: dict[str, Any] = {"max_length": 16, "dataloader_pin_memory": False, "gradient_checkpointing": False}
-TEXT = Dataset.from_dict({"text": [" ".join(map(str, row.tolist())) for row in random_tokens(32, 8)]})
+TEXT = Dataset.from_dict(  # of different lengths
+    {"text": [" ".join(map(str, row[: 3 + i % 6].tolist())) for i, row in enumerate(random_tokens(32, 8))]}
+)
 
 
 def sft(folder: Path, model: Any, *callbacks: Any, **settings: Any) -> Any:
-    config = trl.SFTConfig(**arguments(folder, **QUICK, **settings))
+    config = trl.SFTConfig(**arguments(folder, **QUICK | settings))
     return trl.SFTTrainer(
         model=model, args=config, train_dataset=TEXT, processing_class=tokenizer(), callbacks=list(callbacks)
     )
@@ -42,6 +45,55 @@ def test_sft_prunes_with_its_balance_loss_and_goes_on(settings: dict[str, Any], 
     assert len(found) == 4
     assert all(1.5 < value < 3 for value in found)  # 2 experts a token: balanced is 2
     assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"padding_free": True, "max_length": None},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    ],
+    ids=["padded", "packed", "padding-free", "checkpointed"],
+)
+def test_sft_counts_are_those_of_its_texts_to_the_token(settings: dict[str, Any], tmp_path: Path) -> None:
+    callback = LoadCallback(window_steps=1)
+    trainer = sft(tmp_path, tiny_model("mixtral"), callback, max_steps=2, **settings)
+    collate, seen = trainer.data_collator, []
+
+    def counting(examples: Any) -> Any:
+        seen.append(sum(len(example["input_ids"]) for example in examples))
+        return collate(examples)
+
+    trainer.data_collator = counting
+    trainer.train()
+    assert callback.pruner is not None
+    assert callback.pruner.num_tokens == sum(seen[: 2 * trainer.args.gradient_accumulation_steps])
+
+
+def test_rollouts_of_grpo_are_not_counted(tmp_path: Path) -> None:
+    config = trl.GRPOConfig(
+        **arguments(tmp_path, max_steps=2), num_generations=4, max_completion_length=5, beta=0.0, bf16=False
+    )
+    prompts = Dataset.from_dict({"prompt": [" ".join(map(str, row.tolist())) for row in random_tokens(8, 3)]})
+    callback, lengths = LoadCallback(window_steps=1), []
+
+    def reward(completion_ids: Any, **_: Any) -> list[float]:
+        lengths.extend(3 + len(ids) for ids in completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = trl.GRPOTrainer(
+        model=tiny_model("mixtral"),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=prompts,
+        processing_class=tokenizer(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.pruner is not None
+    assert callback.pruner.num_tokens == sum(lengths), "prompts and completions, once each"
 
 
 def test_sft_trains_a_pruned_folder_whose_layers_differ(tmp_path: Path) -> None:
