@@ -48,6 +48,7 @@ from secateur.results import Result
 from secateur.train.balance_losses import BALANCE
 from support.claims import fallen, not_checked
 from support.dcp_checkpoints import save_shards
+from support.dense_models import parents_in
 from support.flax_files import params, random_arrays
 from support.flax_files import write as write_flax
 from support.model_folders import contents, plan_of
@@ -157,6 +158,11 @@ CASES = {
     "pretrain, dry run": Case("pretrain", (), {**RUN, "prune": ["step=9 alpha=0.5"], "dry_run": True}),
     "report": Case("report", ("run",), {}, ("run",)),
     "phases": Case("phases", ("run",), {"max_regret": 0.1, "max_noise": 0.9, "warmup_steps": 9}),
+    "upcycle": Case("upcycle", (["parents/p0", "parents/p1"],), {"out": "out", "top_k": 1, "text": "text"}, ("out",)),
+    "upcycle, dry run": Case(
+        "upcycle", (["parents/p0"],), {"out": "out", "form": "copy", "experts": 2, "dry_run": True}
+    ),
+    "verify what was grown": Case("verify", (["parents/p0", "parents/p1"], "grown")),
     "convert_vmoe": Case("convert_vmoe", ("published",), {"out": "out", "top_k": 2}, ("out",)),
 }
 
@@ -178,6 +184,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_run(root / "run", [[5, 3, 9, 1]])
     (root / "loads.json").write_text(json.dumps({1: [9, 9, 8, 7, 6, 5, 5, 4, 4, 3, 2, 2]}))
     write_flax(root / "published", params(random_arrays()))
+    parents = parents_in(root / "parents", count=2)
+    secateur.upcycle(parents, root / "grown")
+    (root / "text").write_text("\n".join(TEXT["prose"]))
     return root
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from secateur.decide.rule import Rule
     from secateur.finetuning.finetune import finetune
     from secateur.folder_kinds.apply import apply
-    from secateur.model_folder.checks.claims import verify
+    from secateur.folder_kinds.verify import verify
     from secateur.model_folder.evaluation.evaluate import evaluate
     from secateur.model_folder.measure.observe import observe
     from secateur.model_folder.plan import plan
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from secateur.train.load_callback import LoadCallback
     from secateur.train.phases import PhaseConstants
     from secateur.train.schedule import Pruning
+    from secateur.upcycling.upcycle import upcycle
 
 __all__ = [
     "LAEP",
@@ -62,6 +63,7 @@ __all__ = [
     "prune",
     "remove_into_zero_slots_",
     "report",
+    "upcycle",
     "verify",
 ]
 
@@ -89,7 +91,8 @@ _HOMES = {
     "prune": "secateur.model_folder.prune",
     "remove_into_zero_slots_": "secateur.surgery.zero_slots",
     "report": "secateur.reporting.write",
-    "verify": "secateur.model_folder.checks.claims",
+    "upcycle": "secateur.upcycling.upcycle",
+    "verify": "secateur.folder_kinds.verify",
 }
 
 auto_classes.when_auto_classes_load()

@@ -25,10 +25,13 @@ from secateur.commands.pretrain import pretrain
 from secateur.commands.prune import prune
 from secateur.commands.report import report
 from secateur.commands.streams import all_signs_printable, check_words
+from secateur.commands.upcycle import upcycle
 from secateur.commands.verify import verify
 from secateur.errors import SecateurError
 
-COMMANDS = (pretrain, phases, place, report, inspect, observe, plan, apply, verify, prune, eval, finetune, convert_vmoe)
+COMMANDS = (
+    pretrain, phases, place, report, inspect, observe, plan, apply, verify, prune, eval, finetune, upcycle, convert_vmoe
+)  # fmt: skip
 
 app = typer.Typer(
     name="secateur",

@@ -45,7 +45,7 @@ ROOMS: dict[str, Room] = {
     "commands": Room(
         question="What does each command of `secateur` take, call and show? One command a file.",
         may_import=_rooms(
-            "replay finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
+            "replay finetuning pretraining folder_kinds upcycling model_folder model_folder.evaluation "
             "model_folder.measure model_folder.rewrite model_folder.read train reporting models placement decide "
             "criteria plans results files errors"
         ),
@@ -56,7 +56,7 @@ ROOMS: dict[str, Room] = {
             "checkpoints."
         ),
         may_import=_rooms(
-            "replay finetuning pretraining folder_kinds model_folder model_folder.checks model_folder.evaluation "
+            "replay finetuning pretraining folder_kinds upcycling model_folder model_folder.evaluation "
             "model_folder.measure model_folder.read train reporting surgery auto_classes models placement decide "
             "plans stats version errors"
         ),
@@ -78,8 +78,18 @@ ROOMS: dict[str, Room] = {
         ),
     ),
     "folder_kinds": Room(
-        question="Which kind of folder is this, and what applies a plan to it?",
-        may_import=_rooms("model_folder.rewrite model_folder.read training_checkpoint plans results files errors"),
+        question="Which kind of folder is this, and what treats it?",
+        may_import=_rooms(
+            "upcycling model_folder.checks model_folder.rewrite model_folder.read training_checkpoint plans results "
+            "files errors"
+        ),
+    ),
+    "upcycling": Room(
+        question="How does a Mixture-of-Experts grow from dense models?",
+        may_import=_rooms(
+            "model_folder.checks model_folder.evaluation model_folder.rewrite model_folder.read data version results "
+            "files errors"
+        ),
     ),
     "model_folder": Room(
         question="How does a model folder become a pruned one: from a source to a plan, and all stages in one?",

@@ -14,8 +14,11 @@ WORDS = {True: "passed", False: "FAILED", None: "not checked"}
 
 
 def verify(
-    source: Annotated[Path, typer.Argument(help="The folder of the model that was pruned.")],
-    pruned: Annotated[Path, typer.Argument(help="The folder that `secateur apply` wrote.")],
+    source: Annotated[
+        list[Path],
+        typer.Argument(help="The folder of the model that was pruned; or of all parents, as `upcycle` was given them."),
+    ],
+    pruned: Annotated[Path, typer.Argument(help="The folder that `apply`, `prune` or `upcycle` wrote.")],
     tokens: Annotated[
         int, typer.Option("--tokens", help="Length of the sample that both models are run on; 0 runs neither.")
     ] = 32,
@@ -24,15 +27,17 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Prove that a pruned model is what its plan makes of its source. Ends with status 1 where a check fails.
+    """Prove what a pruned or grown model was made of. Ends with status 1 where a check fails.
 
-    Every tensor and every other file is compared with the source byte by byte. The result must load with nothing
-    missing and compute what the source computes with the dropped experts barred; both models run one decoder layer at a
-    time. Where the result fits in memory, it must generate, too.
+    Of a pruned one, every tensor and every other file is compared with the source byte by byte. The result must load
+    with nothing missing and compute what the source computes with the dropped experts barred; both models run one
+    decoder layer at a time. Where the result fits in memory, it must generate, too.
+
+    Of a grown one, every tensor is made anew from the parents: copies are equal byte for byte, averages to rounding.
 
     Example: `secateur verify models/Qwen3-30B-A3B pruned --tokens 256`
     """
-    from secateur.model_folder.checks.claims import verify as function
+    from secateur.folder_kinds.verify import verify as function
 
     with stage_bars(show=not (quiet or as_json)) as on_progress:
         result = function(source, pruned, tokens=tokens, text=text, seed=seed, on_progress=on_progress)

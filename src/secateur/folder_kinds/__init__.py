@@ -1,1 +1,1 @@
-"""Which kind of folder is this, and what applies a plan to it?"""
+"""Which kind of folder is this, and what treats it?"""

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from secateur.errors import SecateurError
-from secateur.files.given import StrPath, check_given
 from secateur.files.json import read_object
 from secateur.files.progress import OnStage, stage
 from secateur.files.records import as_record
@@ -27,53 +26,15 @@ class Verification(Result):
     passed: bool
     checks: tuple[Check, ...]
 
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Verification:
+        """From what `as_json` gave."""
+        return cls(passed=content["passed"], checks=tuple(Check(**one) for one in content["checks"]), content=content)
+
     def table(self) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
         words = {True: "passed", False: "FAILED", None: "not checked"}
         rows = [(check.claim, words[check.passed], check.detail) for check in self.checks]
         return ("claim", "result", "detail"), rows
-
-
-def verify(
-    source: StrPath,
-    pruned: StrPath,
-    *,
-    tokens: int = 32,
-    text: StrPath | None = None,
-    seed: int = 0,
-    on_progress: OnStage | None = None,
-) -> Verification:
-    """Prove that a pruned model is what its plan makes of its source.
-
-    Every tensor and every other file is compared with the source byte by byte. The result must load with nothing
-    missing and compute what the source computes with the dropped experts barred; both models run one decoder layer at a
-    time. Where the result fits in memory, it must generate, too.
-
-    Args:
-        source: the folder of the model that was pruned. pruned: the folder that `apply` wrote.
-        tokens: length of the sample that both models are run on; 0 runs neither.
-        text: a file to take the sample from; random without it. seed: of the random sample.
-        on_progress: called with ("comparing", bytes compared, bytes to compare) and ("running the source" or "running
-            the result", decoder layers done, in all).
-
-    Returns:
-        All checks, and whether they passed. A check that fails raises nothing; later ones are left out where they make
-        no sense after it.
-
-    Raises:
-        SecateurError: one of the two is no model folder, is damaged, was changed meanwhile, or the pruned one has no
-            report of `apply`.
-
-    Example:
-        >>> secateur.verify("models/Qwen3-30B-A3B", "pruned").passed
-        True
-    """
-    check_given(verify, locals())
-    check_tokens(tokens)
-    source, pruned = Path(source), Path(pruned)
-    sample = None if text is None else Path(text)
-    checks = verify_model(source, pruned, num_tokens=tokens, text=sample, seed=seed, on_progress=on_progress)
-    content = as_json(source, pruned, checks)
-    return Verification(passed=content["passed"], checks=tuple(checks), content=content)
 
 
 def verify_model(
@@ -117,12 +78,12 @@ def verify_model(
     return [counts, *contents, *computing]
 
 
-def as_json(source: Path, pruned: Path, checks: list[Check]) -> dict[str, Any]:
-    """The result as JSON; `passed` is False where any check failed."""
+def as_json(source: Path | Sequence[Path], pruned: Path, checks: Sequence[Check]) -> dict[str, Any]:
+    """The result as JSON; `passed` is False where any check failed. Several sources are a list."""
     return {
         "format": "secateur-verify",
         "version": 1,
-        "source": str(source),
+        "source": str(source) if isinstance(source, Path) else list(map(str, source)),
         "pruned": str(pruned),
         "passed": all(check.passed is not False for check in checks),
         "checks": [{"claim": check.claim, "passed": check.passed, "detail": check.detail} for check in checks],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from secateur.errors import SecateurError
 from secateur.files.safetensors_header import BITS
@@ -25,7 +26,12 @@ class Copy:
     length: int
 
 
-Piece = Copy  # every kind has a `length` in bytes, and a line in `writer.APPEND`
+class Piece(Protocol):
+    """What a tensor is made of; every kind has a line in `writer.APPEND`."""
+
+    @property
+    def length(self) -> int:
+        """In bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,11 @@ from secateur.files.progress import OnChunk
 from secateur.files.refused import FULL, UNREADABLE, naming
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
 from secateur.model_folder.read.tensor_files import TensorFiles
+from secateur.model_folder.rewrite.computed import Mean, Part
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
+MOST_OPEN = 16  # source files: a mean reads as many by turns as it has sources
 BUFFER = 4 * 2**20  # bytes in memory, where the system cannot copy by itself
 CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
@@ -134,16 +136,38 @@ class Writer:
 
     def copy(self, piece: Copy) -> None:
         file, start, length = piece.file, piece.start, piece.length
-        if file not in self._open:
-            for descriptor in self._open.values():  # files follow one another: one at a time is enough
-                os.close(descriptor)
-            self._open = {file: os.open(self._source(file), os.O_RDONLY)}
+        descriptor = self._opened(file)
         while length:
             with naming(self._source(file), UNREADABLE):
-                copied = self._some(self._open[file], start, min(length, STEP))
+                copied = self._some(descriptor, start, min(length, STEP))
             if copied == 0:
                 raise SecateurError(f"{self._source(file)}: it has become shorter while it was read")
             start, length = start + copied, length - copied
+
+    def computed(self, piece: Mean | Part) -> None:
+        for chunk in piece.chunks(self._all_of):
+            self.put(chunk, of_piece=True)
+
+    def _all_of(self, piece: Copy) -> bytes:
+        """The bytes of a copy, in memory."""
+        found = bytearray()
+        descriptor = self._opened(piece.file)
+        while len(found) < piece.length:
+            with naming(self._source(piece.file), UNREADABLE):
+                data = os.pread(descriptor, piece.length - len(found), piece.start + len(found))
+            if not data:
+                raise SecateurError(f"{self._source(piece.file)}: it has become shorter while it was read")
+            found += data
+        return bytes(found)
+
+    def _opened(self, file: str) -> int:
+        if file not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                for descriptor in self._open.values():
+                    os.close(descriptor)
+                self._open = {}
+            self._open[file] = os.open(self._source(file), os.O_RDONLY)
+        return self._open[file]
 
     def _some(self, descriptor: int, start: int, length: int) -> int:
         """Copy and report some of the bytes: how many."""
@@ -166,7 +190,9 @@ class Writer:
 
 
 # kind of a piece -> what appends its bytes and reports them
-APPEND: Mapping[type, Callable[[Writer, Any], None]] = MappingProxyType({Copy: Writer.copy})
+APPEND: Mapping[type, Callable[[Writer, Any], None]] = MappingProxyType(
+    {Copy: Writer.copy, Mean: Writer.computed, Part: Writer.computed}
+)
 
 
 def _header(tensors: Iterable[NewTensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,129 @@
+"""Pieces that are computed from stored tensors while they are written: a mean, or a part of a matrix.
+
+The arithmetic is float64 and rounds once, to the type that is stored. Memory: one buffer a source for a mean, one
+matrix for a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from secateur.errors import SecateurError
+from secateur.files.safetensors_header import BITS
+from secateur.model_folder.rewrite.pieces import Copy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENTRIES = 2**20  # computed at once
+Read = Callable[[Copy], bytes]  # all bytes of a copy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mean:
+    """The mean of tensors of one shape, entry by entry, in the order of `sources`."""
+
+    sources: tuple[Copy, ...]
+    dtype: str
+
+    @property
+    def length(self) -> int:
+        return self.sources[0].length
+
+    def chunks(self, read: Read) -> Iterator[bytes]:
+        """Its bytes, in order."""
+        size = BITS[self.dtype] // 8
+        for at in range(0, self.length, ENTRIES * size):
+            count = min(ENTRIES * size, self.length - at)
+            total = None
+            for one in self.sources:
+                piece = Copy(file=one.file, start=one.start + at, length=count)
+                values = as_tensor(read(piece), self.dtype).double()
+                total = values if total is None else total.add_(values)
+            assert total is not None
+            yield as_bytes(total / len(self.sources), self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """Normal noise: `share` of the root mean square of the part, drawn from `seed`."""
+
+    share: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Rows and columns of a stored matrix of `shape`, times `factor`, plus noise. None: all rows, or all columns."""
+
+    source: Copy
+    dtype: str
+    shape: tuple[int, int]
+    rows: Sequence[int] | None = None
+    columns: Sequence[int] | None = None
+    factor: float = 1.0
+    noise: Noise | None = None
+
+    @property
+    def new_shape(self) -> tuple[int, int]:
+        return (
+            self.shape[0] if self.rows is None else len(self.rows),
+            self.shape[1] if self.columns is None else len(self.columns),
+        )
+
+    @property
+    def length(self) -> int:
+        return self.new_shape[0] * self.new_shape[1] * BITS[self.dtype] // 8
+
+    def chunks(self, read: Read) -> Iterator[bytes]:
+        """Its bytes, in order."""
+        import torch
+
+        values = as_tensor(read(self.source), self.dtype).view(self.shape)
+        if self.rows is not None:
+            values = values[torch.as_tensor(self.rows)]
+        if self.columns is not None:
+            values = values[:, torch.as_tensor(self.columns)]
+        if self.factor == 1 and self.noise is None:
+            yield _plain(values)
+            return
+        scale, generator = 0.0, torch.Generator()
+        if self.noise is not None:
+            scale = self.noise.share * self.factor * float(values.double().square().mean().sqrt())
+            generator.manual_seed(self.noise.seed)
+        step = max(1, ENTRIES // max(values.shape[1], 1))
+        for at in range(0, len(values), step):
+            block = values[at : at + step].double() * self.factor
+            if self.noise is not None:
+                block += scale * torch.randn(block.shape, generator=generator, dtype=torch.float64)
+            yield as_bytes(block, self.dtype)
+
+
+def as_tensor(data: bytes, dtype: str) -> Tensor:
+    """Bytes of entries of a stored type, as a tensor of one axis.
+
+    Raises:
+        SecateurError: a type that cannot be computed with.
+    """
+    import torch
+
+    from secateur.files.dtypes import TORCH_DTYPES
+
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise SecateurError(f"tensors of type {dtype} cannot be computed with, expected F16, BF16, F32 or F64")
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]) if data else torch.empty(0)
+
+
+def as_bytes(values: Tensor, dtype: str) -> bytes:
+    """Values rounded to a stored type, as bytes."""
+    from secateur.files.dtypes import TORCH_DTYPES
+
+    return _plain(values.to(TORCH_DTYPES[dtype]))
+
+
+def _plain(values: Tensor) -> bytes:
+    import torch
+
+    return values.contiguous().view(torch.uint8).numpy().tobytes()

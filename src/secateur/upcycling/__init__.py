@@ -1,0 +1,1 @@
+"""How does a Mixture-of-Experts grow from dense models?"""

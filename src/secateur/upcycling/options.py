@@ -1,0 +1,50 @@
+"""All that decides the result, beside the parents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from secateur.errors import SecateurError
+
+DIVISIONS = ("order", "kmeans", "coactivation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What `upcycle` was asked for; see there."""
+
+    form: str
+    target: str | None = None
+    experts: int | None = None
+    top_k: int | None = None
+    granularity: int = 1
+    attention_from: int | None = None
+    renormalise: bool | None = None
+    noise: float = 0.0
+    division: str = "order"
+    shared_neurons: int = 0
+    router: str | None = None
+    router_std: float = 0.02
+    router_data: tuple[str, ...] = ()
+    samples: int = 16
+    sequence_length: int = 256
+    seed: int = 0
+    allow_unrelated: bool = False
+
+    def check(self) -> None:
+        """
+        Raises:
+            SecateurError: a number out of its range; names the option.
+        """
+        least = {"experts": 1, "top_k": 1, "granularity": 1, "shared_neurons": 0, "samples": 1, "sequence_length": 2}
+        for name, value in least.items():
+            found = getattr(self, name)
+            if found is not None and found < value:
+                raise SecateurError(f"--{name.replace('_', '-')} {found}: expected at least {value}")
+        for name in ("noise", "router_std"):
+            found = getattr(self, name)
+            if not (found >= 0 and math.isfinite(found)):
+                raise SecateurError(f"--{name.replace('_', '-')} {found}: expected a number of at least 0")
+        if self.division not in DIVISIONS:
+            raise SecateurError(f"--division {self.division}: expected {', '.join(DIVISIONS)}")
