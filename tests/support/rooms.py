@@ -87,8 +87,8 @@ ROOMS: dict[str, Room] = {
     "upcycling": Room(
         question="How does a Mixture-of-Experts grow from dense models?",
         may_import=_rooms(
-            "model_folder.checks model_folder.evaluation model_folder.rewrite model_folder.read data version results "
-            "files errors"
+            "model_folder.checks model_folder.evaluation model_folder.rewrite model_folder.read models data version "
+            "results files errors"
         ),
     ),
     "model_folder": Room(

@@ -138,7 +138,10 @@ PARENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit_config(folder, quantization_config={"quant_method": "fp8"}),
         "p1: it is quantised .*expected plain weights",
     ),
-    "another family": (lambda folder: edit_config(folder, model_type="gpt_neox"), "'gpt_neox': no stock Mixture"),
+    "another family": (
+        lambda folder: edit_config(folder, model_type="bloom"),
+        "'bloom': nothing is known that its layers could",
+    ),
     "whole numbers": (
         lambda folder: edit_tensors(
             folder, lambda found: found.update({"lm_head.weight": found["lm_head.weight"].to(torch.int8)})

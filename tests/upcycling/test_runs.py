@@ -156,8 +156,11 @@ def test_the_record_names_every_tensor_and_every_file(llamas: list[Path], tmp_pa
     upcycle(llamas, tmp_path / "out")
     record = json.loads((tmp_path / "out/upcycle.json").read_text())
     made = tensors(tmp_path / "out")
-    assert sorted([*record["copied"], *record["averaged"], *record["routers"]]) == sorted(made)
-    assert "model.norm.weight" in record["averaged"]
+    assert sorted(record["tensors"]) == sorted(made)
+    assert record["tensors"]["model.norm.weight"] == {
+        "made": "averaged",
+        "of": [f"{number}:model.norm.weight" for number in range(3)],
+    }
     for parent, told in zip(llamas, record["parents"], strict=True):
         assert told["name"] == parent.name
         assert set(told["files"]) == {"config.json", "model.safetensors"}
@@ -200,7 +203,7 @@ def test_the_commands(llamas: list[Path], tmp_path: Path) -> None:
     assert (shown["form"], shown["experts"], shown["is_there"]) == ("btx", 3, True)
     verified = run(app, ["verify", *names, out])
     assert verified.exit_code == 0
-    assert verified.stdout.count("passed: ") == len(verified.stdout.splitlines()) == 7
+    assert verified.stdout.count("passed: ") == len(verified.stdout.splitlines()) == 8
     wrong = run(app, ["verify", *reversed(names), out])
     assert wrong.exit_code == 1
     assert "FAILED: the parents are those" in wrong.stdout

@@ -21,8 +21,8 @@ def upcycle(
         str,
         typer.Option(
             "--form",
-            help="btx: every parent's FFN is an expert, the rest is averaged (2403.07816). copy: copies of one FFN "
-            "(2212.05055). split: the neurons of one FFN, divided.",
+            help="btx: every parent's FFN is an expert, the rest is averaged (2403.07816). bam: attention too "
+            "(2408.08274). copy: copies of one FFN (2212.05055). split: the neurons of one FFN, divided.",
         ),
     ] = "btx",
     target: Annotated[
@@ -32,7 +32,7 @@ def upcycle(
         int | None, typer.Option("--experts", min=1, help="Of copy: copies of the FFN. Of split: its parts.")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=1, help="Experts of a token; 2 whole FFNs if not given.")
+        int | None, typer.Option("--top-k", min=1, help="Experts of a token; if not given 2 whole FFNs, of bam 1.")
     ] = None,
     granularity: Annotated[
         int, typer.Option("--granularity", min=1, help="Cut every FFN into so many experts; --top-k is a multiple.")
@@ -41,11 +41,19 @@ def upcycle(
         int | None,
         typer.Option("--attention-from", min=0, help="Of btx: take all but the FFNs from this parent; no average."),
     ] = None,
+    kv: Annotated[
+        str,
+        typer.Option("--kv", help="Of bam: keys and values of each expert (experts), or averaged for all (shared)."),
+    ] = "experts",
+    attention_top_k: Annotated[
+        int | None,
+        typer.Option("--attention-top-k", min=1, help="Of bam: mix so many attention experts of a token; else all."),
+    ] = None,
     renormalise: Annotated[
         bool | None,
         typer.Option(
             "--renormalise/--no-renormalise",
-            help="Whether the chosen experts' weights are divided by their sum; btx and copy: yes, split: no.",
+            help="Whether the chosen experts' weights are divided by their sum; btx, copy: yes, bam, split: no.",
         ),
     ] = None,
     noise: Annotated[
@@ -89,7 +97,8 @@ def upcycle(
     """Grow a Mixture-of-Experts from dense models.
 
     The result is a stock architecture: Llama and Mistral become Mixtral, Qwen2 and Qwen3 their own mixtures, a divided
-    Llama Qwen2-MoE. Tensors are read one at a time. After a kill the same command goes on where it was.
+    Llama Qwen2-MoE. `--form bam` gives a BAM, a model class of Secateur. Tensors are read one at a time. After a kill
+    the same command goes on where it was.
     `secateur verify A B C DIR` proves which tensor came from where.
 
     Example: `secateur upcycle seed code law --out grown --text held-out.txt`
@@ -110,6 +119,8 @@ def upcycle(
             top_k=top_k,
             granularity=granularity,
             attention_from=attention_from,
+            kv=kv,  # type: ignore[arg-type]
+            attention_top_k=attention_top_k,
             renormalise=renormalise,
             noise=noise,
             division=division,  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from secateur.errors import SecateurError
 from secateur.files.safetensors_header import BITS
 from secateur.upcycling.options import Asked
 from secateur.upcycling.parents import Parents
-from secateur.upcycling.targets import Target, target_for
+from secateur.upcycling.targets import BAM, Target, target_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Blueprint:
 
     factor: of the down projections of experts. shared: neurons of each layer's shared expert, whose down projection is
     times 2, as its gate is 0 and sigmoid(0) is 1/2. renormalises: whether the chosen weights are divided by their sum.
-    exact: what the start computes, in words.
+    exact: what the start computes, in words. shares_kv, attention_top_k, router_std: of a BAM, see `BamConfig`.
     """
 
     form: str
@@ -45,6 +45,9 @@ class Blueprint:
     shared: int
     start: str
     exact: str
+    shares_kv: bool = False
+    attention_top_k: int | None = None
+    router_std: float = 0.02
 
     @property
     def units(self) -> int:
@@ -57,6 +60,7 @@ class Form:
 
     parents: how many it takes, least and most. takes: options that belong to it; another one is refused. start: of the
     router, where nothing else is asked for; starts: that fit. splits: whether one FFN becomes all experts.
+    target: where it is no stock one. top_k: without another wish, of whole FFNs. renormalises: likewise.
     experts: what they are made of. factor: (all experts, top-k, granularity, renormalises) -> of the down projection.
     """
 
@@ -69,6 +73,9 @@ class Form:
     experts: Callable[[Asked, int], tuple[ExpertSource, ...]]
     factor: Callable[[int, int, int, bool], float]
     exact: Callable[[bool], str]
+    target: Target | None = None
+    top_k: int = 2
+    renormalises: bool = True
 
 
 def _of_parents(asked: Asked, parents: int) -> tuple[ExpertSource, ...]:
@@ -104,7 +111,6 @@ def _split_factor(experts: int, top_k: int, granularity: int, renormalises: bool
     return float(top_k if renormalises else experts)
 
 
-_MIX = "the mixture of the experts, which is their FFN where all of them are equal"
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
         "btx": Form(
@@ -119,6 +125,25 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             exact=lambda renormalises: (
                 "a token whose chosen experts are all of one parent gets that parent's FFN; cutting changes nothing"
             ),
+        ),
+        "bam": Form(
+            help="every parent's attention and FFN are experts, the rest is averaged (2408.08274)",
+            parents=(2, None),
+            takes=frozenset({"kv", "attention_top_k", "renormalise", "top_k"}),
+            start="random",
+            starts=("random", "hidden", "ridge"),
+            splits=False,
+            experts=_of_parents,
+            factor=lambda experts, top_k, granularity, renormalises: 1.0,
+            exact=lambda renormalises: (
+                "the mixture of the parents' attentions, and the chosen FFN at weight 1"
+                if renormalises
+                else "the mixture of the parents' attentions, and the chosen FFN times its probability, about 1 / "
+                "experts while the router is small: no parent's function, also where all parents are equal"
+            ),
+            target=BAM,
+            top_k=1,
+            renormalises=False,
         ),
         "copy": Form(
             help="copies of one parent's FFN (2212.05055; with --granularity 2410.07524)",
@@ -142,6 +167,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             start="norm",
             starts=("norm", "random"),
             splits=True,
+            renormalises=False,
             experts=_divided,
             factor=_split_factor,
             exact=lambda renormalises: (
@@ -164,7 +190,9 @@ def blueprint(asked: Asked, parents: Parents) -> Blueprint:
         SecateurError: the options do not fit the form, the parents or each other.
     """
     form = FORMS[asked.form]
-    target = target_for(parents.model_type, asked.target, split=form.splits)
+    if form.target is not None and asked.target is not None:
+        raise SecateurError(f"--target {asked.target}: --form {asked.form} becomes a {form.target.model_type}")
+    target = form.target or target_for(parents.model_type, asked.target, split=form.splits)
     if "experts" in form.takes and asked.experts is None:
         raise SecateurError(f"--experts: --form {asked.form} needs a number")
     experts = form.experts(asked, len(parents.each))
@@ -183,6 +211,8 @@ def blueprint(asked: Asked, parents: Parents) -> Blueprint:
     renormalises = _renormalises(asked, form, target)
     if asked.attention_from is not None and not 0 <= asked.attention_from < len(parents.each):
         raise SecateurError(f"--attention-from {asked.attention_from}: expected 0 to {len(parents.each) - 1}")
+    if (asked.attention_top_k or 0) > len(parents.each):
+        raise SecateurError(f"--attention-top-k {asked.attention_top_k}: only {len(parents.each)} attention experts")
     start = asked.router or form.start
     if start not in form.starts:
         raise SecateurError(f"--router {start}: --form {asked.form} takes {', '.join(form.starts)}")
@@ -197,6 +227,9 @@ def blueprint(asked: Asked, parents: Parents) -> Blueprint:
         shared=shared,
         start=start,
         exact=form.exact(renormalises),
+        shares_kv=asked.kv == "shared",
+        attention_top_k=asked.attention_top_k,
+        router_std=asked.router_std,
     )
 
 
@@ -215,13 +248,13 @@ def _renormalises(asked: Asked, form: Form, target: Target) -> bool:
         raise SecateurError(f"--no-renormalise: a {target.model_type} model always divides by the sum of the chosen")
     if target.renormalises is None:
         return True
-    return not form.splits if asked.renormalise is None else asked.renormalise
+    return form.renormalises if asked.renormalise is None else asked.renormalise
 
 
 def _top_k(asked: Asked, form: Form, count: int) -> int:
     if asked.top_k is None and form.splits:
         raise SecateurError(f"--top-k: --form {asked.form} needs a number, of {count} experts")
-    top_k = asked.top_k or min(2 * asked.granularity, count)
+    top_k = asked.top_k or min(form.top_k * asked.granularity, count)
     if top_k > count:
         raise SecateurError(f"--top-k {top_k}: only {count} experts a layer")
     if top_k % asked.granularity:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from secateur.errors import SecateurError
 
 DIVISIONS = ("order", "kmeans", "coactivation")
+KV = ("experts", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Asked:
     top_k: int | None = None
     granularity: int = 1
     attention_from: int | None = None
+    kv: str = "experts"
+    attention_top_k: int | None = None
     renormalise: bool | None = None
     noise: float = 0.0
     division: str = "order"
@@ -37,7 +40,15 @@ class Asked:
         Raises:
             SecateurError: a number out of its range; names the option.
         """
-        least = {"experts": 1, "top_k": 1, "granularity": 1, "shared_neurons": 0, "samples": 1, "sequence_length": 2}
+        least = {
+            "experts": 1,
+            "top_k": 1,
+            "attention_top_k": 1,
+            "granularity": 1,
+            "shared_neurons": 0,
+            "samples": 1,
+            "sequence_length": 2,
+        }
         for name, value in least.items():
             found = getattr(self, name)
             if found is not None and found < value:
@@ -46,5 +57,6 @@ class Asked:
             found = getattr(self, name)
             if not (found >= 0 and math.isfinite(found)):
                 raise SecateurError(f"--{name.replace('_', '-')} {found}: expected a number of at least 0")
-        if self.division not in DIVISIONS:
-            raise SecateurError(f"--division {self.division}: expected {', '.join(DIVISIONS)}")
+        for name, known in {"division": DIVISIONS, "kv": KV}.items():
+            if getattr(self, name) not in known:
+                raise SecateurError(f"--{name} {getattr(self, name)}: expected {', '.join(known)}")

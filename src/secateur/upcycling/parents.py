@@ -14,6 +14,7 @@ from secateur.model_folder.read.collector import collector_at_rest
 from secateur.model_folder.read.names import Name, split
 from secateur.model_folder.read.tensor_files import CONFIG, FLOATS, StoredTensor, TensorFiles, read_tensor_files
 from secateur.model_folder.rewrite.computed import as_tensor
+from secateur.upcycling.blocks import BLOCKS
 from secateur.upcycling.targets import FFN, OUTSIDE, ROUTES, Target
 
 MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -146,10 +147,10 @@ def _read(path: Path) -> Parent:
         raise SecateurError(f"{path}: a mixture already ({found[0] if found else experts}), expected a dense model")
     if files.is_quantised:
         raise SecateurError(f"{path}: it is quantised ({files.quantisation}), expected plain weights")
-    if kind not in ROUTES:
+    if kind not in BLOCKS:
         raise SecateurError(
-            f"{path}: model type {kind!r:.60}: no stock Mixture-of-Experts of this form is known; expected one of "
-            f"{', '.join(ROUTES)}"
+            f"{path}: model type {kind!r:.60}: nothing is known that its layers could become; expected one of "
+            f"{', '.join(BLOCKS)}"
         )
     for name, tensor in files.tensors.items():
         if tensor.dtype not in FLOATS:
@@ -170,10 +171,11 @@ def _config(path: Path, kind: str, files: TensorFiles) -> dict[str, Any]:
 def _check_layers(parent: Parent) -> None:
     """Every layer has an FFN of the shapes that the config says."""
     hidden, width = parent.config["hidden_size"], parent.config["intermediate_size"]
+    block = BLOCKS[parent.config["model_type"]]
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     for layer in range(parent.config["num_hidden_layers"]):
-        for role, rest in FFN.items():
-            name = f"model.layers.{layer}.{rest}"
+        for role, module in block.ffn.items():
+            name = f"{block.layers}.{layer}.{module}.weight"
             found = parent.files.tensors.get(name)
             if found is None or found.shape != shapes[role]:
                 was = "missing" if found is None else f"of shape {list(found.shape)}"
@@ -222,8 +224,9 @@ def _vocabulary(path: Path) -> Any:
 
 def averaged_names(parent: Parent) -> list[str]:
     """Tensors that are no part of an FFN."""
+    modules = tuple(f"{module}." for module in BLOCKS[parent.config["model_type"]].ffn.values())
     parts: dict[str, Name | None] = {name: split(name) for name in parent.files.tensors}
-    return [name for name, one in parts.items() if one is None or one.rest not in FFN.values()]
+    return [name for name, one in parts.items() if one is None or not one.rest.startswith(modules)]
 
 
 def _farthest(each: Sequence[Parent]) -> tuple[str, float] | None:

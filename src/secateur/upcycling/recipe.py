@@ -50,10 +50,10 @@ def new_tensors(
     return made
 
 
-def router_names(plan: Blueprint, layer: int) -> tuple[str, str | None]:
-    """(of the router, of the gate of the shared expert if there is one)."""
-    gate = f"model.layers.{layer}.mlp.shared_expert_gate.weight" if plan.target.shared else None
-    return f"model.layers.{layer}.{plan.target.router}", gate
+def router_names(plan: Blueprint, layer: int) -> dict[str, str]:
+    """{name: "ffn" of the router, "gate" of the gate of the shared expert, if there is one}."""
+    gate = {f"model.layers.{layer}.mlp.shared_expert_gate.weight": "gate"} if plan.target.shared else {}
+    return {f"model.layers.{layer}.{plan.target.router}": "ffn", **gate}
 
 
 def expert_name(plan: Blueprint, layer: int, expert: int, role: str) -> str:
@@ -142,10 +142,9 @@ def _part(
 def _routers(plan: Blueprint, layer: int, routers: Mapping[str, StoredTensor], dtype: str) -> list[NewTensor]:
     made = []
     for name in router_names(plan, layer):
-        if name is not None:
-            tensor = routers[name]
-            piece = Copy(file=ROUTERS, start=tensor.start, length=tensor.length)
-            made.append(NewTensor(name=name, dtype=dtype, shape=tensor.shape, pieces=(piece,)))
+        tensor = routers[name]
+        piece = Copy(file=ROUTERS, start=tensor.start, length=tensor.length)
+        made.append(NewTensor(name=name, dtype=dtype, shape=tensor.shape, pieces=(piece,)))
     return made
 
 

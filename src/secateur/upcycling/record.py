@@ -13,13 +13,16 @@ from secateur.files.bytes_in_words import in_words
 from secateur.files.json import read_object
 from secateur.files.records import Count, as_record
 from secateur.upcycling.forms import FORMS, Blueprint
+from secateur.upcycling.layouts import layout_of
 from secateur.upcycling.options import Asked
 from secateur.upcycling.parents import Parents
+from secateur.upcycling.targets import BAM
 from secateur.version import __version__
 
 RECORD, REPORT, CARD = "upcycle.json", "report.json", "README.md"
 FORMAT, VERSION = "secateur-upcycle", 1
 LOADING = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(folder)"
+OURS = "import secateur  # tells transformers of this model class\n"
 
 
 class ParentEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,6 +30,13 @@ class ParentEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     name: str
     files: dict[str, str]
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a tensor: see `origins`."""
+
+    made: Literal["copied", "averaged", "router"]
+    of: tuple[str, ...]
 
 
 class UpcycleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,8 +48,7 @@ class UpcycleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     parents: tuple[ParentEntry, ...]
     options: dict[str, Any]
     target: str
-    copied: tuple[str, ...]
-    averaged: tuple[str, ...]
+    tensors: dict[str, Origin]
     routers: dict[str, str]
     division: dict[str, tuple[Count, ...]]
 
@@ -66,6 +75,9 @@ def read_record(folder: Path) -> tuple[UpcycleFile, Asked]:
 
 def describe(parents: Parents, plan: Blueprint, num_bytes: int, num_tensors: int) -> dict[str, Any]:
     """The report, as far as it is known before anything is written."""
+    from secateur.upcycling.published import bam_figures
+
+    figures = bam_figures(layout_of(plan).config(parents, plan)) if plan.target is BAM else None
     return {
         "format": "secateur-upcycle-report",
         "version": 1,
@@ -88,6 +100,7 @@ def describe(parents: Parents, plan: Blueprint, num_bytes: int, num_tensors: int
         "tensors": num_tensors,
         "bytes_before": [parent.files.num_bytes for parent in parents.each],
         "bytes_after": num_bytes,
+        "bam": figures,
         "comparison": None,
     }
 
@@ -103,6 +116,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     ]
     if report["shared_neurons"]:
         lines.append(f"a shared expert of the {report['shared_neurons']} busiest neurons, its down projection times 2")
+    if figures := report["bam"]:
+        from secateur.upcycling.published import figure_lines
+
+        lines += figure_lines(figures)
     if found := report["comparison"]:
         lines.append(f"perplexity {found['perplexity']:.3f} on {found['tokens']} tokens of the text")
         lines += [
@@ -117,10 +134,14 @@ def card(report: Mapping[str, Any], command: str) -> str:
     """README.md of the mixture."""
     names = [Path(parent).resolve().name for parent in report["parents"]]
     rows = "\n".join(f"| {number} | {' '.join(name.split())} |".replace("\\", "") for number, name in enumerate(names))
+    ours = report["bam"] is not None
     parts = [
         f"# A mixture grown from {', '.join(names)}",
-        f"A {report['model_type']} model. It loads in stock transformers, without further code and without a flag.",
-        f"```python\n{LOADING}\n```",
+        f"A {report['model_type']} model. "
+        + (
+            "No server runs it." if ours else "It loads in stock transformers, without further code and without a flag."
+        ),
+        f"```python\n{OURS if ours else ''}{LOADING}\n```",
         "\n".join(f"* {line}" for line in report_lines(report)),
         f"| parent | folder |\n|---|---|\n{rows}",
         f"Made by Secateur {report['secateur']} with `{command}`. `upcycle.json` says which tensor came from where.",

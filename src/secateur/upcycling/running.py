@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,19 @@ from secateur.files.memory import free_memory
 from secateur.files.progress import OnProgress, no_loading_bars
 from secateur.model_folder.read.load import CANNOT_RUN
 from secateur.model_folder.read.tensor_files import TensorFiles
+from secateur.upcycling.blocks import BLOCKS
 from secateur.upcycling.forms import Blueprint
+from secateur.upcycling.layouts import layout_of
 from secateur.upcycling.options import Asked
 from secateur.upcycling.parents import Parents
 from secateur.upcycling.recipe import Division, neurons_of
 from secateur.upcycling.ridge import RidgeSums
 from secateur.upcycling.starts import STARTS, LayerSeen
+from secateur.upcycling.targets import BAM
 
 BUSY_SHARE = 0.1  # of the neurons of a token that count as busy, the largest activations
-Look = Callable[[int, Any, Tensor], None]  # (layer, its FFN, input (T, D))
+Place = tuple[int, str]  # (layer, "ffn" or "attention")
+Look = Callable[[Place, Any, Tensor], None]  # (place, its module, input (T, D))
 
 
 def sequences(parents: Parents, asked: Asked) -> list[list[Tensor]]:
@@ -62,7 +66,7 @@ def sequences(parents: Parents, asked: Asked) -> list[list[Tensor]]:
 
 @contextlib.contextmanager
 def loaded(files: TensorFiles, dtype: Any = "auto") -> Iterator[Any]:
-    """The model of a folder, by the class of transformers that its config.json names; nothing of the folder is run.
+    """The model of a folder, by the class that its config.json names, of transformers or a BAM; no code of it is run.
 
     Raises:
         SecateurError: it does not fit in memory, or transformers cannot load it whole.
@@ -72,7 +76,7 @@ def loaded(files: TensorFiles, dtype: Any = "auto") -> Iterator[Any]:
         raise SecateurError(f"{files.path}: it needs {in_words(need)} of memory to run, {in_words(free)} are free")
     (name,) = files.config["architectures"]
     with no_loading_bars(), foreign(f"{files.path}: transformers cannot load it"):
-        model, info = getattr(transformers, name).from_pretrained(files.path, dtype=dtype, output_loading_info=True)
+        model, info = _class_named(name).from_pretrained(files.path, dtype=dtype, output_loading_info=True)
     if wrong := {key: sorted(map(str, value)) for key, value in info.items() if value}:
         raise SecateurError(f"{files.path}: transformers does not load it whole: {wrong}"[:500])
     yield model.eval()
@@ -80,15 +84,36 @@ def loaded(files: TensorFiles, dtype: Any = "auto") -> Iterator[Any]:
     gc.collect()
 
 
+def _class_named(name: str) -> Any:
+    if name == BAM.architecture:
+        from secateur.models.bam.modeling import BamForCausalLM
+
+        return BamForCausalLM
+    return getattr(transformers, name)
+
+
 @torch.no_grad()
-def look_at(parents: Parents, domains: Sequence[Sequence[Tensor]], look: Callable[[int], Look], on: OnProgress) -> None:
-    """Run the first parent on every sequence; `look` gives for a domain what sees each layer's input."""
+def look_at(
+    parents: Parents,
+    domains: Sequence[Sequence[Tensor]],
+    look: Callable[[int], Look],
+    on: OnProgress,
+    kinds: Collection[str] = ("ffn",),
+) -> None:
+    """Run the first parent on every sequence; `look` gives for a domain what sees the input of each layer's modules."""
     total, done = sum(map(len, domains)), 0
+    block = BLOCKS[parents.model_type]
+    modules = {"ffn": block.names["up"].partition(".")[0], "attention": block.names["o"].partition(".")[0]}
     with loaded(parents.first.files) as model:
+        layers = model.get_submodule(block.layers)
         for number, rows in enumerate(domains):
             see = look(number)
             hooks = [
-                layer.mlp.register_forward_pre_hook(_hook(see, index)) for index, layer in enumerate(model.model.layers)
+                layer.get_submodule(modules[kind]).register_forward_pre_hook(
+                    _hook(see, (index, kind)), with_kwargs=True
+                )
+                for index, layer in enumerate(layers)
+                for kind in kinds
             ]
             for row in rows:
                 with foreign(f"{parents.first.path}: {CANNOT_RUN}"):
@@ -99,9 +124,10 @@ def look_at(parents: Parents, domains: Sequence[Sequence[Tensor]], look: Callabl
                 hook.remove()
 
 
-def _hook(see: Look, index: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(index, module, args[0].reshape(-1, args[0].shape[-1]))
+def _hook(see: Look, place: Place) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        see(place, module, hidden.reshape(-1, hidden.shape[-1]))
 
     return hook
 
@@ -114,26 +140,28 @@ def activations(module: Any, hidden: Tensor) -> Tensor:
 
 def router_sums(
     parents: Parents, plan: Blueprint, division: Division, domains: Sequence[Sequence[Tensor]], on: OnProgress
-) -> list[LayerSeen]:
-    """What the start of the router needs of each layer; see `Start.targets`."""
-    sums = [RidgeSums.zero(plan.units, parents.hidden) for _ in range(parents.layers)]
-    largest = [0.0] * parents.layers
+) -> dict[Place, LayerSeen]:
+    """What the start of the routers needs of what each sees; see `Start.targets`."""
+    kinds = {sees for sees in layout_of(plan).routers(plan, 0).values() if sees != "gate"}
+    places = [(layer, kind) for layer in range(parents.layers) for kind in sorted(kinds)]
+    sums = {place: RidgeSums.zero(plan.units, parents.hidden) for place in places}
+    largest = dict.fromkeys(places, 0.0)
     by_norms = STARTS[plan.start].targets == "norms"
 
     def look(domain: int) -> Look:
-        def see(layer: int, module: Any, hidden: Tensor) -> None:
+        def see(place: Place, module: Any, hidden: Tensor) -> None:
             if by_norms:
-                targets = _norms(module, hidden, plan, division.get(layer))
+                targets = _norms(module, hidden, plan, division.get(place[0]))
             else:
                 targets = torch.zeros(len(hidden), plan.units)
                 targets[:, domain] = 1
-            sums[layer] = sums[layer] + RidgeSums.of(hidden, targets)
-            largest[layer] = max(largest[layer], float(hidden.double().norm(dim=1).max()))
+            sums[place] = sums[place] + RidgeSums.of(hidden, targets)
+            largest[place] = max(largest[place], float(hidden.double().norm(dim=1).max()))
 
         return see
 
-    look_at(parents, domains, look, on)
-    return [LayerSeen(sums=one, largest=most) for one, most in zip(sums, largest, strict=True)]
+    look_at(parents, domains, look, on, kinds)
+    return {place: LayerSeen(sums=one, largest=largest[place]) for place, one in sums.items()}
 
 
 def _norms(module: Any, hidden: Tensor, plan: Blueprint, listed: Sequence[int] | None) -> Tensor:
@@ -152,11 +180,11 @@ def busy_neurons(parents: Parents, rows: Sequence[Tensor], on: OnProgress) -> li
     count = max(1, int(BUSY_SHARE * parents.width))
 
     def look(domain: int) -> Look:
-        def see(layer: int, module: Any, hidden: Tensor) -> None:
+        def see(place: Place, module: Any, hidden: Tensor) -> None:
             size = activations(module, hidden).abs()
             busy = torch.zeros_like(size, dtype=torch.bool)
             busy.scatter_(1, size.topk(count, dim=1).indices, True)
-            seen[layer].append(busy.T)
+            seen[place[0]].append(busy.T)
 
         return see
 

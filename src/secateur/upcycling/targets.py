@@ -84,6 +84,18 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         )
     }
 )
+# not stock: what its tensors are stands in `bam`
+BAM = Target(
+    model_type="bam",
+    architecture="BamForCausalLM",
+    router="mlp.gate.weight",
+    expert="",
+    names={},
+    keeps=frozenset(),
+    count="num_experts",
+    width="intermediate_size",
+    renormalises="renormalise_top1",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

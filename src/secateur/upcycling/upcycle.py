@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ from secateur.files.progress import OnStage, stage
 from secateur.files.work_folder import Work, as_noted, differing, place_of_work, work_folder
 from secateur.results import Written
 from secateur.upcycling.forms import Blueprint, blueprint, check_form
+from secateur.upcycling.layouts import layout_of
 from secateur.upcycling.options import Asked
-from secateur.upcycling.parents import Parents, check_target_takes, read_parents
-from secateur.upcycling.recipe import new_tensors, router_names
+from secateur.upcycling.parents import Parents, read_parents
 from secateur.upcycling.record import CARD, RECORD, REPORT, card, describe
 from secateur.upcycling.starts import STARTS
 
@@ -50,12 +51,14 @@ def upcycle(
     parents: StrPaths,
     out: StrPath,
     *,
-    form: Literal["btx", "copy", "split"] = "btx",
+    form: Literal["btx", "bam", "copy", "split"] = "btx",
     target: str | None = None,
     experts: int | None = None,
     top_k: int | None = None,
     granularity: int = 1,
     attention_from: int | None = None,
+    kv: Literal["experts", "shared"] = "experts",
+    attention_top_k: int | None = None,
     renormalise: bool | None = None,
     noise: float = 0.0,
     division: Literal["order", "kmeans", "coactivation"] = "order",
@@ -75,20 +78,23 @@ def upcycle(
     """Grow a Mixture-of-Experts from dense models.
 
     The result is a stock architecture: Llama and Mistral become Mixtral, Qwen2 and Qwen3 their own mixtures, a divided
-    Llama Qwen2-MoE. Tensors are read one at a time. After a kill the same call goes on where it was.
+    Llama Qwen2-MoE; of the form bam it is a BAM, a class of ours. Tensors are read one at a time. After a kill the same
+    call goes on where it was.
 
     Args:
         parents: folders of dense models; the first is the seed and expert 0.
         out: the folder to write; it must be new or empty.
-        form: btx (every parent's FFN is an expert, the rest is averaged, 2403.07816), copy (copies of one FFN,
-            2212.05055; with granularity 2410.07524), split (the neurons of one FFN are divided).
+        form: btx (every parent's FFN is an expert, the rest is averaged, 2403.07816), bam (attention too, 2408.08274),
+            copy (copies of one FFN, 2212.05055; with granularity 2410.07524), split (its neurons are divided).
         target: the model type of the result, where several fit; without it the usual one.
         experts: of a layer: of copy the copies of the whole FFN, of split the parts.
-        top_k: experts of a token; 2 whole FFNs without it. Of split it must be given.
+        top_k: experts of a token; without it 2 whole FFNs, of bam 1. Of split it must be given.
         granularity: cut every FFN into so many experts by the same neurons; top_k must be a multiple.
-        attention_from: the number of the parent that all but the experts is taken from, instead of the mean.
+        attention_from: of btx: the number of the parent that all but the experts is taken from, instead of the mean.
+        kv: of bam: keys and values of each attention expert, or averaged ones that all share.
+        attention_top_k: of bam: mix so many attention experts of a token, instead of all.
         renormalise: whether the weights of the chosen experts are divided by their sum, where the architecture leaves
-            that open; without it of btx and copy yes, of split no.
+            that open; without it of btx and copy yes, of bam and split no.
         noise: of copy: normal noise on every copy, relative to the root mean square of the tensor.
         division: of split, how neurons are divided: order, kmeans (of gate rows), coactivation (on text).
         shared_neurons: of split: so many neurons that are busy most often form a shared expert.
@@ -126,6 +132,8 @@ def upcycle(
         top_k=top_k,
         granularity=granularity,
         attention_from=attention_from,
+        kv=kv,
+        attention_top_k=attention_top_k,
         renormalise=renormalise,
         noise=noise,
         division=division,
@@ -144,7 +152,8 @@ def upcycle(
         check_apart(path, target_folder)
     found = read_parents(paths, allow_unrelated=allow_unrelated)
     plan = blueprint(asked, found)
-    check_target_takes(found, plan.target)
+    layout_of(plan).check(found, plan)
+    layout_of(plan).config(found, plan)  # what it refuses is refused before anything is written
     _check_router_data(asked, plan, len(paths))
     sample = None if text is None else Path(text)
     if is_occupied(target_folder):
@@ -172,12 +181,11 @@ def _foreseen(parents: Parents, plan: Blueprint, asked: Asked) -> dict[str, Any]
 
     routers = {}
     for layer in range(parents.layers):
-        for name, rows in zip(router_names(plan, layer), (len(plan.experts), 1), strict=True):
-            if name is not None:
-                length = rows * parents.hidden * BITS[parents.dtype] // 8
-                shape = (rows, parents.hidden)
-                routers[name] = StoredTensor(file="", dtype=parents.dtype, shape=shape, start=0, length=length)
-    made = new_tensors(parents, plan, asked, {}, routers)
+        for name, sees in layout_of(plan).routers(plan, layer).items():
+            shape = (1 if sees == "gate" else len(plan.experts), parents.hidden)
+            length = math.prod(shape) * BITS[parents.dtype] // 8
+            routers[name] = StoredTensor(file="", dtype=parents.dtype, shape=shape, start=0, length=length)
+    made = layout_of(plan).tensors(parents, plan, asked, {}, routers)
     return describe(parents, plan, sum(one.length for one in made), len(made))
 
 
@@ -226,11 +234,11 @@ def _write(
         kept = Kept(work, work.before.kept if work.before else {})
         kept.note(as_noted(msgspec.structs.asdict(started)))
         division, routers = write.prepared(parents, plan, asked, work, kept, on_progress)
-        tensors = new_tensors(parents, plan, asked, division, routers)
+        tensors = layout_of(plan).tensors(parents, plan, asked, division, routers)
         shards, told = write.write_shards(parents, tensors, work, kept, stage("writing", on_progress))
         report = describe(parents, plan, sum(one.length for one in tensors), len(tensors))
         record = write.record_of(
-            told, plan, started.options, tensors, write.router_digests(work.path, routers), division
+            parents, told, plan, started.options, tensors, write.router_digests(work.path, routers), division
         )
         with written_beside(out) as beside:
             write.fill(beside, parents, plan, asked, tensors, shards, work, record)

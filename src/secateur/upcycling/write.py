@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,14 +26,15 @@ from secateur.files.records import Count, as_record
 from secateur.files.safetensors_header import read_header
 from secateur.files.work_folder import Work
 from secateur.model_folder.read.tensor_files import CONFIG, INDEX, StoredTensor
-from secateur.model_folder.rewrite.computed import Mean
 from secateur.model_folder.rewrite.pieces import NewTensor
 from secateur.model_folder.rewrite.writer import Shard, index_of, into_shards, write_shard
 from secateur.upcycling.forms import Blueprint
+from secateur.upcycling.layouts import layout_of
 from secateur.upcycling.neurons import divide, needs_text
 from secateur.upcycling.options import Asked
+from secateur.upcycling.origins import origins
 from secateur.upcycling.parents import Parents
-from secateur.upcycling.recipe import ROUTERS, Division, new_config, router_names
+from secateur.upcycling.recipe import ROUTERS, Division
 from secateur.upcycling.record import FORMAT, RECORD, VERSION
 from secateur.upcycling.starts import STARTS
 from secateur.version import __version__
@@ -108,26 +110,27 @@ def prepared(
     }
 
 
-def _routers(parents: Parents, plan: Blueprint, asked: Asked, seen: Sequence[Any] | None) -> dict[str, Any]:
+def _routers(parents: Parents, plan: Blueprint, asked: Asked, seen: Mapping[Any, Any] | None) -> dict[str, Any]:
     import torch
 
     made = {}
     dtype = TORCH_DTYPES[parents.dtype]
     units = [source.unit for source in plan.experts]
     for layer in range(parents.layers):
-        rows = STARTS[plan.start].rows(
-            plan.units,
-            parents.hidden,
-            asked.router_std,
-            asked.seed * 100_003 + layer,
-            None if seen is None else seen[layer],
-        )
-        if not bool(rows.isfinite().all()):
-            raise SecateurError(f"--router {plan.start}: its rows for layer {layer} are not finite")
-        router, gate = router_names(plan, layer)
-        made[router] = rows[units].to(dtype).contiguous()
-        if gate is not None:
-            made[gate] = torch.zeros(1, parents.hidden, dtype=dtype)
+        for name, sees in layout_of(plan).routers(plan, layer).items():
+            if sees == "gate":
+                made[name] = torch.zeros(1, parents.hidden, dtype=dtype)
+                continue
+            rows = STARTS[plan.start].rows(
+                plan.units,
+                parents.hidden,
+                asked.router_std,
+                zlib.crc32(f"{asked.seed} {name}".encode()),
+                None if seen is None else seen[layer, sees],
+            )
+            if not bool(rows.isfinite().all()):
+                raise SecateurError(f"--router {plan.start}: its rows for layer {layer} are not finite")
+            made[name] = rows[units].to(dtype).contiguous()
     return made
 
 
@@ -179,7 +182,9 @@ def fill(
         move(work.path / shard.file, beside / shard.file)
     if len(shards) > 1:
         atomic_write(beside / INDEX, index_of(shards, {"total_size": sum(tensor.length for tensor in tensors)}))
-    atomic_write(beside / CONFIG, json.dumps(new_config(parents, plan), indent=2, ensure_ascii=False) + "\n")
+    atomic_write(
+        beside / CONFIG, json.dumps(layout_of(plan).config(parents, plan), indent=2, ensure_ascii=False) + "\n"
+    )
     for name in carried(parents):
         copy_file(parents.first.path / name, beside / name)
     atomic_write(beside / RECORD, json.dumps(record, indent=1) + "\n")
@@ -191,6 +196,7 @@ def carried(parents: Parents) -> list[str]:
 
 
 def record_of(
+    made_of: Parents,
     parents: Sequence[Mapping[str, Any]],
     plan: Blueprint,
     options: Mapping[str, Any],
@@ -199,8 +205,6 @@ def record_of(
     division: Division,
 ) -> dict[str, Any]:
     """upcycle.json."""
-    averaged = [one.name for one in tensors if any(isinstance(piece, Mean) for piece in one.pieces)]
-    rest = [one.name for one in tensors if one.name not in routers and one.name not in set(averaged)]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -208,8 +212,7 @@ def record_of(
         "parents": list(parents),
         "options": dict(options),
         "target": plan.target.model_type,
-        "copied": rest,
-        "averaged": averaged,
+        "tensors": origins(made_of, tensors),
         "routers": dict(routers),
         "division": {str(layer): list(one) for layer, one in division.items()},
     }

@@ -1,7 +1,7 @@
-"""Pieces that are computed from stored tensors while they are written: a mean, or a part of a matrix.
+"""Pieces computed from stored tensors while they are written: a mean, a part of a matrix, several side by side.
 
-The arithmetic is float64 and rounds once, to the type that is stored. Memory: one buffer a source for a mean, one
-matrix for a part.
+The arithmetic is float64 and rounds once, to the type that is stored. Memory: one buffer a source for a mean and for
+matrices side by side, one matrix for a part.
 """
 
 from __future__ import annotations
@@ -44,6 +44,32 @@ class Mean:
                 total = values if total is None else total.add_(values)
             assert total is not None
             yield as_bytes(total / len(self.sources), self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """Matrices of as many rows and as wide ones, side by side: their bytes row by row."""
+
+    sources: tuple[Copy, ...]
+    rows: int
+    row_bytes: int
+
+    @property
+    def length(self) -> int:
+        return len(self.sources) * self.rows * self.row_bytes
+
+    def chunks(self, read: Read) -> Iterator[bytes]:
+        """Its bytes, in order."""
+        import numpy
+
+        step = max(1, ENTRIES // max(self.row_bytes, 1))
+        for at in range(0, self.rows, step):
+            count = min(step, self.rows - at)
+            parts = []
+            for one in self.sources:
+                piece = Copy(file=one.file, start=one.start + at * self.row_bytes, length=count * self.row_bytes)
+                parts.append(numpy.frombuffer(read(piece), dtype=numpy.uint8).reshape(count, self.row_bytes))
+            yield numpy.concatenate(parts, axis=1).tobytes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

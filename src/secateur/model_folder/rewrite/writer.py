@@ -17,7 +17,7 @@ from secateur.files.progress import OnChunk
 from secateur.files.refused import FULL, UNREADABLE, naming
 from secateur.files.safetensors_header import BITS, LENGTH, MAX_HEADER, header_bytes
 from secateur.model_folder.read.tensor_files import TensorFiles
-from secateur.model_folder.rewrite.computed import Mean, Part
+from secateur.model_folder.rewrite.computed import Beside, Mean, Part
 from secateur.model_folder.rewrite.pieces import Copy, NewTensor, Piece
 
 STEP = 64 * 2**20  # bytes the system copies at once, so that progress is seen
@@ -144,7 +144,7 @@ class Writer:
                 raise SecateurError(f"{self._source(file)}: it has become shorter while it was read")
             start, length = start + copied, length - copied
 
-    def computed(self, piece: Mean | Part) -> None:
+    def computed(self, piece: Mean | Part | Beside) -> None:
         for chunk in piece.chunks(self._all_of):
             self.put(chunk, of_piece=True)
 
@@ -191,7 +191,7 @@ class Writer:
 
 # kind of a piece -> what appends its bytes and reports them
 APPEND: Mapping[type, Callable[[Writer, Any], None]] = MappingProxyType(
-    {Copy: Writer.copy, Mean: Writer.computed, Part: Writer.computed}
+    {Copy: Writer.copy, Mean: Writer.computed, Part: Writer.computed, Beside: Writer.computed}
 )
 
 
