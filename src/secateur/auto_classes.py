@@ -15,7 +15,12 @@ if TYPE_CHECKING:  # importing it takes half of the time that `import secateur` 
 
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
-LAYERS = "transformers.modeling_layers"  # it imports MODELS, and our models import it
+# modules that import MODELS and that our models import, and what each has once it is not half imported any more
+LAST = {
+    "transformers.modeling_layers": "GradientCheckpointingLayer",
+    "transformers.models.llama.configuration_llama": "LlamaConfig",
+    "transformers.models.llama.modeling_llama": "LlamaForCausalLM",
+}
 MODEL_TYPE = "secateur_moe"
 # each registers its classes when it is imported
 MODEL_MODULES = ("secateur.models.bam.modeling", "secateur.models.vmoe.modeling")
@@ -24,7 +29,7 @@ MODEL_MODULES = ("secateur.models.bam.modeling", "secateur.models.vmoe.modeling"
 def when_auto_classes_load() -> None:
     """Register now what is loaded of transformers' auto classes, and the rest at the moment it is."""
     waiting = {}
-    for name, register in {CONFIGS: _register_configs, MODELS: _register_models, LAYERS: _register_models}.items():
+    for name, register in {CONFIGS: _register_configs, **dict.fromkeys((MODELS, *LAST), _register_models)}.items():
         if name in sys.modules:
             register()
         else:
@@ -56,8 +61,8 @@ def _register_configs() -> None:
 
 
 def _register_models() -> None:
-    """Once MODELS is loaded, and LAYERS is not half loaded, as it is for a while where a model class comes first."""
-    half = LAYERS in sys.modules and not hasattr(sys.modules[LAYERS], "GradientCheckpointingLayer")
+    """Once MODELS is loaded, and none of LAST is half loaded, as it is for a while where a model class comes first."""
+    half = any(name in sys.modules and not hasattr(sys.modules[name], last) for name, last in LAST.items())
     for name in MODEL_MODULES if MODELS in sys.modules and not half else ():
         importlib.import_module(name)
 

@@ -13,6 +13,8 @@ ORDERS = {
     "between configs and models": f"from transformers import AutoConfig; import secateur; {AUTO}",
     "the module of V-MoE first": f"import secateur.models.vmoe.modeling; {AUTO}",
     "the module of BAM first": f"import secateur.models.bam.modeling; {AUTO}",
+    "a config that BAM imports first": f"import secateur; from transformers import LlamaConfig; {AUTO}",
+    "a class that BAM imports first": f"import secateur; from transformers import LlamaForCausalLM; {AUTO}",
     "a model class first": f"import secateur; from transformers import MixtralForCausalLM; {AUTO}",
 }
 LONG = {"Secateur first", "the module of V-MoE first", "a model class first"}  # a new process each
