@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_nothing_under_the_name(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_it_reads_a_mean_in_small_pieces_and_never_more_than_one_matrix(
+def test_it_computes_in_small_pieces_and_never_reads_more_than_one_matrix(
     llamas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(computed, "ENTRIES", 100)
@@ -145,11 +145,21 @@ def test_it_reads_a_mean_in_small_pieces_and_never_more_than_one_matrix(
         return all_of(self, piece)
 
     monkeypatch.setattr(Writer, "_all_of", recorded)
-    upcycle(llamas, tmp_path / "out", granularity=2, top_k=2)
-    assert sorted(set(read))[-2:] == [100 * 4, 48 * 32 * 4]
+    split: dict[str, Any] = {"form": "split", "experts": 6, "top_k": 2, "division": "kmeans", "router": "random"}
+    noisy: dict[str, Any] = {"form": "copy", "experts": 2, "noise": 0.1}
+    largest = []
+    for number, (parents, options) in enumerate(
+        ((llamas, {"granularity": 2}), (llamas[:1], noisy), (llamas[:1], split))
+    ):
+        read.clear()
+        upcycle(parents, tmp_path / f"out{number}", **options)
+        largest.append(max(read))
+    assert largest == [100 * 4, 3 * 32 * 4, 48 * 32 * 4]
     monkeypatch.undo()
-    upcycle(llamas, tmp_path / "other", granularity=2, top_k=2)
-    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+    upcycle(llamas, tmp_path / "out", granularity=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "out0")
+    upcycle(llamas[:1], tmp_path / "noisy", **noisy)
+    assert contents(tmp_path / "noisy").keys() == contents(tmp_path / "out1").keys()
 
 
 def test_the_record_names_every_tensor_and_every_file(llamas: list[Path], tmp_path: Path) -> None:

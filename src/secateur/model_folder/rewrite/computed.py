@@ -1,14 +1,14 @@
 """Pieces computed from stored tensors while they are written: a mean, a part of a matrix, several side by side.
 
-The arithmetic is float64 and rounds once, to the type that is stored. Memory: one buffer a source for a mean and for
-matrices side by side, one matrix for a part.
+The arithmetic is float64 and rounds once, to the type that is stored. Memory: one buffer a source; one
+matrix for a part whose rows are listed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
 from secateur.files.safetensors_header import BITS
@@ -82,7 +82,10 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Rows and columns of a stored matrix of `shape`, times `factor`, plus noise. None: all rows, or all columns."""
+    """Rows and columns of a stored matrix of `shape`, times `factor`, plus noise. None: all rows, or all columns.
+
+    A range has step 1.
+    """
 
     source: Copy
     dtype: str
@@ -107,24 +110,37 @@ class Part:
         """Its bytes, in order."""
         import torch
 
-        values = as_tensor(read(self.source), self.dtype).view(self.shape)
-        if self.rows is not None:
-            values = values[torch.as_tensor(self.rows)]
-        if self.columns is not None:
-            values = values[:, torch.as_tensor(self.columns)]
-        if self.factor == 1 and self.noise is None:
-            yield _plain(values)
-            return
         scale, generator = 0.0, torch.Generator()
         if self.noise is not None:
-            scale = self.noise.share * self.factor * float(values.double().square().mean().sqrt())
+            squares = sum(float(block.double().square().sum()) for block in self._blocks(read))
+            scale = self.noise.share * self.factor * (squares / max(1, self.new_shape[0] * self.new_shape[1])) ** 0.5
             generator.manual_seed(self.noise.seed)
-        step = max(1, ENTRIES // max(values.shape[1], 1))
-        for at in range(0, len(values), step):
-            block = values[at : at + step].double() * self.factor
+        for block in self._blocks(read):
+            if self.factor == 1 and self.noise is None:
+                yield _plain(block)
+                continue
+            made = block.double() * self.factor
             if self.noise is not None:
-                block += scale * torch.randn(block.shape, generator=generator, dtype=torch.float64)
-            yield as_bytes(block, self.dtype)
+                made += scale * torch.randn(made.shape, generator=generator, dtype=torch.float64)
+            yield as_bytes(made, self.dtype)
+
+    def _blocks(self, read: Read) -> Iterator[Tensor]:
+        """The part, some rows at a time. Rows that are no range (of step 1) are taken from the whole matrix."""
+        import torch
+
+        columns: Any = slice(None) if self.columns is None else self.columns
+        columns = slice(columns.start, columns.stop) if isinstance(columns, range) else columns
+        rows = range(self.shape[0]) if self.rows is None else self.rows
+        step = max(1, ENTRIES // max(self.shape[1], 1))
+        row = self.shape[1] * BITS[self.dtype] // 8
+        whole = None if isinstance(rows, range) else as_tensor(read(self.source), self.dtype).view(self.shape)
+        for at in range(0, len(rows), step):
+            some = rows[at : at + step]
+            if whole is None:
+                piece = Copy(file=self.source.file, start=self.source.start + some[0] * row, length=len(some) * row)
+                yield as_tensor(read(piece), self.dtype).view(len(some), self.shape[1])[:, columns]
+            else:
+                yield whole[torch.as_tensor(some)][:, columns]
 
 
 def as_tensor(data: bytes, dtype: str) -> Tensor:
