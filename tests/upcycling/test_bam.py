@@ -77,6 +77,17 @@ def test_equal_parents_and_a_weight_of_1_are_the_parent(name: str, tmp_path: Pat
     assert not torch.allclose(logits_of(model_in(tmp_path / "small"), ids), parent, atol=1e-2)
 
 
+@pytest.mark.parametrize("kv", ["experts", "shared"])
+def test_it_has_as_many_parameters_as_the_formula_says(kv: Any, tmp_path: Path) -> None:
+    """Section 7 of the paper's reading: one norm a layer, no biases, tied embeddings; F is gate and up together."""
+    parents = children("cohere", tmp_path, 3)
+    found = upcycle(parents, tmp_path / "out", form="bam", kv=kv, dry_run=True).num_bytes // 4
+    v, d, layers, f, n, kv_width = 48, 16, 2, 2 * 12, 3, 2 * 4
+    nkv = n if kv == "experts" else 1
+    layer = d + n * 2 * d * d + nkv * 2 * d * kv_width + n * (d * f + d * f // 2) + 2 * n * d
+    assert found == v * d + d + layers * layer
+
+
 def test_options_of_its_config(tmp_path: Path) -> None:
     parents = children("llama", tmp_path, 3)
     result = upcycle(parents, tmp_path / "out", form="bam", top_k=2, attention_top_k=1, router_std=0.1, kv="shared")

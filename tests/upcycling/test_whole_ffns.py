@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from secateur.upcycling.upcycle import upcycle
@@ -23,6 +26,44 @@ def test_a_mixture_of_equal_parents_is_the_parent(kind: str, tmp_path: Path) -> 
     upcycle(parents, tmp_path / "out", router_std=1.0)
     assert AutoConfig.from_pretrained(tmp_path / "out").model_type == TARGETS[kind]
     assert torch.allclose(logits(tmp_path / "out"), logits(parents[0]), **NEAR)
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "scaled positions": ("llama", {"rope_parameters": LLAMA_3}),
+    "scaled positions, Qwen2-MoE": ("llama", {"rope_parameters": LLAMA_3, "target": "qwen2_moe"}),
+    "heads of another width": ("llama", {"head_dim": 16}),
+    "heads of another width, Qwen2-MoE": ("llama", {"head_dim": 16, "target": "qwen2_moe"}),
+    "a window": ("mistral", {"sliding_window": 5}),
+    "another activation": ("llama", {"hidden_act": "gelu"}),
+    "another epsilon": ("qwen3", {"rms_norm_eps": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_a_config_says_of_layers_is_kept(case: str, tmp_path: Path) -> None:
+    kind, changes = ODD[case]
+    target = changes.get("target")
+    parents = parents_in(tmp_path, kind, 2, share=0.0, **{key: changes[key] for key in changes if key != "target"})
+    upcycle(parents, tmp_path / "out", target=target, router_std=1.0)
+    assert torch.allclose(logits(tmp_path / "out"), logits(parents[0]), **NEAR)
+    assert not faults(parents, tmp_path / "out")
+
+
+def test_buffers_that_earlier_versions_stored_are_left_out(llamas: list[Path], tmp_path: Path) -> None:
+    parents = [Path(shutil.copytree(parent, tmp_path / parent.name)) for parent in llamas[:2]]
+    stored = tensors(parents[0]) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(stored, parents[0] / "model.safetensors", {"format": "pt"})
+    upcycle(parents, tmp_path / "out")
+    assert "inv_freq" not in " ".join(tensors(tmp_path / "out"))
+    assert not faults(parents, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", TARGETS)

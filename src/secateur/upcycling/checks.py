@@ -76,8 +76,8 @@ def _tensors(grown: Grown, record: UpcycleFile, on_bytes: OnProgress) -> list[Ch
     unknown = set(record.tensors)
     for one in expected_tensors(grown):
         said = record.tensors.get(one.name)
-        if said is None or (said.made, said.of) != (one.made, one.of):
-            told.append(f"{one.name} is {one.made} of {', '.join(one.of)}")
+        if said is None or (said.made, said.of, said.times) != (one.made, one.of, one.times):
+            told.append(f"{one.name} is {one.made} of {', '.join(one.of)} times {one.times:g}")
         unknown.discard(one.name)
         if one.name not in left:
             strays.append(f"{one.name} is missing")

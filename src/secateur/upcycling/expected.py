@@ -41,11 +41,12 @@ class Grown:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """A tensor. of: what it is made of, `number of the parent:name`. fault: why it is not; "" where it is."""
+    """A tensor. of, times: what it is made of, `number of the parent:name`. fault: why it is not; "" where it is."""
 
     name: str
     made: Literal["copied", "averaged", "router"]
     of: tuple[str, ...] = ()
+    times: float = 1.0
     fault: Callable[[], str]
 
 
@@ -115,7 +116,7 @@ def _part(
         return unlike(ours, part.double() * factor)
 
     of = (f"{number}:{source}",) if neurons else ()
-    return Expected(name=name, made="copied", of=of, fault=fault)
+    return Expected(name=name, made="copied", of=of, times=factor if neurons else 1.0, fault=fault)
 
 
 def _units(grown: Grown, name: str) -> Callable[[], str]:

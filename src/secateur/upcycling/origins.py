@@ -13,7 +13,11 @@ from secateur.upcycling.recipe import ROUTERS
 
 
 def origins(parents: Parents, tensors: Sequence[NewTensor]) -> dict[str, dict[str, Any]]:
-    """{tensor: {"made": "copied", "averaged" or "router", "of": ["number of the parent:name", ...]}}, as JSON."""
+    """What each tensor is, as JSON.
+
+    {tensor: {"made": "copied", "averaged" or "router", "of": ["number of the parent:name", ...], "times": 4.0}}, the
+    last where it is not 1. Of experts that are pieces of an FFN, `division` or their order says which neurons they are.
+    """
     places: dict[str, list[tuple[int, str]]] = {}
     for number, parent in enumerate(parents.each):
         for name, tensor in parent.files.tensors.items():
@@ -26,7 +30,7 @@ def origins(parents: Parents, tensors: Sequence[NewTensor]) -> dict[str, dict[st
         inside = places[copy.file]
         return inside[bisect_right(inside, (copy.start, "\U0010ffff")) - 1][1]
 
-    told = {}
+    told: dict[str, dict[str, Any]] = {}
     for new in tensors:
         copies = [copy for piece in new.pieces for copy in _copies(piece) if copy.length]
         if any(copy.file == ROUTERS for copy in copies):
@@ -34,6 +38,9 @@ def origins(parents: Parents, tensors: Sequence[NewTensor]) -> dict[str, dict[st
             continue
         made = "averaged" if any(isinstance(piece, Mean) for piece in new.pieces) else "copied"
         told[new.name] = {"made": made, "of": list(dict.fromkeys(map(name_of, copies)))}
+        for piece in new.pieces:
+            if isinstance(piece, Part) and piece.factor != 1:
+                told[new.name]["times"] = piece.factor
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ FREE = frozenset({
     "use_cache", "_name_or_path", "chunk_size_feed_forward", "output_attentions", "output_hidden_states",
     "problem_type", "return_dict",
 })  # fmt: skip
+# Of files that earlier versions of transformers wrote: computed from the config, and nobody reads them.
+BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 SAMPLE = 2**20  # bytes of a tensor that are compared
 LEAST_COSINE = 0.5  # children of one seed have more than 0.9; independent models about 0
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -140,6 +143,8 @@ def check_target_takes(parents: Parents, target: Target) -> None:
 
 def _read(path: Path) -> Parent:
     files = read_tensor_files(path)
+    weights = {name: tensor for name, tensor in files.tensors.items() if not name.endswith(BUFFERS)}
+    files = dataclasses.replace(files, tensors=weights)
     kind = files.config.get("model_type")
     found = [key for key in MOE_KEYS if files.config.get(key)]
     experts = next((name for name in files.tensors if ".experts." in name), None)

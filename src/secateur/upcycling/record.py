@@ -37,6 +37,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     made: Literal["copied", "averaged", "router"]
     of: tuple[str, ...]
+    times: float = 1.0
 
 
 class UpcycleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,9 +112,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['experts']} experts of {report['expert_width']} neurons in {report['layers']} layers, top-"
         f"{report['top_k']}, as {report['model_type']}; {in_words(report['bytes_after'])}",
         f"the start computes {report['function']}",
-        f"down projections of experts times {report['down_projection_times']:g}"
-        + (" (the chosen weights are divided by their sum)" if report["renormalises"] else ""),
     ]
+    if report["bam"] is None:
+        why = " (the chosen weights are divided by their sum)" if report["renormalises"] else ""
+        lines.append(f"down projections of experts times {report['down_projection_times']:g}{why}")
     if report["shared_neurons"]:
         lines.append(f"a shared expert of the {report['shared_neurons']} busiest neurons, its down projection times 2")
     if figures := report["bam"]:
