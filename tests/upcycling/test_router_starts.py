@@ -83,6 +83,12 @@ def test_norm_rows_are_small_enough_for_every_weight_to_stay_near_1() -> None:
     assert float((weights - 1).abs().max()) <= 0.01
     order = (inputs.double() @ sums.solve().T).argsort(1)
     assert torch.equal((inputs.double() @ rows.T).argsort(1), order)
+    one = torch.zeros(1, 100)
+    one[0, 7] = 1.0
+    sums = RidgeSums.of(torch.ones(1, 12), one)
+    rows = STARTS["norm"].rows(100, 12, 0.0, 0, LayerSeen(sums=sums, largest=12**0.5))
+    weights = torch.softmax(torch.ones(1, 12).double() @ rows.T, dim=1)[0] * 100
+    assert 1.0098 < float(weights[7]) <= 1.01  # no smaller than it must be
     silent = RidgeSums.of(inputs, torch.zeros(100, 6))
     assert not STARTS["norm"].rows(6, 12, 0.0, 0, LayerSeen(sums=silent, largest=1.0)).any()
 

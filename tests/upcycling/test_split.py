@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from secateur.files.progress import silent
 from secateur.upcycling import neurons, running
@@ -128,6 +129,16 @@ def test_the_shared_neurons_are_the_busiest(llamas: list[Path], text: list[str],
     parents = read_parents(llamas[:1])
     rows = running.sequences(parents, asked)[0]
     busy = running.busy_neurons(parents, rows, silent)
+    inner: list[list[Tensor]] = [[], []]
+    model = AutoModelForCausalLM.from_pretrained(llamas[0])
+    for at, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_hook(lambda _, args, out, seen=inner[at]: seen.append(args[0][0]))
+    with torch.no_grad():
+        for row in rows:
+            model(row[None])
+    for layer in range(2):
+        size = torch.cat(inner[layer]).abs().T
+        assert torch.equal(busy[layer], size >= size.topk(4, dim=0).values[-1])
     division = neurons.divide(parents, blueprint(asked, parents), asked, busy, silent)
     for layer in range(2):
         times = busy[layer].sum(1)

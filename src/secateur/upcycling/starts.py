@@ -63,14 +63,15 @@ def ridge_rows(units: int, hidden: int, std: float, seed: int, seen: LayerSeen |
 def norm_rows(units: int, hidden: int, std: float, seed: int, seen: LayerSeen | None) -> Tensor:
     """(U, D) ridge from the input to the norm of each expert's output, as small as `WITHIN` demands.
 
-    Softmax of logits z has p_e * U in [exp(-r), exp(r)] where r is the range of z, so r = log(1 + WITHIN) is enough. A
-    row's length times the longest input bounds |z|.
+    The logits z of a token sum to 0, so the mean of exp(z) is between 1 and cosh(m), where m is the largest |z|, and
+    p_e * U between exp(-m) / cosh(m) and exp(m): m = log(1 + WITHIN) is enough. A row's length times the longest input
+    bounds |z|.
     """
     assert seen is not None
     rows = seen.sums.solve()
     rows = rows - rows.mean(0)  # what all experts share moves no choice
     longest = float(rows.norm(dim=1).max()) * seen.largest
-    return rows * (math.log1p(WITHIN) / (2 * longest)) if longest else rows
+    return rows * (math.log1p(WITHIN) / longest) if longest else rows
 
 
 STARTS: Mapping[str, Start] = MappingProxyType(
