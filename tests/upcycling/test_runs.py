@@ -226,6 +226,12 @@ def test_what_grew_is_a_model_like_any_other(llamas: list[Path], tmp_path: Path)
     assert secateur.inspect(tmp_path / "out").experts == {0: 3, 1: 3}
     secateur.prune(tmp_path / "out", tmp_path / "small", keep=2, criterion="weight_norm")
     assert logits(tmp_path / "small").isfinite().all()
+    assert not (tmp_path / "small/upcycle.json").exists()  # of the weights of the source, and no others
+    assert secateur.verify(tmp_path / "out", tmp_path / "small", tokens=4).passed
+    options: dict[str, Any] = {"steps": 1, "sequence_length": 16, "batch_size": 1}
+    (text := tmp_path / "text.txt").write_text("it was the best of times " * 99)
+    secateur.finetune(tmp_path / "out", tmp_path / "tuned", data=text, **options)
+    assert not (tmp_path / "tuned/upcycle.json").exists()
 
 
 def test_parents_without_tokenizers(tmp_path: Path) -> None:

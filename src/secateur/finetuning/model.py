@@ -27,7 +27,15 @@ from secateur.files.safetensors_header import read_header, sort_metadata_in
 from secateur.model_folder.read.load import load_whole
 from secateur.model_folder.read.modality import modality_of
 from secateur.model_folder.read.model_folder import LISTED, ModelFolder, understand
-from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS, TensorFiles, read_tensor_files
+from secateur.model_folder.read.tensor_files import (
+    CONFIG,
+    FINETUNED,
+    GROWN,
+    INDEX,
+    STATS,
+    TensorFiles,
+    read_tensor_files,
+)
 from secateur.model_folder.rewrite.report import REPORT, VERIFIED
 from secateur.model_folder.rewrite.side_files import PAGE, TRAINING_STATE
 from secateur.models.vmoe import VMoEForImageClassification
@@ -36,7 +44,7 @@ HEAD = "classifier"
 LOGS = "runs"  # where transformers has TensorBoard write
 DTYPES = torch_dtypes("F32 BF16 F16")  # that float32 holds without rounding
 # what says of a pruned folder that its bytes are those of its source, or was counted on the weights from before
-STALE = {REPORT, PAGE, VERIFIED, STATS, FINETUNED}
+STALE = {REPORT, PAGE, VERIFIED, STATS, FINETUNED, GROWN}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,6 +12,7 @@ from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 from secateur.files.json import read_object
 from secateur.files.records import Count, as_record
+from secateur.model_folder.read.tensor_files import GROWN
 from secateur.upcycling.forms import FORMS, Blueprint
 from secateur.upcycling.layouts import layout_of
 from secateur.upcycling.options import Asked
@@ -19,7 +20,7 @@ from secateur.upcycling.parents import Parents
 from secateur.upcycling.targets import BAM
 from secateur.version import __version__
 
-RECORD, REPORT, CARD = "upcycle.json", "report.json", "README.md"
+RECORD, REPORT, CARD = GROWN, "report.json", "README.md"
 FORMAT, VERSION = "secateur-upcycle", 1
 LOADING = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(folder)"
 OURS = "import secateur  # tells transformers of this model class\n"

@@ -22,6 +22,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 # if there is no index.
 STATS = "observed/stats.safetensors"
 FINETUNED = "finetune.json"  # what `secateur finetune` says of it: of these weights, and no others
+GROWN = "upcycle.json"  # likewise `secateur upcycle`
 # Where a config.json says how weights are quantised; the last one is MLX's.
 QUANTISATION = ("quantization_config", "compression_config", "quantization")
 SCALES = ("_scale", "_scale_inv", "_scale_2")  # endings of scales, beside a quantised tensor of the name before it

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from secateur.model_folder.read.model_folder import ModelFolder
-from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, INDEX, STATS
+from secateur.model_folder.read.tensor_files import CONFIG, FINETUNED, GROWN, INDEX, STATS
 from secateur.model_folder.rewrite.report import REPORT, VERIFIED
 from secateur.model_folder.rewrite.side_json import authors_params, other_config, quantisation_file
 from secateur.plans import Plan, is_side_file
@@ -46,7 +46,9 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(names=re.escape(FINETUNED), why="it is about the weights of the source, and no others"),
+    Rule(
+        names=f"{re.escape(FINETUNED)}|{re.escape(GROWN)}", why="it is about the weights of the source, and no others"
+    ),
     # with its step and without its optimizer, training would go on as if it had one
     Rule(names=TRAINING_STATE, why="the state of a training run of the unpruned model"),
     Rule(
