@@ -5,6 +5,7 @@ A new record is one row of RECORDS: a whole sample, what reads it, and what may 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -47,6 +48,8 @@ from secateur.surgery.events import read_events
 from secateur.train.checkpoints import read_seal
 from secateur.train.load_history import LoadHistory
 from secateur.training_checkpoint.names_file import read_naming
+from secateur.upcycling.options import Asked
+from secateur.upcycling.record import read_record as read_upcycled
 from support.damage import WRONG, damaged_json
 from support.model_folders import sealed
 from support.run_folders import run_json
@@ -306,7 +309,47 @@ def read_json_text(read: Callable[[Any], object]) -> Callable[[Path], object]:
     return read_file
 
 
+GROWN = {
+    "format": "secateur-upcycle",
+    "version": 1,
+    "secateur": "0.1",
+    "parents": [{"name": "seed", "files": {"config.json": "ab"}}],
+    "options": dataclasses.asdict(Asked(form="split", experts=4, top_k=2, router="norm", target="mixtral")),
+    "target": "mixtral",
+    "tensors": {"a.weight": {"made": "copied", "of": ["0:a.weight"], "times": 2.0}},
+    "routers": {"b.weight": "cd"},
+    "division": {"0": [1, 0]},
+}
+
 RECORDS = {
+    "origin of a grown model": Record(
+        file="upcycle.json",
+        sample=json.loads(json.dumps(GROWN)),
+        read=lambda path: read_upcycled(path.parent),
+        accepts={
+            **dict.fromkeys(("secateur", "target", "parents[0].name", "tensors.a.weight.of[0]"), TEXTS),
+            **dict.fromkeys(("parents[0].files.config.json", "routers.b.weight"), TEXTS | {"missing"}),
+            **dict.fromkeys(("tensors.a.weight", "division.0"), frozenset({"missing"})),
+            "tensors.a.weight.times": NUMBERS | {"missing"},
+            # each has a default, and `verify` works out from the parents what the numbers would have made
+            "options.": frozenset({"missing"}),
+            **dict.fromkeys(("options.target", "options.router"), TEXTS | OPTIONAL),
+            **dict.fromkeys(("options.experts", "options.top_k"), OPTIONAL),
+            **dict.fromkeys(("options.noise", "options.router_std"), POSITIVE | {"missing"}),
+            **dict.fromkeys(("options.renormalise", "options.allow_unrelated"), frozenset({"true", "missing"})),
+            **dict.fromkeys(
+                (
+                    "options.attention_from",
+                    "options.attention_top_k",
+                    "options.shared_neurons",
+                    "options.samples",
+                    "options.sequence_length",
+                    "options.seed",
+                ),
+                frozenset({"-1", "2**63", "huge", "missing"}),
+            ),
+        },
+    ),
     "plan": Record(
         file="plan.json",
         sample=PLAN,

@@ -222,6 +222,54 @@ def test_verify_finds_what_was_changed(case: str, llamas: list[Path], tmp_path: 
     assert found.startswith(claim)
 
 
+RECORDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "of": (lambda found: found["tensors"]["model.norm.weight"].update(of=["0:model.norm.weight"]), "upcycle.json says"),
+    "made": (lambda found: found["tensors"]["model.norm.weight"].update(made="copied"), "upcycle.json says of every"),
+    "a tensor less": (lambda found: found["tensors"].pop("model.norm.weight"), "upcycle.json says of every tensor"),
+    "a tensor more": (
+        lambda found: found["tensors"].update(more=found["tensors"]["model.norm.weight"]),
+        "upcycle.json says of every tensor",
+    ),
+    "digest of a parent": (
+        lambda found: found["parents"][1]["files"].update({"model.safetensors": "ab"}),
+        "the parents are those of upcycle.json",
+    ),
+    "digest of a router": (
+        lambda found: found["routers"].update({"model.layers.0.block_sparse_moe.gate.weight": "ab"}),
+        "the routers are there, as upcycle.json has them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_verify_finds_what_is_wrong_in_the_record(case: str, llamas: list[Path], tmp_path: Path) -> None:
+    change, claim = RECORDS[case]
+    upcycle(llamas, tmp_path / "out")
+    path = tmp_path / "out/upcycle.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    (found,) = faults(llamas, tmp_path / "out")
+    assert found.startswith(claim)
+
+
+def test_a_division_that_is_none(llamas: list[Path], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"form": "split", "experts": 6, "top_k": 2, "division": "kmeans", "router": "random"}
+    upcycle(llamas[:1], tmp_path / "out", **asked)
+    path = tmp_path / "out/upcycle.json"
+    whole = json.loads(path.read_text())
+    for wrong in ([0] * 48, list(range(47)), list(range(1, 49))):
+        path.write_text(json.dumps(whole | {"division": whole["division"] | {"1": wrong}}))
+        with pytest.raises(SecateurError, match=r"'division.1' is no order of 48 neurons"):
+            check_upcycled(llamas[:1], tmp_path / "out")
+    swapped = whole["division"]["1"][::-1]
+    path.write_text(json.dumps(whole | {"division": whole["division"] | {"1": swapped}}))
+    assert [one[:12] for one in faults(llamas[:1], tmp_path / "out")] == ["every expert"]
+    path.write_text(json.dumps(whole | {"division": {"0": whole["division"]["0"]}}))
+    with pytest.raises(SecateurError, match="a division of 1 layers, expected 2"):
+        check_upcycled(llamas[:1], tmp_path / "out")
+
+
 def test_verify_finds_other_parents_configs_and_files(llamas: list[Path], tmp_path: Path) -> None:
     upcycle(llamas, tmp_path / "out")
     edit_config(tmp_path / "out", num_experts_per_tok=1, extra=2)

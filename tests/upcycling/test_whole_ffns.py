@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from secateur.upcycling.upcycle import upcycle
 from support.dense_models import parents_in
+from support.fresh import in_fresh
 from support.grown import NEAR, always, change_routers, faults, logits, model_in, tensors
 
 TARGETS = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
@@ -64,6 +65,26 @@ def test_buffers_that_earlier_versions_stored_are_left_out(llamas: list[Path], t
     upcycle(parents, tmp_path / "out")
     assert "inv_freq" not in " ".join(tensors(tmp_path / "out"))
     assert not faults(parents, tmp_path / "out")
+
+
+@pytest.mark.process
+def test_it_loads_in_stock_transformers_with_nothing_of_ours(llamas: list[Path], tmp_path: Path) -> None:
+    upcycle(llamas, tmp_path / "btx", granularity=2)
+    split: dict[str, Any] = {"form": "split", "experts": 6, "top_k": 2, "router": "random"}
+    upcycle(llamas[:1], tmp_path / "split", **split)
+    upcycle(llamas[:1], tmp_path / "copy", form="copy", experts=3)
+    program = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+for form in ("btx", "split", "copy"):
+    model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + form, output_loading_info=True)
+    found = model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False)
+    print(type(model).__name__, found.shape[1] > 5, any(info.values()), "secateur" in sys.modules)
+"""
+    said = in_fresh(program).splitlines()
+    assert said == [
+        f"{name} True False False" for name in ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "MixtralForCausalLM")
+    ]
 
 
 @pytest.mark.parametrize("kind", TARGETS)

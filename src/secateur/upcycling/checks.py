@@ -104,7 +104,7 @@ def _unlike_record(grown: Grown, record: UpcycleFile, name: str) -> str:
 
 
 def _division(record: UpcycleFile, parents: Parents, out: Path) -> Division:
-    found = {int(layer): one for layer, one in record.division.items()}
+    found = record.division
     whole = list(range(parents.width))
     for layer, one in found.items():
         if layer >= parents.layers or sorted(one) != whole:

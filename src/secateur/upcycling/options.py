@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
+from secateur.files.limits import MAX_EXPERTS
 
 DIVISIONS = ("order", "kmeans", "coactivation")
 KV = ("experts", "shared")
@@ -53,10 +54,17 @@ class Asked:
             found = getattr(self, name)
             if found is not None and found < value:
                 raise SecateurError(f"--{name.replace('_', '-')} {found}: expected at least {value}")
+        for name in ("experts", "granularity", "top_k"):
+            if (found := getattr(self, name)) is not None and found > MAX_EXPERTS:
+                raise SecateurError(f"--{name.replace('_', '-')} {found}: expected at most {MAX_EXPERTS}")
+        if (self.experts or 1) * self.granularity > MAX_EXPERTS:
+            raise SecateurError(
+                f"--experts {self.experts}: --granularity {self.granularity} makes more than {MAX_EXPERTS} experts"
+            )
         for name in ("noise", "router_std"):
             found = getattr(self, name)
             if not (found >= 0 and math.isfinite(found)):
                 raise SecateurError(f"--{name.replace('_', '-')} {found}: expected a number of at least 0")
         for name, known in {"division": DIVISIONS, "kv": KV}.items():
             if getattr(self, name) not in known:
-                raise SecateurError(f"--{name} {getattr(self, name)}: expected {', '.join(known)}")
+                raise SecateurError(f"--{name} {getattr(self, name):.40}: expected {', '.join(known)}")

@@ -11,7 +11,7 @@ import msgspec
 from secateur.errors import SecateurError
 from secateur.files.bytes_in_words import in_words
 from secateur.files.json import read_object
-from secateur.files.records import Count, as_record
+from secateur.files.records import Count, Finite, Layer, as_record
 from secateur.model_folder.read.tensor_files import GROWN
 from secateur.upcycling.forms import FORMS, Blueprint
 from secateur.upcycling.layouts import layout_of
@@ -38,7 +38,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     made: Literal["copied", "averaged", "router"]
     of: tuple[str, ...]
-    times: float = 1.0
+    times: Finite = 1.0
 
 
 class UpcycleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +52,7 @@ class UpcycleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     target: str
     tensors: dict[str, Origin]
     routers: dict[str, str]
-    division: dict[str, tuple[Count, ...]]
+    division: dict[Layer, tuple[Count, ...]]
 
 
 def holds_record(folder: Path) -> bool:
@@ -70,8 +70,11 @@ def read_record(folder: Path) -> tuple[UpcycleFile, Asked]:
     found = as_record(read_object(path), UpcycleFile, str(path))
     asked = as_record(found.options, Asked, f"{path}: 'options'")
     if asked.form not in FORMS:
-        raise SecateurError(f"{path}: 'options.form' is {asked.form!r:.60}, expected {', '.join(FORMS)}")
-    asked.check()
+        raise SecateurError(f"{path}: 'options.form' is {asked.form!r:.40}, expected {', '.join(FORMS)}")
+    try:
+        asked.check()
+    except SecateurError as error:
+        raise SecateurError(f"{path}: 'options': {error}") from error
     return found, asked
 
 
