@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,16 @@ def test_biases_that_the_target_has_no_place_for(tmp_path: Path) -> None:
     parents = parents_in(tmp_path, count=2, attention_bias=True)
     with pytest.raises(SecateurError, match=r"a mixtral model has no place for model\.layers\.0\.self_attn\..*bias"):
         upcycle(parents, tmp_path / "out")
+
+
+def test_a_package_that_is_not_installed(llamas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "k_means_constrained", None)
+    asked: dict[str, Any] = {"form": "split", "experts": 6, "top_k": 2, "division": "kmeans", "router": "random"}
+    with pytest.raises(
+        SecateurError, match=r'need the package k-means-constrained: pip install "secateur\[upcycling\]"'
+    ):
+        upcycle(llamas[:1], tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mixture_is_no_parent(llamas: list[Path], tmp_path: Path) -> None:
