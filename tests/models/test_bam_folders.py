@@ -17,7 +17,7 @@ from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import SecateurError
 from secateur.families import describe_moe, logits_of
 from secateur.finetuning.finetune import finetune
-from secateur.model_folder.checks.claims import verify
+from secateur.folder_kinds.verify import verify
 from secateur.model_folder.evaluation.evaluate import evaluate
 from secateur.model_folder.measure.observe import observe
 from secateur.model_folder.prune import prune

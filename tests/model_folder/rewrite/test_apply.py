@@ -391,7 +391,8 @@ def test_a_piece_is_written_and_reported_by_the_rule_for_its_kind_and_without_on
     pieces: Any = (Copy(file="a", start=1, length=2), Sevens(3), Copy(file="a", start=0, length=1))
     tensor = NewTensor(name="w", dtype="U8", shape=(6,), pieces=pieces)
     shard, seen = Shard(file="b", tensors=(tensor,)), list[int]()
-    with pytest.raises(SecateurError, match=r"first: a piece Sevens\(length=3\), expected one of Copy, Mean, Part, Beside$"):
+    known = "Copy, Mean, Part, Beside"
+    with pytest.raises(SecateurError, match=rf"first: a piece Sevens\(length=3\), expected one of {known}$"):
         write_shard(shard, tmp_path.joinpath, tmp_path / "first", {}, seen.append)
     seen.clear()
 
