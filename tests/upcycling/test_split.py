@@ -105,7 +105,7 @@ def test_verify_finds_every_neuron_in_its_place(way: str, llamas: list[Path], te
     upcycle(llamas[:1], tmp_path / "out", **options(text, **{"top_k": 2, **WAYS[way]}))
     assert not faults(llamas[:1], tmp_path / "out")
     record, _ = read_record(tmp_path / "out")
-    listed = record.division.get("0", tuple(range(48)))
+    listed = record.division.get(0, tuple(range(48)))
     if way != "order":
         assert sorted(listed) == list(range(48))
         assert list(listed) != sorted(listed)
