@@ -288,5 +288,7 @@ def test_verify_finds_other_parents_configs_and_files(llamas: list[Path], tmp_pa
     assert [one[:11] for one in faults(llamas, tmp_path / "out")] == ["config.json", "the tokeniz"]
     details = {check.claim: check.detail for check in check_upcycled(llamas, tmp_path / "out")}
     assert "num_experts_per_tok is 1, expected 2; extra is 2" in details["config.json is what the architecture needs"]
+    with pytest.raises(SecateurError, match="grown from 3 models, found 1; expected p0, p1, p2, in this order"):
+        check_upcycled(llamas[:1], tmp_path / "out")
     swapped = [llamas[1], llamas[0], llamas[2]]
     assert faults(swapped, tmp_path / "out")[0].startswith("the parents are those")

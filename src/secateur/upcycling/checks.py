@@ -45,6 +45,11 @@ def check_upcycled(paths: Sequence[Path], out: Path, on_bytes: OnProgress = sile
         SecateurError: a folder is damaged or no model, or upcycle.json does not fit the parents.
     """
     record, asked = read_record(out)
+    if len(paths) != len(record.parents):
+        count, names = len(record.parents), ", ".join(one.name for one in record.parents)
+        raise SecateurError(
+            f"{out}: it was grown from {count} models, found {len(paths)}; expected {names:.200}, in this order"
+        )
     check_form(asked, len(paths))
     parents = read_parents(paths, allow_unrelated=asked.allow_unrelated)
     plan = blueprint(asked, parents)
@@ -56,14 +61,11 @@ def check_upcycled(paths: Sequence[Path], out: Path, on_bytes: OnProgress = sile
         division=_division(record, parents, out),
         written=read_tensor_files(out),
     )
-    told = [{"name": one.name, "files": one.files} for one in record.parents]
     wrong = [
         f"{parent.path}: other files"
-        for parent, here, then in zip(parents.each, digests(parents), told, strict=False)
-        if here["files"] != then["files"]
+        for parent, here, then in zip(parents.each, digests(parents), record.parents, strict=True)
+        if here["files"] != then.files
     ]
-    if len(told) != len(paths):
-        wrong.append(f"{len(paths)} parents, expected {len(told)}")
     checks = [check_of(PARENTS, wrong, f"{len(paths)} parents")]
     return [*checks, *_tensors(grown, record, on_bytes), *_others(grown)]
 
