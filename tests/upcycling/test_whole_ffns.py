@@ -128,6 +128,28 @@ def test_cutting_changes_nothing_at_the_start(llamas: list[Path], tmp_path: Path
     assert not faults(llamas, tmp_path / "cut")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "btx", "granularity": 3},
+        {"form": "bam", "kv": "shared"},
+        {"form": "copy", "experts": 2, "noise": 0.1},
+        {"form": "split", "experts": 3, "top_k": 2, "router": "random"},
+    ],
+    ids=lambda options: str(options["form"]),
+)
+def test_half_precision_is_rounded_once(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
+    parents = parents_in(tmp_path, count=1 if options["form"] in ("copy", "split") else 3, dtype=dtype)
+    upcycle(parents, tmp_path / "out", **options)
+    made = tensors(tmp_path / "out")
+    assert {tensor.dtype for tensor in made.values()} == {dtype}
+    assert not faults(parents, tmp_path / "out")
+    if options["form"] == "split":
+        old = tensors(parents[0])["model.layers.0.mlp.down_proj.weight"]
+        assert torch.equal(made["model.layers.0.mlp.experts.0.down_proj.weight"], (old[:, :16].double() * 3).to(dtype))
+
+
 def test_without_equal_rows_cutting_would_change_it(llamas: list[Path], tmp_path: Path) -> None:
     upcycle(llamas, tmp_path / "whole", top_k=1)
     upcycle(llamas, tmp_path / "cut", top_k=2, granularity=2)
