@@ -226,6 +226,19 @@ def test_an_error_in_a_forward_leaves_nothing_for_the_next() -> None:
     assert int(counter._counts[1].sum()) == 5 * TOP_K
 
 
+def test_an_error_in_a_hook_before_ours_is_the_one_that_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    moe = describe_moe(tiny_model("mixtral").train())
+    counter = LoadCounter(moe)
+    for module in (moe.model, moe.model.base_model):
+        handle = module.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)  # as FSDP has, where a rank is lost
+        with pytest.raises(ZeroDivisionError):
+            moe.model(input_ids=random_tokens(1, 8), labels=random_tokens(1, 8))
+        handle.remove()
+    assert not recwarn.list
+    moe.model(input_ids=random_tokens(1, 8))
+    assert counter.read().layers[0].num_tokens == 8
+
+
 def test_after_detach_nothing_is_left_on_the_model() -> None:
     moe = describe_moe(tiny_model("mixtral").train())
     hooks = {path: (len(m._forward_pre_hooks), len(m._forward_hooks)) for path, m in moe.model.named_modules()}

@@ -73,7 +73,7 @@ class LoadCounter:
         self._paused = False
         self._keep: Tensor | None = None  # (T,) 1 for real tokens, 0 for padding
         self._num_real: Tensor | None = None
-        self._labels: list[Any] = []  # of the callers that run
+        self._labels: dict[int, Any] = {}  # of the callers that run
         self._counted: dict[int, StorageWeakRef] = {}  # the tokens of forwards that counted, while they are alive
         self._seen: set[int] = set()  # layers that counted outside of a backward pass
         self._doubtful: Tensor | None = None
@@ -162,10 +162,10 @@ class LoadCounter:
             labels = kwargs.get("labels")
             if labels is None and args:
                 labels = by_name(signature, args, {}).get("labels")
-            self._labels.append(labels)
+            self._labels[id(module)] = labels
 
-        def after(*_: Any) -> None:
-            self._labels.pop()
+        def after(module: nn.Module, *_: Any) -> None:
+            self._labels.pop(id(module), None)  # none where another hook failed before ours
 
         return before, after
 
@@ -194,7 +194,7 @@ class LoadCounter:
 
     def _real(self, given: Mapping[str, Any], tokens: Tensor) -> Tensor | None:
         """Which of `tokens` (B, S) count, (B, S) bool; None: all."""
-        labels = next((one for one in self._labels if isinstance(one, Tensor)), None)
+        labels = next((one for one in self._labels.values() if isinstance(one, Tensor)), None)
         if self._count_mask is not None:
             mask = self._count_mask({**given, "labels": labels})
             if mask is not None and mask.shape != tokens.shape:
