@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from secateur.observation.real_tokens import at_the_ends, real_by_mask
 from secateur.stats import RouterStats
 from secateur.train.balance import attach_balance
 from secateur.train.distributed.ddp import DDPFinder
+from support.small_trainers import wrap_in_checkpoints
 from support.tiny_models import TOP_K, random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 8)
@@ -388,19 +388,8 @@ def test_runs_at_the_ends_of_rows() -> None:
 
 @pytest.mark.parametrize("place", ["layers", "mlp", "experts"])
 def test_a_model_in_wrappers_of_activation_checkpointing_is_counted(place: str) -> None:
-    model = wrapped(place)
+    model: Any = tiny_model("mixtral").train()
+    wrap_in_checkpoints(model, place)
     counter = LoadCounter(describe_moe(model))
     plain(model)
     assert counter.read() == EXPECTED
-
-
-def wrapped(place: str) -> Any:
-    model: Any = tiny_model("mixtral").train()
-    for index, layer in enumerate(model.model.layers):
-        if place == "layers":
-            model.model.layers[index] = checkpoint_wrapper(layer)
-        elif place == "mlp":
-            layer.mlp = checkpoint_wrapper(layer.mlp)
-        else:
-            layer.mlp.experts = checkpoint_wrapper(layer.mlp.experts)
-    return model

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.train.callback import LAEPCallback
@@ -70,3 +71,14 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     """Bit for bit."""
     first, second = one.state_dict(), other.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def wrap_in_checkpoints(model: Any, place: str) -> None:
+    """torch's wrapper of activation checkpointing around each layer ("layers"), its "mlp", or the "experts" in it."""
+    for index, layer in enumerate(model.model.layers):
+        if place == "layers":
+            model.model.layers[index] = checkpoint_wrapper(layer)
+        elif place == "mlp":
+            layer.mlp = checkpoint_wrapper(layer.mlp)
+        else:
+            layer.mlp.experts = checkpoint_wrapper(layer.mlp.experts)

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from secateur.errors import SecateurError
 from secateur.families import describe_moe
 from secateur.train import laep as laep_module
 from secateur.train.laep import LAEP
-from support.small_trainers import same_weights
+from support.small_trainers import same_weights, wrap_in_checkpoints
 from support.tiny_models import random_tokens, tiny_model
 
 MICRO_BATCHES = 3
@@ -163,11 +162,11 @@ def test_wrappers_of_activation_checkpointing_change_neither_pruning_nor_trainin
 def trained(place: str | None, *, later: bool) -> tuple[Any, LAEP]:
     model: Any = tiny_model("mixtral").train()
     if place and not later:
-        wrap(model, place)
+        wrap_in_checkpoints(model, place)
     optimizer = sgd(model)
     pruner = pruner_of(model, optimizer)
     if place and later:
-        wrap(model, place)
+        wrap_in_checkpoints(model, place)
     for index in range(4):
         tokens = random_tokens(2, 8, seed=index)
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -175,16 +174,6 @@ def trained(place: str | None, *, later: bool) -> tuple[Any, LAEP]:
         pruner.step()
         optimizer.zero_grad()
     return model, pruner
-
-
-def wrap(model: Any, place: str) -> None:
-    for index, layer in enumerate(model.model.layers):
-        if place == "layers":
-            model.model.layers[index] = checkpoint_wrapper(layer)
-        elif place == "mlp":
-            layer.mlp = checkpoint_wrapper(layer.mlp)
-        else:
-            layer.mlp.experts = checkpoint_wrapper(layer.mlp.experts)
 
 
 # What LAEP says of padding
