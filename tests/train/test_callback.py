@@ -309,6 +309,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert mine.plan == other.plan
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"model\.layers\.3\..*: found none, expected shape"),
+        ({"vocab_size": 80}, r"checkpoint-6: .*: found shape \(64, 32\), expected shape \(80, 32\) as in the model"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(
+    changes: dict[str, int], message: str, whole: tuple[Path, Trainer, LAEPCallback], tmp_path: Path
+) -> None:
+    model = tiny_model("deepseek_v3", **changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = trainer_of(tmp_path, two_prunings(), model=model)
+    with pytest.raises(SecateurError, match=message):
+        trainer.train(resume_from_checkpoint=str(whole[0] / "checkpoint-6"))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_a_trainer_with_a_way_of_its_own_to_load_a_checkpoint_keeps_it(
     whole: tuple[Path, Trainer, LAEPCallback], tmp_path: Path
 ) -> None:

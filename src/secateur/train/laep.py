@@ -190,7 +190,7 @@ class LAEP:
             count_mask=count_mask,
         )
         self.say = on_message or logging.getLogger("secateur").warning
-        self.trainer: weakref.ref[Any] | None = None  # a callback of which it is of
+        self.trainer: weakref.ref[Any] | None = None  # of a callback: where it is in the list
         self.num_steps = 0
         self.events: list[PruneEvent] = []
         self.plan: Plan = Plan.identity(self.moe.counts)

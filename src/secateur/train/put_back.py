@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from secateur.errors import SecateurError
 from secateur.expert_axis import is_sharded
 from secateur.families import CHECKPOINTED, MoEModel, describe_moe, native_class, without_adapters
 from secateur.files.json import read_object
@@ -49,20 +50,33 @@ def put_into_(moe: MoEModel, checkpoint: Path) -> list[Tensor]:
 
     Returns:
         The parameters and buffers whose shape has changed; all are the objects that they were.
+
+    Raises:
+        SecateurError: the checkpoint is of a model that differs in more than how many experts it has; nothing was
+            changed.
     """
     model = moe.model
     loaded = _load(model, checkpoint)
-    counts = describe_moe(loaded, moe.layout).counts
     theirs = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    mine = {
+        name.replace(f"{CHECKPOINTED}.", ""): tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    for name in {**mine, **theirs}:
+        one, other = (None if held is None else tuple(held.shape) for held in (mine.get(name), theirs.get(name)))
+        if one != other and (None in (one, other) or name not in moe.layout.tensors):
+            found, expected = ("none" if shape is None else f"shape {shape}" for shape in (other, one))
+            raise SecateurError(f"{checkpoint}: {name}: found {found}, expected {expected} as in the model")
+    counts = describe_moe(loaded, moe.layout).counts
     changed: list[Tensor] = []
     with torch.no_grad():
-        for name, mine in (*model.named_parameters(), *model.named_buffers()):
-            value = theirs[name.replace(f"{CHECKPOINTED}.", "")].to(mine.device, mine.dtype)
-            if mine.shape == value.shape:
-                mine.copy_(value)
+        for name, tensor in mine.items():
+            value = theirs[name].to(tensor.device, tensor.dtype)
+            if tensor.shape == value.shape:
+                tensor.copy_(value)
                 continue
-            take_value_(mine, value)
-            changed.append(mine)
+            take_value_(tensor, value)
+            changed.append(tensor)
     if counts != moe.counts:
         set_counts_(moe, counts)
     return changed
@@ -80,9 +94,10 @@ def resume_into_shape(trainer: Trainer) -> None:
         return
 
     def load(resume_from_checkpoint: str, model: Any = None) -> None:
-        model = without_adapters(model or trainer.model)  # type: ignore[arg-type]
-        if has_whole_weights(model) and (Path(resume_from_checkpoint) / "config.json").is_file():
-            put_into_(describe_moe(model), Path(resume_from_checkpoint))
+        held: Any = trainer.model if model is None else model
+        inner, folder = without_adapters(held), Path(resume_from_checkpoint)
+        if inner is held and has_whole_weights(held) and (folder / "config.json").is_file():
+            put_into_(describe_moe(held), folder)
         else:
             way(trainer, resume_from_checkpoint, model)
 
